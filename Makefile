@@ -1,0 +1,37 @@
+# Needs only Python >= 3.11 and make. VENV and PYTHON may be given: make test VENV=/tmp/v
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+FLAGS ?= --bits=4
+ORACLE ?= .oracle
+
+.PHONY: run test setup check oracle bench clean
+
+run: setup            ## set up, then quantize the embedded OPT and print its table
+	$(BIN)/python -m experiments.opt_ppl $(FLAGS)
+
+test: setup           ## set up, then lint, type-check and run every test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[experiments,test]'
+	touch $@
+
+oracle: setup         ## compare with Hugging Face's Flax models, installed apart
+	test -d $(ORACLE) || $(BIN)/python -m pip install --quiet --no-deps --target=$(ORACLE) \
+	  transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 \
+	  requests urllib3 certifi charset-normalizer
+	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest -m oracle
+
+bench: setup          ## time and memory of the decomposition, the coders and matmul
+	$(BIN)/python -m benchmarks.core
+
+clean:
+	rm -rf $(VENV) $(ORACLE)
