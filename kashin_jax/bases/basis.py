@@ -1,0 +1,43 @@
+"""What every orthogonal basis offers, and how a seed becomes one.
+
+A basis of R^n is an orthogonal matrix Q that is never multiplied out: `analysis` is
+Q^T and `synthesis` is Q, both along one axis. A basis is a PyTree whose leaves are
+arrays (signs, angles, a matrix), so bases of one family stack and `vmap`.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt32
+
+__all__ = ["Basis", "key_from_seed", "seed_from_key"]
+
+# Stored with every quantized matrix, so it must never follow a global default.
+SEED_IMPL = "threefry2x32"
+
+
+@runtime_checkable
+class Basis(Protocol):
+    """Orthogonal change of coordinates along one axis.
+
+    `synthesis(analysis(x)) == x`, and both keep the l2 norm, up to rounding.
+    """
+
+    def analysis(
+        self, x: Float[Array, "*shape"], axis: int = -1
+    ) -> Float[Array, "*shape"]: ...
+
+    def synthesis(
+        self, y: Float[Array, "*shape"], axis: int = -1
+    ) -> Float[Array, "*shape"]: ...
+
+
+def seed_from_key(key: Key[Array, ""]) -> UInt32[Array, "2"]:
+    """Draws the 64 stored bits from a key of any PRNG implementation."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def key_from_seed(seed: UInt32[Array, "2"]) -> Key[Array, ""]:
+    """The key that a stored seed stands for, whatever `jax_default_prng_impl` says."""
+    return jax.random.wrap_key_data(seed, impl=SEED_IMPL)

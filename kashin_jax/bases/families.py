@@ -1,0 +1,87 @@
+"""The families of bases by name, and specs that rebuild a pair from a seed.
+
+Adding a family takes one file with a NamedTuple and a `make_...(key, n)`, and one line
+in `FAMILIES`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+from jaxtyping import Array, Key
+
+from kashin_jax.bases.basis import Basis
+from kashin_jax.bases.dct import make_dct, make_sign_dct
+from kashin_jax.bases.haar import make_haar
+from kashin_jax.bases.hadamard import make_hadamard
+from kashin_jax.bases.identity import make_identity
+from kashin_jax.bases.kronecker import KroneckerBasis
+
+__all__ = ["FAMILIES", "BasisSpec", "make_basis", "make_pair"]
+
+FAMILIES: Mapping[str, Callable[[Key[Array, ""], int], Basis]] = MappingProxyType(
+    {
+        "identity": make_identity,
+        "dct": make_dct,
+        "sign-dct": make_sign_dct,
+        "hadamard": make_hadamard,
+        "haar": make_haar,
+    }
+)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class BasisSpec:
+    """Names of the families on the two sides of a matrix; with a seed, the basis.
+
+    Attributes:
+      left: Family of Q1, on the input side of a kernel `[in, out]`.
+      right: Family of Q2, on the output side.
+    """
+
+    left: str
+    right: str
+
+    def __post_init__(self) -> None:
+        for name in (self.left, self.right):
+            if name not in FAMILIES:
+                raise ValueError(
+                    f"Unknown basis `{name}`. Choose from {', '.join(FAMILIES)}."
+                )
+
+    @classmethod
+    def parse(cls, text: str) -> "BasisSpec":
+        """Reads `hadamard` (both sides) or `hadamard:identity` (left:right).
+
+        Raises:
+          ValueError: If a name is unknown.
+        """
+        left, _, right = text.partition(":")
+        return cls(left, right or left)
+
+    def __str__(self) -> str:
+        return self.left if self.left == self.right else f"{self.left}:{self.right}"
+
+
+def make_basis(family: str, key: Key[Array, ""], n: int) -> Basis:
+    """A basis of R^n of the named family.
+
+    Raises:
+      ValueError: If the family is unknown or `n < 1`.
+    """
+    if n < 1:
+        raise ValueError(f"A basis needs `n` of at least 1. Got n={n}.")
+    return FAMILIES[BasisSpec(family, family).left](key, n)
+
+
+def make_pair(
+    spec: BasisSpec, key: Key[Array, ""], shape: tuple[int, int]
+) -> KroneckerBasis:
+    """The pair (Q1, Q2) for `[m, n]` blocks; each side has a key of its own."""
+    left_key, right_key = jax.random.split(key)
+    return KroneckerBasis(
+        make_basis(spec.left, left_key, shape[0]),
+        make_basis(spec.right, right_key, shape[1]),
+    )

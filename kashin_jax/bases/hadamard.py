@@ -1,0 +1,104 @@
+"""The randomised Walsh-Hadamard basis, for any length.
+
+Length rule: n = c * 2^p with c odd. The matrix is core (x) Sylvester, where
+
+* c = 1: Sylvester's matrix H_(2^p) alone;
+* 4c - 1 prime and p >= 2: Paley's matrix of order 4c, with 2^(p-2) left to Sylvester.
+  384, 768, 1536, 3072 (c = 3) get H_12; 320, 640, 1280 (c = 5) get H_20. All entries
+  are +-1 / sqrt(n);
+* otherwise: the orthonormal DCT-II of order c; entries are at most sqrt(2 / n).
+  11008 = 43 * 256 is of this kind. Cost O(n (c + log n)): a large odd c is dense.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int8, Key
+
+from kashin_jax.bases.axes import along, multiply_kronecker_along
+
+__all__ = ["HadamardBasis", "hadamard_factors", "make_hadamard", "paley_matrix"]
+
+# Largest Sylvester factor multiplied as one dense matrix: see `axes`.
+MAX_FACTOR_LOG2 = 5
+
+
+class HadamardBasis(NamedTuple):
+    """Q = diag(signs) H: `analysis` flips random signs, then applies H^T."""
+
+    signs: Int8[Array, " n"]
+
+    def analysis(
+        self, x: Float[Array, "*shape"], axis: int = -1
+    ) -> Float[Array, "*shape"]:
+        factors = [f.T for f in hadamard_factors(self.signs.shape[-1])]
+        return multiply_kronecker_along(factors, x * along(self.signs, x, axis), axis)
+
+    def synthesis(
+        self, y: Float[Array, "*shape"], axis: int = -1
+    ) -> Float[Array, "*shape"]:
+        factors = hadamard_factors(self.signs.shape[-1])
+        x = multiply_kronecker_along(factors, y, axis)
+        return x * along(self.signs, x, axis)
+
+
+def make_hadamard(key: Key[Array, ""], n: int) -> HadamardBasis:
+    """A randomised Hadamard basis of R^n."""
+    return HadamardBasis(jax.random.rademacher(key, (n,), jnp.int8))
+
+
+@lru_cache(maxsize=64)
+def hadamard_factors(n: int) -> tuple[np.ndarray, ...]:
+    """Orthogonal factors whose Kronecker product is the matrix of order `n`."""
+    power = (n & -n).bit_length() - 1
+    odd = n >> power
+    factors = []
+    if odd > 1:
+        if power >= 2 and is_prime(4 * odd - 1):
+            factors.append(paley_matrix(4 * odd) / math.sqrt(4 * odd))
+            power -= 2
+        else:
+            factors.append(_dct_matrix(odd))
+    count = -(-power // MAX_FACTOR_LOG2)
+    for i in range(count):
+        log2 = power // count + (i < power % count)
+        factors.append(_sylvester_matrix(log2) / math.sqrt(2**log2))
+    return tuple(factors) or (np.ones((1, 1)),)
+
+
+def paley_matrix(order: int) -> np.ndarray:
+    """Paley's first construction: a Hadamard matrix of order q + 1, q = 3 mod 4 prime.
+
+    Source: Paley, "On orthogonal matrices", J. Math. Phys. 12 (1933).
+    """
+    q = order - 1
+    residues = np.zeros(q)
+    residues[np.arange(1, q) ** 2 % q] = 1
+    chi = np.where(np.arange(q) == 0, 0, 2 * residues - 1)
+    jacobsthal = chi[(np.arange(q)[None, :] - np.arange(q)[:, None]) % q]
+    skew = np.zeros((order, order))
+    skew[0, 1:], skew[1:, 0] = 1, -1
+    skew[1:, 1:] = jacobsthal
+    return skew + np.eye(order)
+
+
+def is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
+
+
+def _sylvester_matrix(log2: int) -> np.ndarray:
+    matrix = np.ones((1, 1))
+    for _ in range(log2):
+        matrix = np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix
+
+
+def _dct_matrix(n: int) -> Float[np.ndarray, "n n"]:
+    k, i = np.arange(n)[:, None], np.arange(n)[None, :]
+    matrix = np.cos(np.pi * k * (2 * i + 1) / (2 * n)) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix
