@@ -1,0 +1,103 @@
+"""Codebooks of scalars: k-means per tensor, and NF4 in groups."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, UInt8
+
+from kashin_jax.codebooks import assign_scalars, fit_scalars
+
+__all__ = ["NF4_LEVELS", "ScalarCode", "kmeans_code", "nf4_code"]
+
+# Quantiles of a normal variable, -1, 0 and 1 among them: Dettmers et al., "QLoRA"
+# (2023), arXiv 2305.14314, appendix E.
+NF4_LEVELS = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+
+
+class ScalarCode(NamedTuple):
+    """Codes with `w = scale * levels[code]`.
+
+    Attributes:
+      codes: Index of a level for every entry.
+      levels: Ascending levels.
+      scale: Of every group; of shape `[1, 1, 1]` per tensor.
+    """
+
+    codes: UInt8[Array, "*shape"]
+    levels: Float[Array, " k"]
+    scale: Float[Array, "g 1 n"]
+
+
+def kmeans_code(
+    x: Float[Array, "m n"],
+    key: Key[Array, ""],
+    *,
+    bits: int,
+    num_restarts: int = 4,
+    sample: int = 16384,
+    rtol: float = 1e-5,
+    max_steps: int = 1000,
+) -> ScalarCode:
+    """One codebook of `2**bits` levels for the whole matrix, by sorted Lloyd steps.
+
+    The 2024 paper's "k-means" baseline. Levels are for unit root-mean-square.
+    """
+    flat, scale = _unit_rms(x)
+    book = fit_scalars(
+        key,
+        flat,
+        2**bits,
+        num_restarts=num_restarts,
+        sample=sample,
+        rtol=rtol,
+        max_steps=max_steps,
+    )
+    codes = assign_scalars(flat, book.levels).reshape(x.shape)
+    return ScalarCode(codes, book.levels, scale)
+
+
+@jax.jit
+def _unit_rms(
+    x: Float[Array, "m n"],
+) -> tuple[Float[Array, " p"], Float[Array, "1 1 1"]]:
+    # Flat, so that matrices of equal size share the compiled fit.
+    peak = jnp.max(jnp.abs(x))
+    unit = x / jnp.where(peak > 0, peak, 1.0)
+    rms = jnp.sqrt(jnp.mean(jnp.square(unit)))
+    unit = unit / jnp.where(rms > 0, rms, 1.0)
+    return unit.reshape(-1), (peak * rms).reshape(1, 1, 1)
+
+
+@jax.jit
+def nf4_code(groups: Float[Array, "g s n"]) -> ScalarCode:
+    """NF4: the nearest of 16 fixed levels after division by the group's largest entry.
+
+    The scale is fp16, rounded before the codes are chosen.
+    """
+    peak = jnp.max(jnp.abs(groups), axis=1, keepdims=True)
+    scale = peak.astype(jnp.float16).astype(jnp.float32)
+    levels = jnp.asarray(NF4_LEVELS)
+    codes = assign_scalars(groups / jnp.where(scale > 0, scale, 1.0), levels)
+    return ScalarCode(codes, levels, scale)
