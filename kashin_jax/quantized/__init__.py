@@ -1,0 +1,54 @@
+"""Quantized matrices: `quantize`, `matmul`, `dequantize`, `stored_bits`."""
+
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from kashin_jax.coding.kashin import KashinConfig as KashinConfig
+from kashin_jax.quantized.configs import KMeansConfig as KMeansConfig
+from kashin_jax.quantized.configs import NF4Config as NF4Config
+from kashin_jax.quantized.configs import QuantizerConfig as QuantizerConfig
+from kashin_jax.quantized.configs import RotatedKMeansConfig as RotatedKMeansConfig
+from kashin_jax.quantized.configs import RTNConfig as RTNConfig
+from kashin_jax.quantized.configs import UniformConfig as UniformConfig
+from kashin_jax.quantized.controls import AffineTensor as AffineTensor
+from kashin_jax.quantized.controls import CodebookTensor as CodebookTensor
+from kashin_jax.quantized.layout import Quantized as Quantized
+from kashin_jax.quantized.layout import bits_per_weight as bits_per_weight
+from kashin_jax.quantized.layout import stored_bits as stored_bits
+from kashin_jax.quantized.product import matmul as matmul
+from kashin_jax.quantized.quantize import QuantizationReport as QuantizationReport
+from kashin_jax.quantized.quantize import encode as encode
+from kashin_jax.quantized.quantize import quantize as quantize
+from kashin_jax.quantized.quantize import require_finite as require_finite
+from kashin_jax.quantized.tensor import QuantizedTensor as QuantizedTensor
+from kashin_jax.quantized.tensor import derive_basis as derive_basis
+
+__all__ = [
+    "AffineTensor",
+    "CodebookTensor",
+    "KMeansConfig",
+    "KashinConfig",
+    "NF4Config",
+    "QuantizationReport",
+    "Quantized",
+    "QuantizedTensor",
+    "QuantizerConfig",
+    "RTNConfig",
+    "RotatedKMeansConfig",
+    "UniformConfig",
+    "bits_per_weight",
+    "dequantize",
+    "derive_basis",
+    "encode",
+    "matmul",
+    "quantize",
+    "require_finite",
+    "stored_bits",
+]
+
+
+def dequantize(
+    tensor: Quantized, dtype: DTypeLike | None = None
+) -> Float[Array, "m n"]:
+    """The whole matrix, in `dtype` or else the type that it had."""
+    return tensor.decode().astype(tensor.dtype if dtype is None else dtype)

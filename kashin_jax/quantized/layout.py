@@ -1,0 +1,42 @@
+"""What every quantized matrix offers, and how its size is counted."""
+
+import math
+from typing import Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float, PyTree
+
+__all__ = ["Quantized", "bits_per_weight", "stored_bits"]
+
+
+@runtime_checkable
+class Quantized(Protocol):
+    """A matrix stored as packed codes: a PyTree whose leaves are all it stores."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix, `[in, out]` for a Flax kernel."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type that the matrix had."""
+        ...
+
+    def decode(self) -> Float[Array, "m n"]:
+        """The matrix in float32."""
+        ...
+
+
+def stored_bits(tensor: PyTree[Array]) -> int:
+    """Bits that the leaves take: codes, centroids, scales, seeds, fill bits.
+
+    Counts array elements times the width of their type; no sub-byte types are stored,
+    so that is what a file holds.
+    """
+    return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensor))
+
+
+def bits_per_weight(tensor: Quantized) -> float:
+    """`stored_bits` over the number of weights."""
+    return stored_bits(tensor) / math.prod(tensor.shape)

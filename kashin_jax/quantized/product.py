@@ -1,0 +1,122 @@
+"""`x @ W` for a packed W, never holding more of W than a bounded tile."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kashin_jax.bases import KroneckerBasis
+from kashin_jax.packing import packed_size, unpack_codes
+from kashin_jax.quantized.layout import Quantized
+from kashin_jax.quantized.tensor import (
+    QuantizedTensor,
+    decode_pairs,
+    decode_with,
+    derive_basis,
+)
+
+__all__ = ["MAX_TILE", "matmul"]
+
+# Most weights decoded at a time: 4 MiB as float32, which a CPU core's cache holds.
+MAX_TILE = 2**20
+# From this many rows of x on, a matrix that fits in one tile is decoded as a whole:
+# one product and a transform of W cost less than two products, one with U, one with V.
+WHOLE_DECODE_ROWS = 64
+
+
+def matmul(
+    x: Float[Array, "*b m"],
+    tensor: Quantized,
+    *,
+    basis: KroneckerBasis | None = None,
+    max_tile: int = MAX_TILE,
+    precision: str | None = None,
+) -> Float[Array, "*b n"]:
+    """`x @ W` in the type of `x`, accumulated in float32.
+
+    For a `QuantizedTensor` this is x U + ((x Q1) V) Q2^T: the transforms act on the
+    activations and U, V are decoded tile by tile. Other quantized matrices are decoded
+    whole.
+
+    Args:
+      x: Activations, any batch axes.
+      tensor: The matrix.
+      basis: `derive_basis(tensor)` where the caller keeps it; derived when None.
+      max_tile: Most weights decoded at a time.
+      precision: Of the products, as for `jnp.matmul`.
+
+    Raises:
+      ValueError: If the last axis of `x` does not match the matrix.
+    """
+    if x.shape[-1] != tensor.shape[0]:
+        raise ValueError(
+            f"`x` has {x.shape[-1]} features, but the quantized matrix has shape "
+            f"{tensor.shape} [in, out]."
+        )
+    rows = x.reshape(-1, x.shape[-1])
+    size = math.prod(tensor.shape)
+    if not isinstance(tensor, QuantizedTensor):
+        y = _product(rows, tensor.decode(), precision)
+    else:
+        basis = derive_basis(tensor) if basis is None else basis
+        if size <= max_tile and rows.shape[0] >= WHOLE_DECODE_ROWS:
+            y = _product(rows, decode_with(tensor, basis), precision)
+        else:
+            y = _two_products(rows, tensor, basis, max_tile, precision)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], tensor.shape[1])
+
+
+def _product(
+    x: Float[Array, "r m"], w: Float[Array, "m n"], precision: str | None
+) -> Float[Array, "r n"]:
+    return jnp.matmul(
+        x,
+        w.astype(x.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _two_products(
+    x: Float[Array, "r m"],
+    tensor: QuantizedTensor,
+    basis: KroneckerBasis,
+    max_tile: int,
+    precision: str | None,
+) -> Float[Array, "r n"]:
+    layout = tensor.layout
+    (m, n), (bm, bn) = layout.shape, layout.block_shape
+    # Eight rows fill whole bytes at any code width, so tiles are cut between bytes.
+    tile = min(max(8, max_tile // n // 8 * 8), -(-m // 8) * 8)
+    tiles = -(-m // tile)
+    short = tiles * tile - m
+    tile_bytes = packed_size(tile * n, layout.bits)
+    fill = tiles * tile_bytes - tensor.packed_codes.shape[0]
+    packed = jnp.pad(tensor.packed_codes, (0, fill)).reshape(tiles, tile_bytes)
+    scale = jnp.repeat(tensor.scale, bm, axis=0)
+    scale = jnp.pad(scale, ((0, short), (0, 0))).reshape(tiles, tile, -1)
+
+    def by_tile(rows: Float[Array, "r m"]) -> Float[Array, "t r s"]:
+        padded = jnp.pad(rows, ((0, 0), (0, short)))
+        return padded.reshape(rows.shape[0], tiles, tile).transpose(1, 0, 2)
+
+    rotated = basis.left.analysis(x.astype(jnp.float32).reshape(-1, m // bm, bm))
+    rotated = rotated.reshape(x.shape).astype(x.dtype)
+
+    def accumulate(
+        sums: tuple[Array, Array], part: tuple[Array, Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], None]:
+        codes, scales, x_tile, rotated_tile = part
+        codes = unpack_codes(codes, bits=layout.bits, count=tile * n)
+        u, v = decode_pairs(tensor, codes.reshape(tile, n), scales)
+        return (
+            sums[0] + _product(x_tile, u, precision),
+            sums[1] + _product(rotated_tile, v, precision),
+        ), None
+
+    zeros = jnp.zeros((x.shape[0], n), jnp.float32)
+    parts = (packed, scale, by_tile(x), by_tile(rotated))
+    (from_u, from_v), _ = jax.lax.scan(accumulate, (zeros, zeros), parts)
+    back = basis.right.synthesis(from_v.reshape(-1, n // bn, bn))
+    return from_u + back.reshape(from_u.shape)
