@@ -1,0 +1,270 @@
+"""Perplexity of a language model on one long text, cut into windows.
+
+Three steps, each usable alone: `make_windows` cuts the tokens and marks which of them
+are predicted where, `score_windows` runs a model over the windows and hands back one
+negative log likelihood per window, `perplexity` turns these into one number. Nothing
+here knows a model: it arrives as a function, usually a jitted closure whose last step
+is `window_nll`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32
+from tqdm import tqdm
+
+from kashin_jax.errors import DataError
+
+__all__ = [
+    "ScoredBatch",
+    "Weighting",
+    "Windows",
+    "count_new",
+    "count_scored",
+    "make_windows",
+    "perplexity",
+    "score_windows",
+    "window_nll",
+]
+
+
+class Windows(NamedTuple):
+    """A text cut into windows of one length.
+
+    Attributes:
+      tokens: Token ids; places behind the end of the text hold 0. A causal model needs
+        no mask for them, since they only follow the real tokens.
+      scored: Whether token `j` of window `i` is a predicted target. Never true for the
+        first token of a window; true at most once for each token of the text.
+      num_new: Tokens of the window that are in no earlier window, its first included.
+    """
+
+    tokens: Int32[np.ndarray, "w t"]
+    scored: Bool[np.ndarray, "w t"]
+    num_new: Int32[np.ndarray, " w"]
+
+
+Weighting = Callable[[Windows], Int[np.ndarray, " w"]]
+
+
+class ScoredBatch(NamedTuple):
+    """Finished windows, in order and without gaps.
+
+    Attributes:
+      first: Index of the window that `nlls[0]` belongs to.
+      nlls: Negative log likelihood of each window, summed over its scored tokens, nats.
+    """
+
+    first: int
+    nlls: Float64[np.ndarray, " n"]
+
+
+def make_windows(
+    tokens: Int[np.ndarray, " n"],
+    *,
+    context: int,
+    stride: int | None = None,
+    drop_last: bool,
+) -> Windows:
+    """Cuts a text into windows of `context` tokens that begin every `stride` tokens.
+
+    Without a stride (or with `stride == context`) the windows do not overlap and all
+    but the first token of each is predicted, as in the tables of GPTQ. With a smaller
+    stride they overlap as in the fixed-length recipe of Hugging Face, and a token is
+    predicted only in the first window that holds it.
+
+    Args:
+      tokens: The whole text, special tokens included.
+      context: Window length, at least 2.
+      stride: Distance between the first tokens of neighbouring windows, in
+        `[1, context]`; `context` when not given.
+      drop_last: Whether a window that would run past the end of the text is dropped
+        (GPTQ does so) or kept, filled up and masked.
+
+    Returns:
+      The windows, at least one. A last window without a token to predict is left out.
+
+    Raises:
+      DataError: If the text is empty, has a single token, or is shorter than the
+        context while `drop_last` is set.
+      ValueError: If `context` or `stride` is out of range.
+    """
+    stride = context if stride is None else stride
+    num_tokens = tokens.size
+    _check_cut(num_tokens, context=context, stride=stride, drop_last=drop_last)
+    beyond_first = max(num_tokens - context, 0)
+    count = 1 + (beyond_first // stride if drop_last else -(-beyond_first // stride))
+    begins = stride * np.arange(count)
+    ends = np.minimum(begins + context, num_tokens)
+    previous_ends = np.concatenate([[0], ends[:-1]])
+    offsets = np.arange(context)
+    positions = begins[:, None] + offsets[None, :]
+    inside = positions < ends[:, None]
+    scored = inside & (positions >= previous_ends[:, None]) & (offsets[None, :] > 0)
+    padded = np.where(inside, tokens[np.minimum(positions, num_tokens - 1)], 0)
+    useful = scored.any(axis=1)
+    num_new = ends - previous_ends
+    return Windows(
+        padded.astype(np.int32)[useful],
+        scored[useful],
+        num_new.astype(np.int32)[useful],
+    )
+
+
+def _check_cut(num_tokens: int, *, context: int, stride: int, drop_last: bool) -> None:
+    if context < 2:
+        raise ValueError(f"`context` must be at least 2. Got context={context}.")
+    if not 1 <= stride <= context:
+        raise ValueError(
+            f"`stride` must lie in [1, context={context}]. Got stride={stride}."
+        )
+    if num_tokens < 2:
+        raise DataError(
+            f"`tokens` must hold at least 2 tokens, one to predict the other from. "
+            f"Got {num_tokens}; give a longer text."
+        )
+    if drop_last and num_tokens < context:
+        raise DataError(
+            f"`tokens` must fill one window of context={context} when the last partial "
+            f"window is dropped. Got {num_tokens}; give a longer text or a smaller "
+            "context."
+        )
+
+
+def window_nll(
+    logits: Float[Array, "b t v"],
+    tokens: Int[Array, "b t"],
+    scored: Bool[Array, "b t"],
+) -> Float32[Array, " b"]:
+    """Sums the negative log likelihood of the scored tokens of each window.
+
+    The logits at place `j` predict token `j + 1`; `scored[:, 0]` is ignored, as nothing
+    predicts it. Only the logits themselves have a vocabulary axis: no array of log
+    probabilities is formed, and the shift by one is done on targets, not on logits.
+
+    Args:
+      logits: Unnormalised, any float type; summed in float32.
+      tokens: Below the vocabulary size. A larger id gives NaN, not an error.
+      scored: Tokens to count.
+
+    Returns:
+      Nats per window, 0 for a window without scored tokens.
+    """
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    counted = jnp.pad(scored[:, 1:], ((0, 0), (0, 1)))
+    chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
+    log_total = jax.nn.logsumexp(logits.astype(jnp.float32), axis=2)
+    losses = log_total - chosen.astype(jnp.float32)
+    return jnp.sum(jnp.where(counted, losses, 0.0), axis=1)
+
+
+def score_windows(
+    nll_fn: Callable[[np.ndarray, np.ndarray], Array],
+    windows: Windows,
+    *,
+    batch_size: int,
+    start: int = 0,
+    progress: str | None = "windows",
+) -> Iterator[ScoredBatch]:
+    """Runs a model over the windows, batch by batch.
+
+    Every batch has `batch_size` windows, so that a jitted `nll_fn` compiles once: the
+    last one repeats its final window and the repetitions are dropped. Consume what is
+    yielded as it comes to be able to resume from there.
+
+    Args:
+      nll_fn: Called with `tokens[b, t]` and `scored[b, t]`, returns nats per window.
+      windows: As made by `make_windows`.
+      batch_size: Windows per call of `nll_fn`.
+      start: First window to score; earlier ones are taken to be finished.
+      progress: Label of the progress bar, shown on a terminal only; None for no bar.
+
+    Returns:
+      An iterator of finished batches; `nll_fn` is called as it is advanced.
+
+    Raises:
+      ValueError: If `batch_size` or `start` is out of range, or `nll_fn` returns
+        another shape than one number per window.
+    """
+    count = windows.tokens.shape[0]
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1. Got {batch_size}.")
+    if not 0 <= start <= count:
+        raise ValueError(f"`start` must lie in [0, {count}]. Got start={start}.")
+
+    def batches() -> Iterator[ScoredBatch]:
+        # `disable=None` keeps the bar off anything that is not a terminal.
+        disable = True if progress is None else None
+        with tqdm(
+            total=count, initial=start, desc=progress, unit="win", disable=disable
+        ) as bar:
+            for first in range(start, count, batch_size):
+                size = min(batch_size, count - first)
+                index = np.minimum(np.arange(first, first + batch_size), count - 1)
+                nlls = np.asarray(nll_fn(windows.tokens[index], windows.scored[index]))
+                if nlls.shape != (batch_size,):
+                    raise ValueError(
+                        f"`nll_fn` must return one number per window, shape "
+                        f"({batch_size},). Got {nlls.shape}."
+                    )
+                bar.update(size)
+                yield ScoredBatch(first, nlls[:size].astype(np.float64))
+
+    return batches()
+
+
+def count_scored(windows: Windows) -> Int[np.ndarray, " w"]:
+    """Weighs a window by its predicted tokens: the usual perplexity per token."""
+    return windows.scored.sum(axis=1)
+
+
+def count_new(windows: Windows) -> Int[np.ndarray, " w"]:
+    """Weighs a window by its new tokens, as the 2024 paper does on LAMBADA.
+
+    A first window of `t` tokens has `t - 1` predictions and weight `t`, so this differs
+    from `count_scored` only where a window predicts nothing for its first new token.
+
+    References:
+      Merkulov et al. (2024), arXiv:2404.09737, evaluation on LAMBADA; an earlier form
+      of the fixed-length perplexity recipe of Hugging Face.
+    """
+    return windows.num_new
+
+
+def perplexity(
+    window_nlls: Float[np.ndarray, " w"],
+    windows: Windows,
+    *,
+    weigh: Weighting = count_scored,
+) -> float:
+    """Turns the windows' negative log likelihoods into one perplexity.
+
+    `exp(sum(weight * mean loss of the window) / sum(weight))` in float64. With
+    `count_scored` the weights cancel the means: the total over the number of
+    predictions.
+
+    Args:
+      window_nlls: Nats per window, summed over its scored tokens; one per window.
+      windows: The windows they belong to, all of them.
+      weigh: `count_scored`, or `count_new` for the 2024 paper's formula.
+
+    Returns:
+      At least 1 for a proper model, `inf` for a destroyed one beyond float64, NaN if a
+      loss is NaN.
+
+    Raises:
+      ValueError: If there is not exactly one value per window.
+    """
+    scored = count_scored(windows)
+    if window_nlls.shape != scored.shape:
+        raise ValueError(
+            f"`window_nlls` must hold one value for each of {scored.size} windows. "
+            f"Got shape {window_nlls.shape}."
+        )
+    weights = weigh(windows)
+    means = window_nlls.astype(np.float64) / scored
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.sum(means * weights) / np.sum(weights)))
