@@ -1,0 +1,123 @@
+"""The rows of the perplexity table: the paper's method and its controls."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from kashin_jax import (
+    BasisSpec,
+    KashinConfig,
+    KMeansConfig,
+    NF4Config,
+    RotatedKMeansConfig,
+    RTNConfig,
+    UniformConfig,
+)
+from kashin_jax.errors import UsageError
+from kashin_jax.quantized import QuantizerConfig
+
+__all__ = ["FULL_PRECISION", "METHODS", "Method", "choose_methods"]
+
+FULL_PRECISION = "full precision"
+
+MakeConfig = Callable[[int, BasisSpec, float, int], QuantizerConfig]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One kind of row.
+
+    Attributes:
+      make: The configuration for a width, a basis, a tolerance and a step limit;
+        raises ValueError, with the reason, where the method does not exist.
+      note: Group size, type of the scales, and where it comes from.
+      has_basis: Whether the basis matters, so that each basis is a row.
+      is_random: Whether the seed matters, so that each seed is a row.
+      keeps_failures: Whether layers that do not converge stay in full precision.
+    """
+
+    make: MakeConfig
+    note: str
+    has_basis: bool = False
+    is_random: bool = False
+    keeps_failures: bool = False
+
+
+def _kashin(
+    bits: int, basis: BasisSpec, rtol: float, max_steps: int
+) -> QuantizerConfig:
+    return KashinConfig(bits=bits, basis=basis, rtol=rtol, max_steps=max_steps)
+
+
+METHODS: Mapping[str, Method] = {
+    "kashin": Method(
+        make=_kashin,
+        note="The 2024 paper's method on every layer, converged or not, run through "
+        "packed layers: one codebook of 2^b float32 pairs and one float32 scale per "
+        "matrix, bases from a 64-bit seed.",
+        has_basis=True,
+        is_random=True,
+    ),
+    "kashin-authors": Method(
+        make=_kashin,
+        note="As the authors' OPT script does it: layers that did not converge are "
+        "left in full precision, and counted so here.",
+        has_basis=True,
+        is_random=True,
+        keeps_failures=True,
+    ),
+    "uniform": Method(
+        make=lambda bits, *_: UniformConfig(bits=bits),
+        note="Per-tensor min-max grid, one float32 step and offset per matrix.",
+    ),
+    "k-means": Method(
+        make=lambda bits, *_: KMeansConfig(bits=bits),
+        note="Per-tensor 1-D k-means, 2^b float32 levels and one float32 scale per "
+        "matrix.",
+        is_random=True,
+    ),
+    "rtn-channel": Method(
+        make=lambda bits, *_: RTNConfig(bits=bits, group_size=None),
+        note="Round-to-nearest, asymmetric, fp16 step and b-bit zero point per output "
+        "channel.",
+    ),
+    "rtn-g128": Method(
+        make=lambda bits, *_: RTNConfig(bits=bits, group_size=128),
+        note="Round-to-nearest, asymmetric, fp16 step and b-bit zero point per group "
+        "of 128.",
+    ),
+    "nf4-g64": Method(
+        make=lambda bits, *_: NF4Config(bits=bits),
+        note="NF4, fp16 scale per group of 64, no double quantization.",
+    ),
+    "rotate-k-means": Method(
+        make=lambda bits, basis, *_: RotatedKMeansConfig(bits=bits, basis=basis),
+        note="The Kashin row's bases as a rotation, then per-tensor 1-D k-means: "
+        "2^b float32 levels, one float32 scale and a 64-bit seed per matrix.",
+        has_basis=True,
+        is_random=True,
+    ),
+}
+
+
+def choose_methods(names: tuple[str, ...]) -> dict[str, Method]:
+    """The named methods in the order of the table; `all` stands for every one.
+
+    Full precision is always the first row and may be named.
+
+    Raises:
+      UsageError: If a name is unknown or none is given.
+    """
+    known = {"all", FULL_PRECISION, *METHODS}
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"`--methods` has no `{name}`. Choose all or from: "
+                f"{', '.join(METHODS)}."
+            )
+    if not names:
+        raise UsageError(f"`--methods` is empty. Choose from: {', '.join(METHODS)}.")
+    return {
+        name: method
+        for name, method in METHODS.items()
+        if "all" in names or name in names
+    }

@@ -1,0 +1,299 @@
+"""Perplexity of a quantized OPT model: the 2024 paper's table, with its controls.
+
+    python -m experiments.opt_ppl --bits=4
+    python -m experiments.opt_ppl --bits=2,3,4 --max_tokens=all --seed=0,1,2
+    python -m experiments.opt_ppl --model=facebook/opt-125m --dataset=lambada \
+        --basis=haar --bits=4,5,6 --max_tokens=all
+
+Without flags it takes the embedded checkpoint opt-wiki-18m and the first 8,192 tokens
+of WikiText-2 (raw test), one basis and one seed. All linear matrices of the blocks are
+quantized; embeddings, norms, biases and the output head are not. It prints one row per
+method and writes STEM.jsonl, STEM.md and STEM.png to `--out`, STEM naming model, data,
+context, tokens and widths. The same command goes on where an interrupted one stopped.
+
+Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
+"""
+
+import dataclasses
+import itertools
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.cli import check_flags, flag, run_program
+from experiments.methods import METHODS, choose_methods
+from experiments.perplexity_rows import (
+    Bench,
+    checkpoint_sha256,
+    full_precision_row,
+    quantized_row,
+)
+from experiments.plots import plot_perplexity
+from experiments.published import published_perplexity
+from experiments.results import environment_fields, prepare_output, write_results
+from experiments.tables import PERPLEXITY_COLUMNS, Column, aligned_table, fixed
+from experiments.text import (
+    ASSETS,
+    DATASETS,
+    EvaluationText,
+    default_context,
+    load_text,
+    parse_max_tokens,
+    trained_context,
+)
+from experiments.tokenizer import check_vocabulary, load_tokenizer
+from kashin_jax import BasisSpec
+from kashin_jax.bases import FAMILIES
+from kashin_jax.errors import UsageError
+from kashin_jax.models.loading import LoadedModel, load_opt
+
+__all__ = ["OptPplConfig", "main", "run"]
+
+EMBEDDED = ASSETS / "opt-wiki-18m"
+_GIVEN = (bool, "given")
+_POSITIVE = (lambda x: x >= 1, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptPplConfig:
+    """A table; meanings are in the flags.
+
+    Raises:
+      UsageError: If a value cannot work; the message names the flag.
+    """
+
+    bits: tuple[str, ...] = flag(("4",), "Code widths, 1 to 8, as a list.", _GIVEN)
+    model: str = flag(
+        str(EMBEDDED), "Directory or hub id of an OPT checkpoint.", _GIVEN
+    )
+    dataset: str = flag("wikitext2", f"One of {', '.join(DATASETS)}.")
+    text_file: str = flag("", "Score this UTF-8 text instead of a data set.")
+    context: int = flag(
+        0, "Window in tokens; 0: the length the model was trained at.",
+        (lambda x: x == 0 or x >= 2, "0 or at least 2"),
+    )  # fmt: skip
+    max_tokens: str = flag("8192", "Tokens scored, from the first on; or `all`.")
+    methods: tuple[str, ...] = flag(
+        ("all",), f"all, or a list of: {', '.join(METHODS)}."
+    )
+    basis: tuple[str, ...] = flag(
+        ("hadamard",),
+        f"List of families ({', '.join(FAMILIES)}); `left:right` for unequal sides.",
+        _GIVEN,
+    )
+    seed: tuple[str, ...] = flag(
+        ("0",), "Seeds, as a list; each is a row of the random methods.", _GIVEN
+    )
+    rtol: float = flag(
+        1e-6,
+        "Relative residual at which the decomposition has converged.",
+        (lambda x: 0 < x < 1, "in (0, 1)"),
+    )
+    max_steps: int = flag(200, "Greedy steps allowed per matrix.", _POSITIVE)
+    batch_size: int = flag(4, "Windows per forward pass.", _POSITIVE)
+    out: str = flag("results", "Directory of the results.", _GIVEN)
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+        choose_methods(self.methods)
+        _numbers("bits", self.bits, 1, 8)
+        _numbers("seed", self.seed, 0, 2**31 - 1)
+        _bases(self.basis)
+
+
+def _numbers(name: str, texts: tuple[str, ...], low: int, high: int) -> list[int]:
+    for text in texts:
+        if not re.fullmatch(r"\d{1,10}", text) or not low <= int(text) <= high:
+            raise UsageError(
+                f"`--{name}` must list whole numbers in [{low}, {high}]. Got {text!r}."
+            )
+    return sorted({int(text) for text in texts})
+
+
+def _bases(texts: tuple[str, ...]) -> list[BasisSpec]:
+    try:
+        return [BasisSpec.parse(text) for text in texts]
+    except ValueError as error:
+        raise UsageError(f"`--basis`: {error}") from error
+
+
+def run(config: OptPplConfig) -> int:
+    """Makes, prints and writes the table; returns the exit code.
+
+    Raises:
+      UsageError: If a flag does not fit the model or the output cannot be written.
+      CheckpointError: If the model cannot be loaded.
+      DataError: If the text cannot be used.
+    """
+    out = prepare_output(config.out)
+    # TF32 would put the products of a float32 model at three digits on a GPU.
+    with jax.default_matmul_precision("highest"):
+        loaded = load_opt(config.model)
+        text = _load_text(config, loaded)
+        name = _model_name(config.model)
+        stem = _stem(config, name, text)
+        work = out / "work" / stem
+        work.mkdir(parents=True, exist_ok=True)
+        bench = Bench(
+            loaded=loaded,
+            text=text,
+            work=work,
+            identity={
+                "model": name, **text.record_fields(), **environment_fields()
+            },
+            weights_sha256=checkpoint_sha256(loaded.directory),
+            batch_size=config.batch_size,
+        )  # fmt: skip
+        records = _rows(config, bench)
+    _present(config, records, text, out, stem)
+    shutil.rmtree(work)
+    return 0
+
+
+def _load_text(config: OptPplConfig, loaded: LoadedModel) -> EvaluationText:
+    tokenizer = load_tokenizer(loaded.directory)
+    check_vocabulary(tokenizer, loaded.config.vocab_size)
+    limit = loaded.config.max_position_embeddings
+    if config.context > limit:
+        raise UsageError(
+            f"`--context`={config.context} exceeds the {limit} positions of the model; "
+            "lower it."
+        )
+    own = trained_context(loaded.directory) or limit
+    return load_text(
+        config.dataset,
+        tokenizer,
+        context=config.context or default_context(config.dataset, own),
+        text_file=config.text_file or None,
+        max_tokens=parse_max_tokens(config.max_tokens),
+    )
+
+
+def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:
+    full = full_precision_row(bench)
+    records = [full]
+    _announce(full)
+    for bits, (name, method) in itertools.product(
+        _numbers("bits", config.bits, 1, 8), choose_methods(config.methods).items()
+    ):
+        bases = _bases(config.basis)[: None if method.has_basis else 1]
+        seeds = _numbers("seed", config.seed, 0, 2**31 - 1)
+        for basis, seed in itertools.product(
+            bases, seeds[: None if method.is_random else 1]
+        ):
+            row = quantized_row(
+                bench,
+                name,
+                method,
+                bits=bits,
+                basis=basis,
+                seed=seed,
+                rtol=config.rtol,
+                max_steps=config.max_steps,
+            )
+            if row["perplexity"] is not None:
+                row["increase"] = row["perplexity"] - full["perplexity"]
+            records.append(row)
+            _announce(row)
+    return [_with_published(config, record) for record in records]
+
+
+def _announce(row: dict[str, Any]) -> None:
+    value = "-" if row["perplexity"] is None else f"{row['perplexity']:.3f}"
+    print(f"{row['method']}, {row['bits']} bits: {value}", file=sys.stderr)
+
+
+def _with_published(config: OptPplConfig, record: dict[str, Any]) -> dict[str, Any]:
+    value = published_perplexity(
+        config.model,
+        record["dataset"],
+        record["context"],
+        parse_max_tokens(config.max_tokens) is not None,
+        record["method"],
+        record["bits"],
+    )
+    return record if value is None else {**record, "published": value}
+
+
+def _present(
+    config: OptPplConfig,
+    records: list[dict[str, Any]],
+    text: EvaluationText,
+    out: Path,
+    stem: str,
+) -> None:
+    columns = _columns(config, records)
+    first = records[0]
+    facts = [
+        f"Model {first['model']}; {first['tokens']} predictions scored. "
+        + ("" if parse_max_tokens(config.max_tokens) is None else _LIMITED),
+        f"{text.name}: {text.protocol}.",
+        *text.notes,
+        "Sizes are stored bits: codes, centroids, scales, zero points, seeds. "
+        "`seconds` is quantization time on this device, compilation included.",
+        f"{first['device']}, jax {first['jax_version']}, "
+        f"kashin_jax {first['kashin_jax_version']}.",
+    ]
+    print("\n".join(facts) + "\n\n" + aligned_table(records, columns))
+    title = f"{first['model']}: perplexity on {text.name}"
+    written = write_results(
+        out, stem, records, columns, title=title, command=_command(config), facts=facts
+    )
+    picture = out / f"{stem}.png"
+    plot_perplexity(records, picture, title=title)
+    print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
+
+
+_LIMITED = "This is the beginning of the text; `--max_tokens=all` scores all of it."
+
+
+def _columns(config: OptPplConfig, records: list[dict[str, Any]]) -> tuple[Column, ...]:
+    columns = list(PERPLEXITY_COLUMNS)
+    if len(config.seed) > 1:
+        columns.insert(1, Column("seed", "seed"))
+    if len(config.basis) > 1:
+        columns.insert(1, Column("basis", "basis"))
+    if any("published" in record for record in records):
+        columns.insert(-1, Column("published", "published", fixed(2)))
+    return tuple(columns)
+
+
+def _model_name(model: str) -> str:
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
+
+
+def _stem(config: OptPplConfig, model: str, text: EvaluationText) -> str:
+    parts = [
+        "opt_ppl", model, text.name, str(text.context), config.max_tokens,
+        "-".join(config.bits) + "bit",
+    ]  # fmt: skip
+    # Only what differs from the default, so that the plain run has a plain name.
+    if config.basis != OptPplConfig().basis:
+        parts.append("-".join(config.basis))
+    if config.methods != OptPplConfig().methods:
+        parts.append("-".join(config.methods))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+
+
+def _command(config: OptPplConfig) -> str:
+    parts = ["python -m experiments.opt_ppl"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default or field.name == "bits":
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            parts.append(f"--{field.name}={text}")
+    return " ".join(parts)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_program("opt_ppl", __doc__, OptPplConfig, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
