@@ -1,0 +1,156 @@
+"""Text generation with a key-value cache: greedy, or sampled at a temperature."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from kashin_jax.errors import UsageError
+from kashin_jax.models.opt import KVCache, OPTForCausalLM
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: OPTForCausalLM,
+    input_ids: Int[Array, "b t"],
+    *,
+    attention_mask: Int[Array, "b t"] | None = None,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    key: Key[Array, ""] | None = None,
+    eos_token_id: int | None = None,
+) -> Int[Array, "b total"]:
+    """Continues every row of a batch of prompts.
+
+    Compiled once per architecture, shape of prompts and `max_new_tokens`; stops early
+    once every row has ended. Meant for the outside of `jit`: arguments are checked by
+    value.
+
+    Args:
+      model: Its training mode is ignored; dropout is off.
+      input_ids: Prompts, padded on the left to a common length.
+      attention_mask: 1 for real tokens, 0 for padding.
+      max_new_tokens: Tokens to add to every row.
+      temperature: 0 takes the likeliest token. Otherwise tokens are drawn from the
+        softmax of the logits divided by this.
+      key: Random key; needed where `temperature` is above 0.
+      eos_token_id: Ends a row. What follows it is filled with the padding token of
+        the model's configuration, or with `eos_token_id` where that has none.
+
+    Returns:
+      The prompts, with `max_new_tokens` more columns.
+
+    Raises:
+      UsageError: If a row ends in padding, an id is outside the vocabulary, prompt and
+        new tokens exceed the model's positions, or `key` is missing.
+    """
+    mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+    _check(model, input_ids, mask, max_new_tokens, temperature, key)
+    model = nnx.merge(*nnx.split(model))
+    model.eval()
+    graphdef, state = nnx.split(model)
+    # Ids are not negative, so -1 ends no row.
+    eos = -1 if eos_token_id is None else eos_token_id
+    fill = eos if (pad := model.config.pad_token_id) is None else pad
+    return _generate(
+        graphdef,
+        state,
+        input_ids,
+        mask,
+        jax.random.key(0) if key is None else key,
+        jnp.asarray(temperature, jnp.float32),
+        jnp.asarray(eos, input_ids.dtype),
+        jnp.asarray(fill, input_ids.dtype),
+        max_new_tokens=max_new_tokens,
+        greedy=temperature == 0,
+    )
+
+
+class _State(NamedTuple):
+    step: Int[Array, ""]
+    tokens: Int[Array, "b total"]
+    newest: Int[Array, " b"]
+    ended: Bool[Array, " b"]
+    cache: KVCache
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "greedy"))
+def _generate(
+    graphdef: nnx.GraphDef,
+    state: PyTree[Array],
+    input_ids: Int[Array, "b t"],
+    mask: Int[Array, "b t"],
+    key: Key[Array, ""],
+    temperature: Float[Array, ""],
+    eos: Int[Array, ""],
+    fill: Int[Array, ""],
+    *,
+    max_new_tokens: int,
+    greedy: bool,
+) -> Int[Array, "b total"]:
+    model = nnx.merge(graphdef, state)
+    b, t = input_ids.shape
+
+    def choose(
+        logits: Float[Array, "b vocab"], step: Int[Array, ""], ended: Bool[Array, " b"]
+    ) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
+        if greedy:
+            token = jnp.argmax(logits, axis=-1)
+        else:
+            step_key = jax.random.fold_in(key, step)
+            token = jax.random.categorical(step_key, logits / temperature)
+        token = jnp.where(ended, fill, token.astype(fill.dtype))
+        return token, ended | (token == eos)
+
+    def cond_fun(s: _State) -> Bool[Array, ""]:
+        return (s.step < max_new_tokens) & ~jnp.all(s.ended)
+
+    def body_fun(s: _State) -> _State:
+        logits, cache = model.decode(s.newest[:, None], s.cache)
+        token, ended = choose(logits, s.step, s.ended)
+        tokens = s.tokens.at[:, t + s.step].set(token)
+        return _State(s.step + 1, tokens, token, ended, cache)
+
+    cache = model.init_cache(b, t + max_new_tokens)
+    logits, cache = model.decode(input_ids, cache, mask)
+    zero = jnp.zeros((), jnp.int32)
+    token, ended = choose(logits, zero, jnp.zeros(b, bool))
+    tokens = jnp.full((b, t + max_new_tokens), fill, input_ids.dtype)
+    tokens = tokens.at[:, :t].set(input_ids).at[:, t].set(token)
+    init = _State(zero + 1, tokens, token, ended, cache)
+    return jax.lax.while_loop(cond_fun, body_fun, init).tokens
+
+
+def _check(
+    model: OPTForCausalLM,
+    input_ids: Int[Array, "b t"],
+    mask: Int[Array, "b t"],
+    max_new_tokens: int,
+    temperature: float,
+    key: Key[Array, ""] | None,
+) -> None:
+    config, t = model.config, input_ids.shape[1]
+    if max_new_tokens < 1:
+        raise UsageError(f"`max_new_tokens` must be at least 1. Got {max_new_tokens}.")
+    if t + max_new_tokens > config.max_position_embeddings:
+        raise UsageError(
+            f"`max_new_tokens`={max_new_tokens} and a prompt of {t} tokens exceed the "
+            f"model's {config.max_position_embeddings} positions; shorten either."
+        )
+    if temperature < 0:
+        raise UsageError(f"`temperature` must not be negative. Got {temperature}.")
+    if temperature > 0 and key is None:
+        raise UsageError("`key` is needed where `temperature` is above 0.")
+    if not np.all(np.asarray(mask)[:, -1] == 1):
+        raise UsageError("`attention_mask` ends in padding; pad prompts on the left.")
+    ids = np.asarray(input_ids)
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise UsageError(
+            f"`input_ids` must lie in [0, {config.vocab_size}). "
+            f"Got {ids.min()} to {ids.max()}."
+        )

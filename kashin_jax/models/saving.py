@@ -1,0 +1,106 @@
+"""Saving OPT models in Hugging Face's layout."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+from jax.typing import DTypeLike
+
+from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
+from kashin_jax.models.names import published_name
+from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
+
+__all__ = ["save_opt"]
+
+
+def save_opt(
+    model: OPTForCausalLM,
+    config: OPTConfig,
+    directory: str | Path,
+    *,
+    dtype: DTypeLike = "float16",
+) -> None:
+    """Writes `model.safetensors` and `config.json`, as `transformers` reads them.
+
+    Each file appears whole or not at all, `config.json` last. The tokenizer is not
+    part of a model and is left to the caller.
+
+    Args:
+      model: A model with dense layers.
+      config: Its architecture.
+      directory: Created where it does not exist; files of those names are replaced.
+      dtype: Floating-point precision to store.
+
+    Raises:
+      UsageError: If the model has other parameters than `config` asks for, as after
+        quantizing; dequantize it first.
+      NonFiniteError: If a weight is not finite, or overflows `dtype`; names it.
+      CheckpointError: If the directory cannot be written.
+    """
+    dtype = jnp.dtype(dtype)
+    tensors = _tensors(model, config, dtype)
+    content = config.to_dict() | {"torch_dtype": dtype.name}
+    text = json.dumps(content, indent=2) + "\n"
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace(
+            directory / "model.safetensors", lambda path: _write_tensors(path, tensors)
+        )
+        _replace(directory / "config.json", lambda path: path.write_text(text, "utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: cannot be written ({error.strerror}); choose another "
+            "directory."
+        ) from error
+
+
+def _tensors(
+    model: OPTForCausalLM, config: OPTConfig, dtype: np.dtype
+) -> dict[str, np.ndarray]:
+    expected = nnx.eval_shape(lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0)))
+    shapes = {path: v.shape for path, v in nnx.to_flat_state(nnx.state(expected))}
+    found = dict(nnx.to_flat_state(nnx.state(model)))
+    if odd := shapes.keys() ^ found.keys():
+        raise UsageError(
+            f"`model` and `config` differ in parameter "
+            f"`{'.'.join(map(str, min(odd, key=str)))}`; save dense models only."
+        )
+    tensors = {}
+    for path, variable in found.items():
+        name = published_name(path)
+        value = np.asarray(variable[...])
+        if value.shape != shapes[path]:
+            raise UsageError(
+                f"`{name}` has shape {value.shape}, but `config` asks for "
+                f"{shapes[path]}."
+            )
+        with np.errstate(over="ignore"):
+            value = (value.T if path[-1] == "kernel" else value).astype(dtype)
+        if not np.isfinite(value).all():
+            raise NonFiniteError(f"`{name}` is not finite in {dtype.name}.")
+        tensors[name] = np.ascontiguousarray(value)
+    return tensors
+
+
+def _write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    # safetensors makes files that only their owner can read, whatever the umask says.
+    path.touch()
+    mode = path.stat().st_mode
+    # Readers of transformers refuse files that do not say whose layout they have.
+    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+    path.chmod(mode)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
