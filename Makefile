@@ -28,7 +28,7 @@ oracle: setup         ## compare with Hugging Face's Flax models, installed apar
 	test -d $(ORACLE) || $(BIN)/python -m pip install --quiet --no-deps --target=$(ORACLE) \
 	  transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 \
 	  requests urllib3 certifi charset-normalizer
-	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest -m oracle
+	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest -m oracle tests/oracle
 
 bench: setup          ## time and memory of the decomposition, the coders and matmul
 	$(BIN)/python -m benchmarks.core

@@ -4,7 +4,7 @@ Vector and matrix form are one function: the matrix form is the vector form for
 Q = Q2 (x) Q1, so only the basis differs. Write for one block; `vmap` over blocks.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 __all__ = ["Frame", "KashinDecomposition", "kashin_decompose"]
 
 
+@runtime_checkable
 class Frame(Protocol):
     """What the decomposition needs of a basis: a `Basis` or a `KroneckerBasis`."""
 

@@ -35,7 +35,9 @@ class KashinConfig:
         the paper, is the whole matrix.
       rtol: Stop the decomposition at this relative residual.
       max_steps: Greedy steps allowed.
-      num_restarts: k-means++ starts; the codebook of least inertia wins.
+      num_restarts: k-means++ starts; the codebook of least inertia wins. Many starts
+        on few points: on opt-wiki-18m at 4 bits the relative squared error is .0192
+        with 4 starts on 16384 points, .0179 with 50 on 8192, .0176 with 50 on 4096.
       sample: Points the starts are compared on.
       codebook_rtol: Dimensionless tolerance of Lloyd's algorithm.
       codebook_steps: Lloyd steps on the sample.
@@ -47,11 +49,11 @@ class KashinConfig:
     block_shape: tuple[int, int] | None = None
     rtol: float = 1e-6
     max_steps: int = 200
-    num_restarts: int = 4
-    sample: int = 16384
+    num_restarts: int = 50
+    sample: int = 4096
     codebook_rtol: float = 1e-3
     codebook_steps: int = 100
-    polish_steps: int = 5
+    polish_steps: int = 20
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
