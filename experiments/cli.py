@@ -76,7 +76,7 @@ def parse_flags(
     try:
         rest = values([program, *arguments])[1:]
     except flags.Error as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(f"{' '.join(str(error).split())} (see --help)") from error
     if rest:
         raise UsageError(f"`{rest[0]}` is not a flag; write `--name=value`.")
     if values.help:
@@ -110,7 +110,8 @@ def run_program(
         )
         return 130
     except (UsageError, DataError, CheckpointError, NonFiniteError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        # Messages of other libraries, which some errors quote, have several lines.
+        print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except ModuleNotFoundError as error:
         print(

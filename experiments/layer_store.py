@@ -86,9 +86,10 @@ class LayerStore:
     def _digest(
         self, kernel: Float[Array, "m n"], config: QuantizerConfig, key: Key[Array, ""]
     ) -> str:
-        fields = [repr(config), np.asarray(jax.random.key_data(key)).tolist()]
+        key_data = np.asarray(jax.random.key_data(key)).tolist()
+        fields = [repr(config), key_data, kernel.shape, kernel.dtype.name]
         digest = hashlib.sha256(json.dumps([fields, self.environment]).encode())
-        digest.update(np.ascontiguousarray(kernel).tobytes())
+        digest.update(np.asarray(kernel).tobytes())
         return digest.hexdigest()[:32]
 
 
@@ -109,7 +110,8 @@ def _read(
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
         # Damaged, by a full disk say: the layer is computed again and replaces it.
         return None
-    if any(a.shape != b.shape for a, b in zip(leaves, expected, strict=True)):
+    kinds = [[(leaf.shape, leaf.dtype) for leaf in tree] for tree in (leaves, expected)]
+    if kinds[0] != kinds[1]:
         return None
     tensor, report = jax.tree.unflatten(structure, jax.device_put(leaves))
     return StoredLayer(tensor, report, seconds)

@@ -17,6 +17,7 @@ Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctr
 import dataclasses
 import itertools
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ __all__ = ["OptPplConfig", "main", "run"]
 
 EMBEDDED = ASSETS / "opt-wiki-18m"
 _GIVEN = (bool, "given")
+_DATASET = (lambda x: x in DATASETS, f"one of {', '.join(DATASETS)}")
 _POSITIVE = (lambda x: x >= 1, "at least 1")
 
 
@@ -67,10 +69,8 @@ class OptPplConfig:
     """
 
     bits: tuple[str, ...] = flag(("4",), "Code widths, 1 to 8, as a list.", _GIVEN)
-    model: str = flag(
-        str(EMBEDDED), "Directory or hub id of an OPT checkpoint.", _GIVEN
-    )
-    dataset: str = flag("wikitext2", f"One of {', '.join(DATASETS)}.")
+    model: str = flag(str(EMBEDDED), "OPT checkpoint: directory or hub id.", _GIVEN)
+    dataset: str = flag("wikitext2", f"One of {', '.join(DATASETS)}.", _DATASET)
     text_file: str = flag("", "Score this UTF-8 text instead of a data set.")
     context: int = flag(
         0, "Window in tokens; 0: the length the model was trained at.",
@@ -89,10 +89,9 @@ class OptPplConfig:
         ("0",), "Seeds, as a list; each is a row of the random methods.", _GIVEN
     )
     rtol: float = flag(
-        1e-6,
-        "Relative residual at which the decomposition has converged.",
+        1e-6, "Relative residual at which the decomposition has converged.",
         (lambda x: 0 < x < 1, "in (0, 1)"),
-    )
+    )  # fmt: skip
     max_steps: int = flag(200, "Greedy steps allowed per matrix.", _POSITIVE)
     batch_size: int = flag(4, "Windows per forward pass.", _POSITIVE)
     out: str = flag("results", "Directory of the results.", _GIVEN)
@@ -100,6 +99,7 @@ class OptPplConfig:
     def __post_init__(self) -> None:
         check_flags(self)
         choose_methods(self.methods)
+        parse_max_tokens(self.max_tokens)
         _numbers("bits", self.bits, 1, 8)
         _numbers("seed", self.seed, 0, 2**31 - 1)
         _bases(self.basis)
@@ -142,15 +142,15 @@ def run(config: OptPplConfig) -> int:
             loaded=loaded,
             text=text,
             work=work,
-            identity={
-                "model": name, **text.record_fields(), **environment_fields()
-            },
+            identity={"model": name, **text.record_fields(), **environment_fields()},
             weights_sha256=checkpoint_sha256(loaded.directory),
             batch_size=config.batch_size,
-        )  # fmt: skip
+        )
         records = _rows(config, bench)
     _present(config, records, text, out, stem)
     shutil.rmtree(work)
+    if not any(work.parent.iterdir()):
+        work.parent.rmdir()
     return 0
 
 
@@ -163,7 +163,7 @@ def _load_text(config: OptPplConfig, loaded: LoadedModel) -> EvaluationText:
             f"`--context`={config.context} exceeds the {limit} positions of the model; "
             "lower it."
         )
-    own = trained_context(loaded.directory) or limit
+    own = min(trained_context(loaded.directory) or limit, limit)
     return load_text(
         config.dataset,
         tokenizer,
@@ -186,15 +186,9 @@ def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:
             bases, seeds[: None if method.is_random else 1]
         ):
             row = quantized_row(
-                bench,
-                name,
-                method,
-                bits=bits,
-                basis=basis,
-                seed=seed,
-                rtol=config.rtol,
-                max_steps=config.max_steps,
-            )
+                bench, name, method, bits=bits, basis=basis, seed=seed,
+                rtol=config.rtol, max_steps=config.max_steps,
+            )  # fmt: skip
             if row["perplexity"] is not None:
                 row["increase"] = row["perplexity"] - full["perplexity"]
             records.append(row)
@@ -209,7 +203,7 @@ def _announce(row: dict[str, Any]) -> None:
 
 def _with_published(config: OptPplConfig, record: dict[str, Any]) -> dict[str, Any]:
     value = published_perplexity(
-        config.model,
+        record["model"],
         record["dataset"],
         record["context"],
         parse_max_tokens(config.max_tokens) is not None,
@@ -227,10 +221,10 @@ def _present(
     stem: str,
 ) -> None:
     columns = _columns(config, records)
-    first = records[0]
+    first, limit = records[0], parse_max_tokens(config.max_tokens)
     facts = [
-        f"Model {first['model']}; {first['tokens']} predictions scored. "
-        + ("" if parse_max_tokens(config.max_tokens) is None else _LIMITED),
+        f"Model {first['model']}; {first['tokens']} predictions scored."
+        + (_LIMITED if text.tokens.size == limit else ""),
         f"{text.name}: {text.protocol}.",
         *text.notes,
         "Sizes are stored bits: codes, centroids, scales, zero points, seeds. "
@@ -248,7 +242,7 @@ def _present(
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
 
 
-_LIMITED = "This is the beginning of the text; `--max_tokens=all` scores all of it."
+_LIMITED = " This is the beginning of the text; `--max_tokens=all` scores all of it."
 
 
 def _columns(config: OptPplConfig, records: list[dict[str, Any]]) -> tuple[Column, ...]:
@@ -270,14 +264,19 @@ def _model_name(model: str) -> str:
 def _stem(config: OptPplConfig, model: str, text: EvaluationText) -> str:
     parts = [
         "opt_ppl", model, text.name, str(text.context), config.max_tokens,
-        "-".join(config.bits) + "bit",
+        _text(config.bits) + "bit",
     ]  # fmt: skip
     # Only what differs from the default, so that the plain run has a plain name.
-    if config.basis != OptPplConfig().basis:
-        parts.append("-".join(config.basis))
-    if config.methods != OptPplConfig().methods:
-        parts.append("-".join(config.methods))
+    plain = OptPplConfig()
+    for name in ("basis", "methods", "seed", "rtol", "max_steps"):
+        if (value := getattr(config, name)) != getattr(plain, name):
+            label = "" if name in ("basis", "methods") else name
+            parts.append(label + _text(value))
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+
+
+def _text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _command(config: OptPplConfig) -> str:
@@ -285,8 +284,7 @@ def _command(config: OptPplConfig) -> str:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default or field.name == "bits":
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            parts.append(f"--{field.name}={text}")
+            parts.append(shlex.quote(f"--{field.name}={_text(value)}"))
     return " ".join(parts)
 
 

@@ -21,6 +21,7 @@ from experiments.partial import PartialScores, score_resumably
 from experiments.tables import Record
 from experiments.text import EvaluationText
 from kashin_jax import BasisSpec, KashinConfig, stored_bits
+from kashin_jax.errors import NonFiniteError
 from kashin_jax.evaluation import perplexity, window_nll
 from kashin_jax.layers import (
     path_key,
@@ -32,6 +33,13 @@ from kashin_jax.models.loading import LoadedModel
 from kashin_jax.quantized import QuantizerConfig
 
 __all__ = ["Bench", "checkpoint_sha256", "full_precision_row", "quantized_row"]
+
+
+# Every record has every field, so that a reader of the file needs no special cases.
+_ABSENT = dict.fromkeys((
+    "stored_bits_per_weight", "model_bits_per_weight", "perplexity", "increase",
+    "relative_error", "converged_share", "quantize_seconds", "seed", "basis",
+))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +101,7 @@ def full_precision_row(bench: Bench) -> dict[str, Any]:
     return {
         "method": FULL_PRECISION,
         "bits": int(bits),
+        **_ABSENT,
         "stored_bits_per_weight": bits,
         "model_bits_per_weight": bits,
         "perplexity": bench.score(bench.loaded.model, {"config": None}),
@@ -120,6 +129,7 @@ def quantized_row(
     row = {
         "method": name,
         "bits": bits,
+        **_ABSENT,
         "basis": str(basis) if method.has_basis else None,
         "seed": seed if method.is_random else None,
         **bench.identity,
@@ -127,9 +137,13 @@ def quantized_row(
     try:
         config = method.make(bits, basis, rtol, max_steps)
     except ValueError as reason:
-        return {**row, "perplexity": None, "note": str(reason)}
+        return {**row, "note": str(reason)}
     key = jax.random.key(seed)
-    layers = _quantize_layers(bench, config, key, f"{name}, {bits} bits")
+    try:
+        layers = _quantize_layers(bench, config, key, f"{name}, {bits} bits")
+    except NonFiniteError as reason:
+        # The checkpoint is finite, so it is this method whose scales overflow.
+        return {**row, "note": str(reason)}
     kept = _failures(layers) if method.keeps_failures else frozenset()
     model = _quantized_model(bench, config, key, layers, kept)
     computation = {"config": repr(config), "seed": seed, "kept": sorted(kept)}
@@ -227,10 +241,10 @@ def _stored_width(loaded: LoadedModel) -> int:
 
 
 def checkpoint_sha256(directory: Path) -> str:
-    """Hash of the configuration and weight files of a checkpoint."""
+    """Hash of the configuration, tokenizer and weight files of a checkpoint."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.suffix in {".json", ".safetensors", ".msgpack", ".bin"}:
+        if path.suffix in {".json", ".safetensors", ".msgpack", ".bin", ".txt"}:
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -1,8 +1,8 @@
 """Published perplexities of OPT, to stand beside ours where the protocol is the same.
 
 WikiText-2 in the GPTQ protocol (rows joined by blank lines, windows of 2048). Sources:
-full precision, RTN per channel and RTN g128 from OmniQuant (arXiv 2308.13137),
-appendix; 350m from GPTQ (arXiv 2210.17323).
+full precision and RTN g128 from OmniQuant (arXiv 2308.13137), appendix; RTN per
+channel, and everything of 350m, from GPTQ (arXiv 2210.17323).
 """
 
 from experiments.methods import FULL_PRECISION
