@@ -1,0 +1,1 @@
+"""Parts of `experiments.train_opt`: text, tokens, optimizer, step, checkpoints, log."""

@@ -1,0 +1,135 @@
+"""From a configuration to an exported checkpoint."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+from flax import nnx
+
+from experiments.results import atomic_path
+from experiments.training.bpe import (
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
+from experiments.training.checkpoints import Checkpoints, claim_directory
+from experiments.training.config import TrainConfig
+from experiments.training.corpus import (
+    Corpus,
+    ShuffledStream,
+    TextSource,
+    corpus_fingerprint,
+    load_corpus,
+)
+from experiments.training.loop import LoopParts, train
+from experiments.training.runlog import RunLog, plot_losses
+from experiments.training.step import init_state, make_trainer, model_graph
+from experiments.training.validation import make_validator
+from kashin_jax.errors import DataError, UsageError
+from kashin_jax.models.loading import save_opt
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["RunResult", "run"]
+
+
+class RunResult(NamedTuple):
+    """How far a call came.
+
+    Attributes:
+      steps: Optimizer steps that the run has behind it.
+      export: Directory of the exported checkpoint; `None` while steps are missing.
+    """
+
+    steps: int
+    export: Path | None
+
+
+def run(config: TrainConfig) -> RunResult:
+    """Starts or resumes a run and exports its model once all steps are done.
+
+    Leaves in `config.out`: `run.json`, `checkpoints/`, `log.jsonl`, and at the end
+    `loss.png` and `hf/`, which `load_opt` and `transformers` read.
+
+    Raises:
+      UsageError: If the batch does not divide over the devices, or a directory cannot
+        be written.
+      DataError: If a text is missing, damaged or too small.
+      CheckpointError: If the tokenizer or a checkpoint cannot be read, or the
+        directory belongs to another run.
+      NonFiniteError: If the loss is not finite; the last checkpoint stays.
+    """
+    out = Path(config.out)
+    _check_devices(config)
+    tokenizer, corpus = _prepare_text(config, out)
+    model_config = config.model_config(vocabulary_size(tokenizer))
+    graphdef = model_graph(config, model_config, training=False)
+    trainer = make_trainer(config, model_config)
+    validate = make_validator(config, graphdef, tokenizer)
+    checkpoints = Checkpoints(out / "checkpoints")
+    try:
+        state = init_state(config, model_config, trainer.replicated)
+        state = checkpoints.restore_latest(state, trainer.replicated)
+        log = RunLog(out / "log.jsonl", done_steps=int(state.step))
+        stream = ShuffledStream(corpus, seed=config.seed)
+        parts = LoopParts(trainer, stream, checkpoints, log, validate)
+        state = train(config, parts, state)
+    finally:
+        checkpoints.close()
+    steps = int(state.step)
+    if steps < config.steps:
+        return RunResult(steps, None)
+    model = nnx.merge(graphdef, state.params)
+    save_opt(model, model_config, out / "hf")
+    save_tokenizer(tokenizer, out / "hf")
+    _write_asset(out / "hf", config)
+    plot_losses(log.path, out / "loss.png")
+    return RunResult(steps, out / "hf")
+
+
+def _check_devices(config: TrainConfig) -> None:
+    parts, devices = config.grad_accumulation, jax.local_device_count()
+    if config.batch_size // parts % devices:
+        raise UsageError(
+            f"`--batch_size`={config.batch_size} in {parts} parts does not divide over "
+            f"{devices} devices; make it a multiple of {devices * parts}."
+        )
+
+
+def _prepare_text(config: TrainConfig, out: Path) -> tuple["Tokenizer", Corpus]:
+    source = TextSource(
+        tuple(map(Path, config.text_file)),
+        config.separator,
+        config.wikitext_spacing,
+        config.seed,
+    )
+    own = out / "tokenizer"
+    if not config.vocab_size:
+        tokenizer = load_tokenizer(Path(config.tokenizer))
+    elif own.is_dir():
+        tokenizer = load_tokenizer(own)
+    else:
+        documents = source.documents()
+        tokenizer = train_tokenizer(documents, vocab_size=config.vocab_size)
+    fingerprint = corpus_fingerprint(source, tokenizer)
+    claim_directory(out, config.identity() | {"text_and_tokenizer": fingerprint})
+    if config.vocab_size:
+        save_tokenizer(tokenizer, own)
+    corpus = load_corpus(source, tokenizer, Path(config.cache_dir))
+    if corpus.epoch_tokens <= config.context:
+        raise DataError(
+            f"`{config.text_file[0]}` has {corpus.epoch_tokens} tokens, too few for "
+            f"one window; lower `--context`={config.context} or give more text."
+        )
+    return tokenizer, corpus
+
+
+def _write_asset(directory: Path, config: TrainConfig) -> None:
+    # Positions beyond the training context exist but are untrained; evaluations read
+    # the length to use from here.
+    content = {"name": Path(config.out).name, "trained_context": config.context}
+    with atomic_path(directory / "asset.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
