@@ -13,7 +13,7 @@ from absl import flags
 
 from kashin_jax.errors import CheckpointError, DataError, NonFiniteError, UsageError
 
-__all__ = ["Allowed", "flag", "parse_flags", "run_program"]
+__all__ = ["Allowed", "check_flags", "flag", "parse_flags", "run_program"]
 
 Config = TypeVar("Config")
 
@@ -29,7 +29,13 @@ _DEFINE: dict[Any, Callable[..., Any]] = {
 }
 
 
-def flag(default: Any, help_text: str, allowed: Allowed | None = None) -> Any:
+def flag(
+    default: Any,
+    help_text: str,
+    allowed: Allowed | None = None,
+    *,
+    is_repeated: bool = False,
+) -> Any:
     """A dataclass field that is a flag.
 
     Args:
@@ -37,9 +43,12 @@ def flag(default: Any, help_text: str, allowed: Allowed | None = None) -> Any:
         comma-separated list.
       help_text: Shown by `--help`.
       allowed: Checked by `check_flags`.
+      is_repeated: Whether a tuple is given as several flags instead of one list.
     """
+    define = flags.DEFINE_multi_string if is_repeated else None
     return dataclasses.field(
-        default=default, metadata={"help": help_text, "allowed": allowed}
+        default=default,
+        metadata={"help": help_text, "allowed": allowed, "define": define},
     )
 
 
@@ -70,9 +79,8 @@ def parse_flags(
         default = field.default
         if isinstance(default, tuple):
             default = list(default)
-        _DEFINE[field.type](
-            field.name, default, field.metadata["help"], flag_values=values
-        )
+        define = field.metadata["define"] or _DEFINE[field.type]
+        define(field.name, default, field.metadata["help"], flag_values=values)
     try:
         rest = values([program, *arguments])[1:]
     except flags.Error as error:

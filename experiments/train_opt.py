@@ -31,33 +31,15 @@ or checkpoint unusable, or loss not finite; 2: wrong flag; 3: stopped, steps are
 
 import sys
 
-from experiments.training.config import parse_flags
+from experiments.cli import run_program
+from experiments.training.config import TrainConfig
 from experiments.training.run import run
-from kashin_jax.errors import CheckpointError, DataError, NonFiniteError, UsageError
 
 __all__ = ["main"]
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line `arguments`; returns the exit code."""
-    try:
-        config = parse_flags(arguments)
-        if isinstance(config, str):
-            print(f"{__doc__}\n{config}")
-            return 0
-        result = run(config)
-    except KeyboardInterrupt:
-        print("train_opt: interrupted; finished checkpoints are kept.", file=sys.stderr)
-        return 130
-    except (UsageError, DataError, CheckpointError, NonFiniteError, OSError) as error:
-        print(f"train_opt: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except ModuleNotFoundError as error:
-        print(
-            f"train_opt: {error}; run: pip install 'kashin_jax[experiments]'",
-            file=sys.stderr,
-        )
-        return 2
+def _run(config: TrainConfig) -> int:
+    result = run(config)
     if result.export is None:
         print(
             f"Stopped after {result.steps} of {config.steps} steps; the same command "
@@ -66,6 +48,11 @@ def main(arguments: list[str]) -> int:
         return 3
     print(f"Finished {result.steps} steps; the checkpoint is in {result.export}.")
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_program("train_opt", __doc__, TrainConfig, _run, arguments)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from absl import flags
 from jax.typing import DTypeLike
 
+from experiments.cli import Allowed, check_flags, flag
 from kashin_jax.errors import UsageError
 from kashin_jax.models.opt import OPTConfig
 
-__all__ = ["TrainConfig", "parse_flags"]
+__all__ = ["TrainConfig"]
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -21,20 +20,12 @@ _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 _SMALLEST_BPE = 260
 
 
-# Bounds of a value, and how they read in a message.
-_Range = tuple[Callable[[Any], bool], str]
-_POSITIVE_COUNT: _Range = (lambda x: x >= 1, "at least 1")
-_COUNT: _Range = (lambda x: x >= 0, "at least 0")
-_POSITIVE: _Range = (lambda x: 0 < x < math.inf, "positive and finite")
-_SHARE: _Range = (lambda x: 0 <= x <= 1, "in [0, 1]")
-_RATE: _Range = (lambda x: 0 <= x < 1, "in [0, 1)")
-_GIVEN: _Range = (bool, "given")
-
-
-def _flag(default: Any, help_text: str, allowed: _Range | None = None) -> Any:
-    return dataclasses.field(
-        default=default, metadata={"help": help_text, "allowed": allowed}
-    )
+_POSITIVE_COUNT: Allowed = (lambda x: x >= 1, "at least 1")
+_COUNT: Allowed = (lambda x: x >= 0, "at least 0")
+_POSITIVE: Allowed = (lambda x: 0 < x < math.inf, "positive and finite")
+_SHARE: Allowed = (lambda x: 0 <= x <= 1, "in [0, 1]")
+_RATE: Allowed = (lambda x: 0 <= x < 1, "in [0, 1)")
+_GIVEN: Allowed = (bool, "given")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,79 +36,77 @@ class TrainConfig:
       UsageError: If a value cannot work; the message names the flag.
     """
 
-    text_file: tuple[str, ...] = _flag(
-        (), "UTF-8 text to train on; may be given several times.", _GIVEN
+    text_file: tuple[str, ...] = flag(
+        (),
+        "UTF-8 text to train on; may be given several times.",
+        _GIVEN,
+        is_repeated=True,
     )
-    separator: str = _flag(
+    separator: str = flag(
         "", "Line between two documents; the default is an empty line."
     )
-    wikitext_spacing: float = _flag(
+    wikitext_spacing: float = flag(
         0.0,
         "Share of the documents to rewrite in WikiText's spacing; the recipe: 0.8.",
         _SHARE,
     )
-    tokenizer: str = _flag(
+    tokenizer: str = flag(
         str(_ASSETS / "opt-wiki-18m"), "Directory with a tokenizer.json.", _GIVEN
     )
-    vocab_size: int = _flag(
+    vocab_size: int = flag(
         0,
         "Train a byte-level BPE of this size on the text instead; 0: do not.",
         (lambda x: x == 0 or x >= _SMALLEST_BPE, f"0 or at least {_SMALLEST_BPE}"),
     )
-    cache_dir: str = _flag(
+    cache_dir: str = flag(
         ".cache/train_opt", "Directory for texts once tokenized.", _GIVEN
     )
 
-    layers: int = _flag(8, "Blocks.", _POSITIVE_COUNT)
-    hidden_size: int = _flag(384, "Width of the residual stream.", _POSITIVE_COUNT)
-    heads: int = _flag(6, "Attention heads per block.", _POSITIVE_COUNT)
-    ffn_dim: int = _flag(1536, "Width inside the feed-forward parts.", _POSITIVE_COUNT)
-    max_positions: int = _flag(1024, "Positions that the model has.", _POSITIVE_COUNT)
-    context: int = _flag(
+    layers: int = flag(8, "Blocks.", _POSITIVE_COUNT)
+    hidden_size: int = flag(384, "Width of the residual stream.", _POSITIVE_COUNT)
+    heads: int = flag(6, "Attention heads per block.", _POSITIVE_COUNT)
+    ffn_dim: int = flag(1536, "Width inside the feed-forward parts.", _POSITIVE_COUNT)
+    max_positions: int = flag(1024, "Positions that the model has.", _POSITIVE_COUNT)
+    context: int = flag(
         512, "Tokens that one training window predicts.", _POSITIVE_COUNT
     )
-    dropout: float = _flag(0.05, "Dropout rate.", _RATE)
+    dropout: float = flag(0.05, "Dropout rate.", _RATE)
 
-    steps: int = _flag(9000, "Optimizer steps of the whole run.", _POSITIVE_COUNT)
-    batch_size: int = _flag(192, "Windows per optimizer step.", _POSITIVE_COUNT)
-    grad_accumulation: int = _flag(
+    steps: int = flag(9000, "Optimizer steps of the whole run.", _POSITIVE_COUNT)
+    batch_size: int = flag(192, "Windows per optimizer step.", _POSITIVE_COUNT)
+    grad_accumulation: int = flag(
         1, "Parts into which a batch is cut for memory.", _POSITIVE_COUNT
     )
-    learning_rate: float = _flag(2e-3, "Peak learning rate.", _POSITIVE)
-    warmup_steps: int = _flag(300, "Steps of linear warm-up.", _COUNT)
-    final_fraction: float = _flag(
+    learning_rate: float = flag(2e-3, "Peak learning rate.", _POSITIVE)
+    warmup_steps: int = flag(300, "Steps of linear warm-up.", _COUNT)
+    final_fraction: float = flag(
         0.05, "Last learning rate of the cosine, as a fraction of the peak.", _SHARE
     )
-    weight_decay: float = _flag(0.1, "Decoupled weight decay of matrices.", _COUNT)
-    beta1: float = _flag(0.9, "AdamW's decay of the mean gradient.", _RATE)
-    beta2: float = _flag(0.95, "AdamW's decay of the mean squared gradient.", _RATE)
-    clip: float = _flag(1.0, "Largest global norm of the gradient.", _POSITIVE)
-    dtype: str = _flag(
+    weight_decay: float = flag(0.1, "Decoupled weight decay of matrices.", _COUNT)
+    beta1: float = flag(0.9, "AdamW's decay of the mean gradient.", _RATE)
+    beta2: float = flag(0.95, "AdamW's decay of the mean squared gradient.", _RATE)
+    clip: float = flag(1.0, "Largest global norm of the gradient.", _POSITIVE)
+    dtype: str = flag(
         "bfloat16",
         "Of activations, bfloat16 or float32; weights are float32.",
         (_DTYPES.__contains__, " or ".join(_DTYPES)),
     )
-    seed: int = _flag(0, "Seed of weights, dropout and order of documents.", _COUNT)
+    seed: int = flag(0, "Seed of weights, dropout and order of documents.", _COUNT)
 
-    out: str = _flag(
+    out: str = flag(
         "", "Directory of the run; an unfinished run in it is resumed.", _GIVEN
     )
-    log_every: int = _flag(50, "Steps per line of log.jsonl.", _POSITIVE_COUNT)
-    checkpoint_every: int = _flag(500, "Steps between checkpoints.", _POSITIVE_COUNT)
-    stop_after: int = _flag(
+    log_every: int = flag(50, "Steps per line of log.jsonl.", _POSITIVE_COUNT)
+    checkpoint_every: int = flag(500, "Steps between checkpoints.", _POSITIVE_COUNT)
+    stop_after: int = flag(
         0, "Stop this call after so many steps; 0: at the end.", _COUNT
     )
-    eval_file: str = _flag("", "Text whose perplexity is measured on the way.")
-    eval_every: int = _flag(500, "Steps between these measurements.", _POSITIVE_COUNT)
-    eval_tokens: int = _flag(8192, "Tokens of that text to score; 0: all.", _COUNT)
+    eval_file: str = flag("", "Text whose perplexity is measured on the way.")
+    eval_every: int = flag(500, "Steps between these measurements.", _POSITIVE_COUNT)
+    eval_tokens: int = flag(8192, "Tokens of that text to score; 0: all.", _COUNT)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), field.metadata["allowed"]
-            if allowed and not allowed[0](value):
-                raise UsageError(
-                    f"`--{field.name}` must be {allowed[1]}. Got {value!r}."
-                )
+        check_flags(self)
         self._check_pairs()
 
     def _check_pairs(self) -> None:
@@ -171,42 +160,3 @@ _NO_IDENTITY = frozenset({
     "log_every", "checkpoint_every", "stop_after", "eval_file", "eval_every",
     "eval_tokens",
 })  # fmt: skip
-
-_DEFINE: dict[Any, Callable[..., Any]] = {
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    str: flags.DEFINE_string,
-    tuple[str, ...]: flags.DEFINE_multi_string,
-}
-
-
-def parse_flags(arguments: list[str]) -> TrainConfig | str:
-    """Reads the command line, without the program's name.
-
-    Returns:
-      The configuration, or the text that `--help` asks for.
-
-    Raises:
-      UsageError: If a flag is unknown or a value cannot work.
-    """
-    # Own values rather than absl's global ones: other programs use the same names.
-    values = flags.FlagValues()
-    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
-    for field in dataclasses.fields(TrainConfig):
-        default: Any = field.default
-        if isinstance(default, tuple):
-            default = list(default)
-        _DEFINE[field.type](
-            field.name, default, field.metadata["help"], flag_values=values
-        )
-    try:
-        rest = values(["train_opt", *arguments])[1:]
-    except flags.Error as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    if rest:
-        raise UsageError(f"`{rest[0]}` is not a flag; write `--name=value`.")
-    if values.help:
-        return values.get_help()
-    chosen: dict[str, Any] = {name: values[name].value for name in values}
-    del chosen["help"]
-    return TrainConfig(**chosen | {"text_file": tuple(chosen["text_file"])})
