@@ -83,7 +83,7 @@ def kashin_decompose(
 
     Source: Merkulov et al. (2024), arXiv 2404.09737, vector and matrix algorithms.
     """
-    if rtol <= 0:
+    if not rtol > 0:
         raise ValueError(f"`rtol` must be positive. Got rtol={rtol}.")
     if max_steps < 1:
         raise ValueError(f"`max_steps` must be at least 1. Got {max_steps}.")

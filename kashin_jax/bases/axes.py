@@ -13,7 +13,12 @@ __all__ = ["along", "multiply_along", "multiply_kronecker_along"]
 def along(
     diagonal: Int8[Array, " n"], x: Float[Array, "*shape"], axis: int
 ) -> Float[Array, "*ones"]:
-    """Shapes a diagonal so that it multiplies `x` along `axis`."""
+    """Shapes a diagonal so that it multiplies `x` along `axis`.
+
+    Raises:
+      ValueError: If the diagonal is not as long as `axis`, which would broadcast.
+    """
+    _check_length(diagonal.shape[0], x, axis)
     shape = [1] * x.ndim
     shape[axis] = diagonal.shape[0]
     return diagonal.astype(x.dtype).reshape(shape)
@@ -41,11 +46,7 @@ def multiply_kronecker_along(
       ValueError: If the product of the factor sizes is not the length of `axis`.
     """
     sizes = [f.shape[0] for f in factors]
-    if math.prod(sizes) != x.shape[axis]:
-        raise ValueError(
-            f"`x` has length {x.shape[axis]} along axis {axis}, but the basis is made "
-            f"for {math.prod(sizes)}. Make the basis for that length."
-        )
+    _check_length(math.prod(sizes), x, axis)
     axis %= x.ndim
     before, after = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
     y = x
@@ -61,3 +62,11 @@ def multiply_kronecker_along(
         else:
             y = jnp.einsum("ij,ojk->oik", f, y, precision="highest")
     return y.reshape(x.shape)
+
+
+def _check_length(expected: int, x: Float[Array, "*shape"], axis: int) -> None:
+    if expected != x.shape[axis]:
+        raise ValueError(
+            f"`x` has length {x.shape[axis]} along axis {axis}, but the basis is made "
+            f"for {expected}. Make the basis for that length."
+        )

@@ -9,11 +9,13 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Float, Int8, Key, UInt32
 
-__all__ = ["Basis", "key_from_seed", "seed_from_key"]
+__all__ = ["Basis", "draw_signs", "key_from_seed", "seed_from_key"]
 
-# Stored with every quantized matrix, so it must never follow a global default.
+# Stored seeds must never follow a global default. (One that JAX reads when it lowers a
+# program cannot be pinned here: seeds mean what they mean under
+# `jax_threefry_partitionable=True`, the default.)
 SEED_IMPL = "threefry2x32"
 
 
@@ -41,3 +43,13 @@ def seed_from_key(key: Key[Array, ""]) -> UInt32[Array, "2"]:
 def key_from_seed(seed: UInt32[Array, "2"]) -> Key[Array, ""]:
     """The key that a stored seed stands for, whatever `jax_default_prng_impl` says."""
     return jax.random.wrap_key_data(seed, impl=SEED_IMPL)
+
+
+def draw_signs(key: Key[Array, ""], n: int) -> Int8[Array, " n"]:
+    """Random signs that are the same with and without `jax_enable_x64`.
+
+    `jax.random.rademacher` draws at the default width of a float, so under x64 a stored
+    seed would give other signs.
+    """
+    is_plus = jax.random.bernoulli(key, jnp.float32(0.5), (n,))
+    return jnp.where(is_plus, 1, -1).astype(jnp.int8)

@@ -6,10 +6,10 @@ Both run in O(n log n) through the FFT, for any n.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Key
 
 from kashin_jax.bases.axes import along
+from kashin_jax.bases.basis import draw_signs
 
 __all__ = ["DCTBasis", "SignDCTBasis", "make_dct", "make_sign_dct"]
 
@@ -61,4 +61,4 @@ def make_dct(key: Key[Array, ""], n: int) -> DCTBasis:
 
 def make_sign_dct(key: Key[Array, ""], n: int) -> SignDCTBasis:
     """A sign-randomised DCT basis of R^n."""
-    return SignDCTBasis(jax.random.rademacher(key, (n,), jnp.int8))
+    return SignDCTBasis(draw_signs(key, n))

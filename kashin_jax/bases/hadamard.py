@@ -14,12 +14,11 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8, Key
 
 from kashin_jax.bases.axes import along, multiply_kronecker_along
+from kashin_jax.bases.basis import draw_signs
 
 __all__ = ["HadamardBasis", "hadamard_factors", "make_hadamard", "paley_matrix"]
 
@@ -48,7 +47,7 @@ class HadamardBasis(NamedTuple):
 
 def make_hadamard(key: Key[Array, ""], n: int) -> HadamardBasis:
     """A randomised Hadamard basis of R^n."""
-    return HadamardBasis(jax.random.rademacher(key, (n,), jnp.int8))
+    return HadamardBasis(draw_signs(key, n))
 
 
 @lru_cache(maxsize=64)

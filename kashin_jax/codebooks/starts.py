@@ -20,7 +20,9 @@ def fold_centroids(
     Sixteen steps at a time are one expression, which XLA fuses into a single pass over
     the points without a temporary.
     """
-    return jax.lax.fori_loop(0, count, step, start, unroll=max(1, min(count, 16)))
+    if count == 0:
+        return start  # the loop would still trace a step, which has nothing to index
+    return jax.lax.fori_loop(0, count, step, start, unroll=min(count, 16))
 
 
 def sample_indices(

@@ -147,13 +147,23 @@ def replace_kernels(model: Model, kernels: Mapping[str, Array]) -> Model:
     """A copy of the model with other dense kernels; the rest is shared.
 
     Raises:
-      KeyError: If a path names no linear of the model.
+      ValueError: If a path names no kernel of the model, or one of another shape.
     """
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     paths = {_join(parts[:-1]): parts for parts in flat if parts[-1] == "kernel"}
     for path, kernel in kernels.items():
+        if path not in paths:
+            raise ValueError(
+                f"`{path}` is no layer with a kernel. `selected_kernels` lists paths "
+                "of this model's linears."
+            )
         variable = flat[paths[path]]
+        if kernel.shape != variable.get_value().shape:
+            raise ValueError(
+                f"`{path}/kernel` has shape {variable.get_value().shape}; the new one "
+                f"has {kernel.shape}. Give kernels as [in, out]."
+            )
         flat[paths[path]] = variable.replace(kernel)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, Num, UInt32
 
 from kashin_jax.bases import BasisSpec, key_from_seed, make_pair, seed_from_key
@@ -44,7 +45,7 @@ class QuantizationReport(NamedTuple):
 
 
 def quantize(
-    weight: Num[Array, "m n"],
+    weight: Num[Array | np.ndarray, "m n"],
     config: QuantizerConfig,
     key: Key[Array, ""],
     *,
@@ -67,8 +68,9 @@ def quantize(
     Raises:
       TypeError: If `weight` is not floating point.
       ValueError: If its shape does not suit the method.
-      NonFiniteError: If it holds NaN or infinity, or is too large for fp16 scales.
+      NonFiniteError: If it holds NaN or infinity, or is too large to be stored.
     """
+    weight = jnp.asarray(weight)  # NumPy's float64 too: the layout records the type
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"`{path}` has type {weight.dtype}; cast it to float first.")
     try:
@@ -79,9 +81,11 @@ def quantize(
     require_finite(weight, path)
     tensor, report = encode(weight, key, config)
     if not jnp.isfinite(report.relative_squared_error):
+        is_kashin = isinstance(config, KashinConfig)
         raise NonFiniteError(
             f"`{path}` reaches {float(jnp.max(jnp.abs(weight))):.3g}, too large for "
-            "this method's fp16 scales. Rescale it, or use KashinConfig."
+            f"what {type(config).__name__} stores. Rescale it"
+            + ("." if is_kashin else ", or use KashinConfig, whose scales are float32.")
         )
     return tensor, report
 

@@ -1,0 +1,60 @@
+"""What `import kashin_jax` offers."""
+
+import ast
+import importlib
+import inspect
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import kashin_jax
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = [
+    "kashin_jax",
+    "kashin_jax.bases",
+    "kashin_jax.codebooks",
+    "kashin_jax.layers",
+    "kashin_jax.models",
+    "kashin_jax.quantized",
+]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_public_names_are_exactly_those_listed(name):
+    package = importlib.import_module(name)
+    tree = ast.parse(Path(package.__file__).read_text())
+    # `X as X` is how a package says that a name is its own to offer.
+    public = [
+        alias.asname
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname is not None
+    ]
+    public += [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert sorted(public) == sorted(package.__all__)
+    assert all(hasattr(package, key) for key in package.__all__)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_public_function_and_class_says_what_it_is_for(name):
+    package = importlib.import_module(name)
+    for key in package.__all__:
+        value = getattr(package, key)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), key
+
+
+def test_the_names_of_the_readme_example_are_there():
+    for name in ("KashinConfig", "quantize", "matmul", "dequantize", "stored_bits"):
+        assert callable(getattr(kashin_jax, name))
+    assert callable(kashin_jax.quantize_model)
+
+
+def test_the_library_is_typed_and_its_version_is_that_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert metadata.version("kashin_jax") == project["version"]
+    assert (ROOT / "kashin_jax" / "py.typed").exists()
