@@ -14,7 +14,7 @@ test: setup           ## set up, then lint, type-check and run every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --nbmake tests notebooks
+	$(BIN)/python -m pytest --nbmake -n auto --dist=loadfile tests notebooks
 
 setup: $(VENV)/.installed
 

@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from kashin_jax.codebooks.starts import (
     fold_centroids,
     kmeans_plus_plus,
-    sample_indices,
 )
 
 __all__ = ["ScalarCodebook", "assign_scalars", "fit_scalars", "lloyd_sorted"]
@@ -90,18 +89,25 @@ def lloyd_sorted(
     return ScalarCodebook(levels, inertia, step, shift <= tolerance)
 
 
-@partial(jax.jit, static_argnames=("k", "num_restarts", "sample", "rtol", "max_steps"))
+@partial(jax.jit, static_argnames=("k", "num_restarts", "rtol", "max_steps"))
 def fit_scalars(
     key: Key[Array, ""],
     points: Float[Array, " p"],
     k: int,
     *,
     num_restarts: int,
-    sample: int,
     rtol: float,
     max_steps: int,
 ) -> ScalarCodebook:
-    """Best of one quantile start and `num_restarts` k-means++ starts, on all points.
+    """Best of two deterministic and `num_restarts` k-means++ starts, on all points.
+
+    The deterministic ones are the quantiles and the high-rate optimal density. All
+    starts see all points: on heavy tails a sample misses most of the spread (256 levels
+    on Student-t(3) data: 29 times the optimal inertia from k-means++ on 4096 points,
+    1.1 times from all).
+
+    Source: Panter and Dite, "Quantization distortion in pulse-count modulation with
+    nonuniform spacing of levels", Proc. IRE 39 (1951), for the density.
 
     Raises:
       ValueError: If `k` is not in 1..256 or there are no points.
@@ -112,23 +118,31 @@ def fit_scalars(
         raise ValueError("`points` is empty: there is nothing to fit a codebook to.")
     mean = jnp.mean(points)
     ascending = jnp.sort(points - mean)
-    sample_key, start_key = jax.random.split(key)
-    indices = sample_indices(sample_key, points.shape[0], sample)
-    drawn = ascending[indices][:, None]
-    seeds = jax.vmap(lambda seed_key: kmeans_plus_plus(seed_key, drawn, k)[:, 0])(
-        jax.random.split(start_key, num_restarts)
+    # One seed and one fit after the other: a batch would hold `p` distances for each.
+    seeds = jax.lax.map(
+        lambda seed_key: kmeans_plus_plus(seed_key, ascending[:, None], k)[:, 0],
+        jax.random.split(key, num_restarts),
     )
     ranks = (jnp.arange(k, dtype=jnp.float32) + 0.5) / k * points.shape[0]
     quantiles = ascending[ranks.astype(jnp.int32)]
-    starts = jnp.concatenate([quantiles[None], jnp.sort(seeds, axis=-1)])
+    fixed = jnp.stack([quantiles, _high_rate_levels(ascending, k)])
+    starts = jnp.concatenate([fixed, jnp.sort(seeds, axis=-1)])
 
     def fit(start: Float[Array, " k"]) -> ScalarCodebook:
         return lloyd_sorted(ascending, start, rtol=rtol, max_steps=max_steps)
 
-    # One start after the other: a batch would hold `p` distances for each at once.
     fits = jax.lax.map(fit, starts)
     best = jax.tree.map(lambda leaf: leaf[jnp.argmin(fits.inertia)], fits)
     return best._replace(levels=best.levels + mean)
+
+
+def _high_rate_levels(ascending: Float[Array, " p"], k: int) -> Float[Array, " k"]:
+    # Levels of density ~ p(x)^(1/3): where neighbours are d apart, p is ~ 1/d, so that
+    # the gap's share of the levels is d * d^(-1/3).
+    share = jnp.cumsum(jnp.diff(ascending) ** (2 / 3))
+    share = jnp.concatenate([jnp.zeros((1,), share.dtype), share])
+    targets = (jnp.arange(k, dtype=share.dtype) + 0.5) / k * share[-1]
+    return jnp.interp(targets, share, ascending)
 
 
 def _midpoints(levels: Float[Array, " k"]) -> Float[Array, " m"]:

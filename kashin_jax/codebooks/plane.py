@@ -15,7 +15,7 @@ from kashin_jax.codebooks.starts import (
 
 __all__ = ["PairCodebook", "assign_pairs", "fit_pairs", "lloyd_pairs"]
 
-PARTIAL_SUM = 2**16
+PARTIAL_SUM = 2**12
 
 
 class PairCodebook(NamedTuple):

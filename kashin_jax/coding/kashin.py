@@ -56,11 +56,19 @@ class KashinConfig:
     polish_steps: int = 20
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
+        if self.bits not in range(1, 9):
             raise ValueError(f"`bits` must lie in [1, 8]. Got bits={self.bits}.")
-        for name in ("num_restarts", "sample", "codebook_steps", "polish_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1.")
+        counts = ("max_steps", "num_restarts", "sample", "codebook_steps")
+        for name in (*counts, "polish_steps"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(
+                    f"`{name}` must be at least 1. Got {getattr(self, name)}."
+                )
+        for name in ("rtol", "codebook_rtol"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"`{name}` must be positive. Got {getattr(self, name)}."
+                )
 
 
 class KashinCode(NamedTuple):

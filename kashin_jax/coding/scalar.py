@@ -56,7 +56,6 @@ def kmeans_code(
     *,
     bits: int,
     num_restarts: int = 4,
-    sample: int = 16384,
     rtol: float = 1e-5,
     max_steps: int = 1000,
 ) -> ScalarCode:
@@ -70,7 +69,6 @@ def kmeans_code(
         flat,
         2**bits,
         num_restarts=num_restarts,
-        sample=sample,
         rtol=rtol,
         max_steps=max_steps,
     )

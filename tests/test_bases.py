@@ -1,0 +1,256 @@
+"""Orthogonal bases: exact inverses, right distribution of entries, stable seeds."""
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kashin_jax.bases import (
+    FAMILIES,
+    Basis,
+    BasisSpec,
+    key_from_seed,
+    make_basis,
+    make_pair,
+    seed_from_key,
+)
+from kashin_jax.bases.hadamard import hadamard_factors, paley_matrix
+from tests.oracle_numpy import dense_basis
+
+RANDOM = ["sign-dct", "hadamard", "haar"]
+LENGTHS = [1, 2, 3, 12, 31, 40, 43, 384]
+WIDTHS = [768, 1536, 3072, 11008]
+
+
+def close(actual, desired, atol=1e-5):
+    np.testing.assert_allclose(np.asarray(actual), desired, rtol=0, atol=atol)
+
+
+def normal(seed, *shape):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+@jax.jit
+def both(basis, x):
+    return basis.analysis(x), basis.synthesis(x)
+
+
+@lru_cache
+def matrices(family, n):
+    """The basis, Q and Q^T: the transforms of all unit vectors."""
+    basis = make_basis(family, jax.random.key(n), n)
+    analysis, synthesis = both(basis, jnp.eye(n))
+    return basis, np.asarray(synthesis).T, np.asarray(analysis).T
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_every_basis_is_orthogonal_and_synthesis_inverts_analysis(family, n):
+    basis, q, q_transposed = matrices(family, n)
+    assert isinstance(basis, Basis)
+    close(q_transposed, q.T)
+    close(q_transposed @ q, np.eye(n))
+    close(q @ q_transposed, np.eye(n))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_fast_transforms_agree_with_dense_matrices_of_other_libraries(family, n):
+    basis, q, _ = matrices(family, n)
+    close(q, dense_basis(family, basis, n))
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "haar"])
+@pytest.mark.parametrize("n", WIDTHS)
+def test_every_basis_preserves_the_norm(family, n):
+    basis, x = make_basis(family, jax.random.key(n), n), normal(n, 2, n)
+    y, z = both(basis, x)
+    assert y.dtype == z.dtype == x.dtype
+    close(both(basis, y)[1], x, 2e-5)
+    for moved in (y, z):
+        ratio = jnp.linalg.norm(moved, axis=-1) / jnp.linalg.norm(x, axis=-1)
+        close(ratio, 1.0, 3e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    family=st.sampled_from(list(FAMILIES)),
+    n=st.sampled_from([1, 2, 5, 28, 60]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_analysis_is_linear_and_the_adjoint_of_synthesis(family, n, seed):
+    basis = make_basis(family, jax.random.key(seed), n)
+    x, y = np.random.default_rng(seed).standard_normal((2, n)).astype(np.float32)
+    rows = np.stack([x, y, 2 * x - 3 * y])
+    analysed, synthesised = map(np.asarray, both(basis, jnp.asarray(rows)))
+    close(analysed[0] @ y, x @ synthesised[1], 1e-5 * n)
+    close(analysed[2], 2 * analysed[0] - 3 * analysed[1], 3e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("axis", [0, 1, -1, -2])
+def test_every_axis_of_an_array_can_be_transformed(family, axis):
+    x = normal(3, 12, 12, 12)
+    basis = make_basis(family, jax.random.key(0), 12)
+    dense = dense_basis(family, basis, 12)
+    expected = np.moveaxis(np.moveaxis(np.asarray(x), axis, -1) @ dense, -1, axis)
+    analysis = jax.jit(lambda basis, x: basis.analysis(x, axis))(basis, x)
+    close(analysis, expected, 2e-5)
+    close(jax.jit(lambda basis, y: basis.synthesis(y, axis))(basis, analysis), x)
+
+
+@pytest.mark.parametrize("order", [4, 8, 12, 20, 24, 44, 60])
+def test_paley_matrices_are_hadamard_matrices(order):
+    h = paley_matrix(order)
+    assert set(np.unique(h)) == {-1.0, 1.0}
+    assert np.array_equal(h @ h.T, order * np.eye(order))
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 12, 64, 320, 384, 640, 768, 1280, 1536, 3072])
+def test_hadamard_entries_all_have_the_same_size(n):
+    np.testing.assert_allclose(abs(first_columns(n)), n**-0.5, rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [3, 6, 7, 28, 31, 97, 3 * 43, 11008, 13824])
+def test_hadamard_entries_of_other_lengths_are_at_most_sqrt_two_over_n(n):
+    assert abs(first_columns(n)).max() <= np.sqrt(2 / n) * (1 + 1e-12)
+
+
+def first_columns(n):
+    """Column blocks 0 of every factor's product: 8 columns hit every first factor."""
+    columns = np.ones((1, 1))
+    for factor in hadamard_factors(n):
+        columns = np.kron(columns, factor[:, -8:])[:, -64:]
+    return columns
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "identity"])
+@pytest.mark.parametrize("n", [40, 43, 384])
+def test_no_basis_is_the_identity(family, n):
+    _, q, _ = matrices(family, n)
+    assert np.linalg.norm(q - np.eye(n)) > 0.7 * np.sqrt(n)
+    assert np.linalg.norm(q + np.eye(n)) > 0.7 * np.sqrt(n)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "identity"])
+def test_every_basis_spreads_a_gaussian_vector(family):
+    x = normal(5, 768)
+    y = make_basis(family, jax.random.key(2), 768).analysis(x)
+    assert abs(float(jnp.mean(jnp.abs(y)) / jnp.sqrt(jnp.mean(y**2))) - 0.798) < 0.03
+    assert abs(float(jnp.vdot(x, y) / jnp.vdot(x, x))) < 0.15
+
+
+@pytest.mark.parametrize("family", RANDOM)
+def test_a_key_fixes_the_basis_and_another_key_changes_it(family):
+    x = normal(0, 60)
+    make = lambda seed: np.asarray(
+        make_basis(family, jax.random.key(seed), 60).analysis(x)
+    )
+    assert np.array_equal(make(1), make(1))
+    assert np.linalg.norm(make(1) - make(2)) > 0.5 * np.linalg.norm(make(1))
+
+
+@pytest.mark.parametrize("family", RANDOM)
+def test_the_two_sides_of_a_pair_differ(family):
+    pair = make_pair(BasisSpec(family, family), jax.random.key(0), (48, 48))
+    left, right = (both(side, jnp.eye(48))[0] for side in pair)
+    assert np.linalg.norm(left - right) > 0.5 * np.sqrt(48)
+
+
+@pytest.mark.parametrize("text", ["hadamard", "haar:identity", "identity:sign-dct"])
+def test_a_pair_is_two_dense_products_and_stacks_of_matrices_work(text):
+    pair = make_pair(BasisSpec.parse(text), jax.random.key(0), (12, 20))
+    spec = BasisSpec.parse(text)
+    q1 = dense_basis(spec.left, pair.left, 12)
+    q2 = dense_basis(spec.right, pair.right, 20)
+    x = np.asarray(normal(1, 3, 12, 20))
+    analysis, synthesis = both(pair, jnp.asarray(x))
+    close(analysis, q1.T @ x @ q2, 2e-5)
+    close(synthesis, q1 @ x @ q2.T, 2e-5)
+
+
+def test_haar_matrices_have_a_uniform_angle_of_rotation():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    q = np.asarray(jax.vmap(lambda key: make_basis("haar", key, 2).matrix)(keys))
+    close(np.einsum("bij,bkj->bik", q, q), np.broadcast_to(np.eye(2), q.shape))
+    first = q[:, :, 0] + 0.0
+    angles = np.sort((np.arctan2(first[:, 1], first[:, 0]) / (2 * np.pi)) % 1)
+    distance = np.abs(angles - (np.arange(2000) + 0.5) / 2000).max()
+    assert distance < 0.043  # Kolmogorov-Smirnov, p = .001; without sign fix it is .5
+    assert abs(np.mean(np.linalg.det(q) > 0) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stacked_bases_of_several_seeds_go_through_vmap_and_jit(family):
+    keys, x = jax.random.split(jax.random.key(0), 3), normal(1, 3, 24)
+    stacked = jax.vmap(lambda key: make_basis(family, key, 24))(keys)
+    batched = jax.jit(jax.vmap(lambda basis, row: basis.analysis(row)))(stacked, x)
+    for key, row, result in zip(keys, x, batched, strict=True):
+        close(result, make_basis(family, key, 24).analysis(row))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_of_a_projection_is_the_synthesis_of_its_direction(family):
+    basis = make_basis(family, jax.random.key(0), 24)
+    x, direction = normal(1, 24), normal(2, 24)
+    gradient = jax.grad(lambda z: jnp.vdot(direction, basis.analysis(z)))(x)
+    close(gradient, basis.synthesis(direction))
+
+
+def test_a_stored_seed_stands_for_the_same_basis_under_any_default_generator():
+    seed = seed_from_key(jax.random.key(7))
+    assert seed.shape == (2,) and seed.dtype == jnp.uint32
+    expected = np.asarray(make_basis("hadamard", key_from_seed(seed), 64).signs)
+    with jax.default_prng_impl("rbg"):
+        again = np.asarray(make_basis("hadamard", key_from_seed(seed), 64).signs)
+        assert seed_from_key(jax.random.key(7)).shape == (2,)
+    assert np.array_equal(expected, again)
+
+
+def test_the_signs_of_a_stored_seed_never_change():
+    seed = jnp.array([0x01234567, 0x89ABCDEF], jnp.uint32)
+    signs = make_basis("hadamard", key_from_seed(seed), 64).signs
+    bits = "".join("+" if sign > 0 else "-" for sign in np.asarray(signs))
+    assert bits == SIGNS
+
+
+# Part of the storage format: a matrix saved by one version must decode in the next.
+SIGNS = "-+++--+-++-+-+++--+-+----++-+----++-++++-+-+-++++-+++++-++-+--+-"
+
+
+@pytest.mark.parametrize("family", RANDOM)
+@pytest.mark.parametrize("length", [1, 23, 48])
+@pytest.mark.parametrize("method", ["analysis", "synthesis"])
+def test_a_vector_of_the_wrong_length_is_refused(family, length, method):
+    basis = make_basis(family, jax.random.key(0), 24)
+    with pytest.raises(ValueError, match=f"length {length} along axis.*made for 24"):
+        getattr(basis, method)(jnp.ones((length,)))
+
+
+def test_an_unknown_family_is_refused_with_the_names_of_all_families():
+    for make in (lambda: make_basis("walsh", jax.random.key(0), 8), parse("walsh")):
+        with pytest.raises(ValueError, match="`walsh`.*identity, dct.*haar"):
+            make()
+    with pytest.raises(ValueError, match="at least 1"):
+        make_basis("dct", jax.random.key(0), 0)
+
+
+@pytest.mark.parametrize("text", ["", ":", ":dct", "dct:haar:dct", "DCT", "dct:none"])
+def test_malformed_pairs_of_names_are_refused(text):
+    with pytest.raises(ValueError, match="Unknown basis"):
+        BasisSpec.parse(text)
+
+
+def parse(text):
+    return lambda: BasisSpec.parse(text)
+
+
+def test_a_spec_prints_as_it_is_parsed():
+    for text in ("hadamard", "haar:identity"):
+        assert str(BasisSpec.parse(text)) == text
+    assert BasisSpec.parse("dct:dct") == BasisSpec("dct", "dct")
