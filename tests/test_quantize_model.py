@@ -276,6 +276,15 @@ def test_each_stage_compiles_once_per_distinct_shape(caplog):
     assert max(counts.values()) <= 2
 
 
+def test_all_widths_share_the_compiled_decomposition(caplog):
+    weight = jax.random.normal(KEY, (20, 36))
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
+        for bits in (1, 2):
+            quantize(weight, KashinConfig(bits=bits, **FAST), KEY)
+    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+    assert compiled.count("decompose_blocks") == 1
+
+
 def stage_memory(shape):
     """Bytes of every compiled stage of the default quantizer, by name."""
     config = KashinConfig()

@@ -117,7 +117,9 @@ def kashin_code(
     Source: Merkulov et al. (2024), arXiv 2404.09737; one index of b bits addresses a
     pair, so 4 bits are 16 pairs.
     """
-    factors = decompose_blocks(weight, basis, config, block_shape)
+    # The widths of one table share the compiled decomposition.
+    shared = KashinConfig(rtol=config.rtol, max_steps=config.max_steps)
+    factors = decompose_blocks(weight, basis, shared, block_shape)
     codes, centroids = cluster_factors(factors.u, factors.v, key, config)
     return KashinCode(
         codes=codes,
