@@ -63,7 +63,8 @@ def test_the_basis_matters_exactly_where_rows_have_one(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_seed_matters_exactly_where_rows_have_one(name):
-    weight = jax.random.normal(jax.random.key(0), (64, 64))
+    # Heavy tails: on Gaussian weights every start of k-means may end alike.
+    weight = jax.random.t(jax.random.key(0), 3.0, (64, 64))
     with jax.default_matmul_precision("highest"):
         config = METHODS[name].make(4, HADAMARD, 1e-6, 200)
         first, second = (

@@ -243,7 +243,7 @@ def test_weights_of_another_size_are_refused(copy, tmp_path, complaint):
     assert "but config.json asks for" in line
 
 
-def test_weights_too_large_for_a_method_are_named(copy, tmp_path, capsys):
+def test_a_method_that_overflows_is_a_dash_and_names_the_layer(copy, tmp_path, capsys):
     def enlarge(tensors):
         for name, value in tensors.items():
             tensors[name] = value.astype(np.float32)
@@ -252,10 +252,13 @@ def test_weights_too_large_for_a_method_are_named(copy, tmp_path, capsys):
     edit_tensors(copy, enlarge)
     copy.with_suffix(".txt").write_text("A text.")
     out = tmp_path / "out"
-    assert main([*arguments(copy, out), "--methods=rtn-channel"]) == FILE
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "opt_ppl: `decoder/layers/1/fc1` reaches" in line
-    assert [path.name for path in out.iterdir()] == ["work"]
+    assert main([*arguments(copy, out), "--methods=rtn-channel,uniform"]) == 0
+    table = capsys.readouterr().out
+    assert "`decoder/layers/1/fc1` reaches" in table
+    (jsonl,) = out.glob("*.jsonl")
+    _, uniform, rtn = map(json.loads, jsonl.read_text().splitlines())
+    assert rtn["method"] == "rtn-channel" and rtn["perplexity"] is None
+    assert uniform["method"] == "uniform" and uniform["perplexity"] is not None
 
 
 def test_a_trained_length_beyond_the_positions_is_cut(copy, tmp_path):
