@@ -14,7 +14,7 @@ TABLE = {
     name: (int(size.replace(",", "")), sha256)
     for name, size, sha256 in ROW.findall((ASSETS / "ASSETS.md").read_text())
 }
-MODEL = ASSETS / "opt-wiki-18m"
+MODELS = {"opt-wiki-18m": 512, "minilm-glue": 128}
 
 
 def sha256_of(path):
@@ -40,15 +40,17 @@ def test_git_leaves_the_bytes_of_assets_alone():
     assert "* -text" in (ASSETS / ".gitattributes").read_text().splitlines()
 
 
-def test_the_model_records_its_checksums_and_trained_context():
-    recorded = json.loads((MODEL / "asset.json").read_text())
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_records_its_checksums_and_trained_context(name):
+    model = ASSETS / name
+    recorded = json.loads((model / "asset.json").read_text())
     assert recorded["sha256"] == {
         path.name: sha256_of(path)
-        for path in MODEL.iterdir()
+        for path in model.iterdir()
         if path.name != "asset.json"
     }
-    config = json.loads((MODEL / "config.json").read_text())
-    assert trained_context(MODEL) == 512 < config["max_position_embeddings"]
+    config = json.loads((model / "config.json").read_text())
+    assert trained_context(model) == MODELS[name] < config["max_position_embeddings"]
 
 
 def test_a_checkpoint_without_the_record_has_no_trained_context(tmp_path):

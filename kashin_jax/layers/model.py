@@ -26,6 +26,9 @@ __all__ = [
     "selected_kernels",
 ]
 
+# What language models and classifiers call their heads.
+_HEADS = frozenset({"lm_head", "classifier", "pre_classifier"})
+
 Model = TypeVar("Model", bound=nnx.Module)
 Select = Callable[[str], bool]
 QuantizeLayer = Callable[[str, Array], tuple[Quantized, QuantizationReport]]
@@ -44,8 +47,8 @@ class QuantizedModel(NamedTuple):
 
 
 def default_select(path: str) -> bool:
-    """Every linear but the output head, as the published perplexity tables have it."""
-    return "lm_head" not in path.split("/")
+    """Every linear but those of the output head, as in the published tables."""
+    return not _HEADS & set(path.split("/"))
 
 
 def quantize_model(

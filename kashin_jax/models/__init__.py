@@ -1,19 +1,31 @@
 """Models in Flax NNX, and loaders for their published checkpoints."""
 
+from kashin_jax.models.classifier import ClassifierConfig as ClassifierConfig
+from kashin_jax.models.classifier import SequenceClassifier as SequenceClassifier
+from kashin_jax.models.classifier_loading import LoadedClassifier as LoadedClassifier
+from kashin_jax.models.classifier_loading import head_names as head_names
+from kashin_jax.models.classifier_loading import load_classifier as load_classifier
 from kashin_jax.models.generation import generate as generate
 from kashin_jax.models.loading import LoadedModel as LoadedModel
 from kashin_jax.models.loading import load_opt as load_opt
 from kashin_jax.models.opt import KVCache as KVCache
 from kashin_jax.models.opt import OPTConfig as OPTConfig
 from kashin_jax.models.opt import OPTForCausalLM as OPTForCausalLM
+from kashin_jax.models.saving import save_classifier as save_classifier
 from kashin_jax.models.saving import save_opt as save_opt
 
 __all__ = [
+    "ClassifierConfig",
     "KVCache",
+    "LoadedClassifier",
     "LoadedModel",
     "OPTConfig",
     "OPTForCausalLM",
+    "SequenceClassifier",
     "generate",
+    "head_names",
+    "load_classifier",
     "load_opt",
+    "save_classifier",
     "save_opt",
 ]

@@ -1,37 +1,33 @@
 """Loading OPT checkpoints that lie in Hugging Face's layout."""
 
-import collections
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
+from kashin_jax.errors import CheckpointError
 from kashin_jax.models.hub import checkpoint_directory
 from kashin_jax.models.names import (
+    StoredName,
+    opt_name,
     parse_stored_name,
-    published_name,
     tensor_name,
 )
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
+from kashin_jax.models.reading import check_dtype, load_variables
 from kashin_jax.models.saving import save_opt
-from kashin_jax.models.tensor_files import find_weights, iter_tensors, read_json
+from kashin_jax.models.tensor_files import find_weights, read_json
 
 __all__ = ["LoadedModel", "load_opt", "save_opt"]
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _HEAD = ("lm_head", "kernel")
 _EMBEDDING = ("decoder", "embed_tokens", "embedding")
 # Left in some conversions from fairseq; a version number, not a weight.
 _IGNORED = frozenset({"decoder.version"})
-
-ParamPath = tuple[Any, ...]
 
 
 class LoadedModel(NamedTuple):
@@ -49,13 +45,6 @@ class LoadedModel(NamedTuple):
     config: OPTConfig
     stored_dtype: str
     directory: Path
-
-
-class _Tensor(NamedTuple):
-    label: str
-    name: str
-    is_transposed: bool
-    value: np.ndarray
 
 
 def load_opt(path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32) -> LoadedModel:
@@ -77,8 +66,7 @@ def load_opt(path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32) -> Loade
       NonFiniteError: If a weight is NaN or infinite, or overflows `dtype`.
       UsageError: If `dtype` is not supported.
     """
-    if (dtype := jnp.dtype(dtype)).name not in _DTYPES:
-        raise UsageError(f"`dtype` must be one of {_DTYPES}. Got {dtype.name}.")
+    dtype = check_dtype(dtype)
     directory = checkpoint_directory(path_or_id)
     source = directory / "config.json"
     config = OPTConfig.from_dict(read_json(source), str(source))
@@ -88,14 +76,17 @@ def load_opt(path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32) -> Loade
         # The head is stored all the same by some, and then has to be the embedding.
         head_shape = (config.embedding_size, config.vocab_size)
         targets[_HEAD] = nnx.Param(jax.ShapeDtypeStruct(head_shape, dtype))
-    loaded, stored_dtype = _load_variables(directory, targets, dtype)
+    by_name = {tensor_name(path): (path, targets[path]) for path in targets}
+    loaded, stored_dtype = load_variables(
+        find_weights(directory), by_name, _parse, dtype
+    )
     if config.tie_word_embeddings and (head := loaded.pop(_HEAD, None)) is not None:
         _check_tied(directory, head[...], loaded.get(_EMBEDDING))
     missing = [path for path, _ in nnx.to_flat_state(state) if path not in loaded]
     if missing:
         raise CheckpointError(
             f"{directory}: {len(missing)} tensors are missing, the first is "
-            f"`{min(map(published_name, missing))}`; use the weights published with "
+            f"`{min(map(opt_name, missing))}`; use the weights published with "
             "config.json."
         )
     model = nnx.merge(graphdef, nnx.from_flat_state(loaded))
@@ -109,58 +100,9 @@ def _abstract_model(config: OPTConfig, dtype: DTypeLike) -> OPTForCausalLM:
     )
 
 
-def _load_variables(
-    directory: Path, targets: dict[ParamPath, nnx.Variable], dtype: np.dtype
-) -> tuple[dict[ParamPath, nnx.Variable], str]:
-    """The variables found, and the precision that most of their values have on disk."""
-    paths = {tensor_name(path): path for path in targets}
-    loaded: dict[ParamPath, nnx.Variable] = {}
-    sizes: collections.Counter[str] = collections.Counter()
-    for tensor in _read(directory):
-        if (path := paths.get(tensor.name)) is None:
-            raise CheckpointError(
-                f"{tensor.label} is not part of the model that config.json describes; "
-                "use the two files that were published together."
-            )
-        if path in loaded:
-            raise CheckpointError(f"{tensor.label} is stored twice; remove one copy.")
-        variable = targets[path]
-        array = _converted(tensor, path[-1] == "kernel", variable.shape, dtype)
-        loaded[path] = variable.replace(array)
-        sizes[tensor.value.dtype.name] += tensor.value.size
-    if not sizes:
-        raise CheckpointError(f"{directory}: the weight files are empty; get new ones.")
-    return loaded, sizes.most_common(1)[0][0]
-
-
-def _read(directory: Path) -> Iterator[_Tensor]:
-    for file in find_weights(directory):
-        for stored, value in iter_tensors(file):
-            name, is_transposed = parse_stored_name(stored)
-            if name not in _IGNORED:
-                yield _Tensor(f"{file}: `{stored}`", name, is_transposed, value)
-
-
-def _converted(
-    tensor: _Tensor, is_kernel: bool, shape: tuple[int, ...], dtype: np.dtype
-) -> Float[Array, "..."]:
-    value = tensor.value
-    if value.dtype.name not in _DTYPES:
-        raise CheckpointError(
-            f"{tensor.label} is stored as {value.dtype.name}; only {_DTYPES} can be "
-            "loaded."
-        )
-    flip = is_kernel and tensor.is_transposed
-    _check_shape(tensor, shape[::-1] if flip else shape)
-    with np.errstate(over="ignore"):
-        cast = (value.T if flip else value).astype(dtype)
-    if not np.isfinite(cast).all():
-        raise NonFiniteError(
-            f"{tensor.label} overflows {dtype.name}; load it in a wider dtype."
-            if np.isfinite(value).all()
-            else f"{tensor.label} has NaN or infinite values; download it again."
-        )
-    return jnp.asarray(cast)
+def _parse(stored: str) -> StoredName | None:
+    parsed = parse_stored_name(stored)
+    return None if parsed.name in _IGNORED else parsed
 
 
 def _check_tied(
@@ -170,12 +112,4 @@ def _check_tied(
         raise CheckpointError(
             f"{directory}: `lm_head.weight` differs from the token embedding that "
             "config.json ties it to; set `tie_word_embeddings` to false there."
-        )
-
-
-def _check_shape(tensor: _Tensor, expected: tuple[int, ...]) -> None:
-    if tensor.value.shape != expected:
-        raise CheckpointError(
-            f"{tensor.label} has shape {tensor.value.shape}, but config.json asks for "
-            f"{expected}; use the two files that were published together."
         )

@@ -8,15 +8,18 @@ Checkpoints written from PyTorch call every matrix `weight` and store linears as
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["StoredName", "parse_stored_name", "published_name", "tensor_name"]
+__all__ = ["StoredName", "opt_name", "parse_stored_name", "tensor_name"]
 
 _PREFIX = "model."
+# The first BERT checkpoints call scale and bias of a layer norm gamma and beta.
 _LEAVES = {
     "kernel": "weight",
     "embedding": "weight",
     "scale": "weight",
+    "gamma": "weight",
     "weight": "weight",
     "bias": "bias",
+    "beta": "bias",
 }
 
 
@@ -24,7 +27,7 @@ class StoredName(NamedTuple):
     """A tensor's name in a file.
 
     Attributes:
-      name: In the spelling of `tensor_name`, without the `model.` in front.
+      name: In the spelling of `tensor_name`, without the prefix.
       is_transposed: Whether a matrix under this name is `[out, in]`.
     """
 
@@ -38,12 +41,12 @@ def tensor_name(path: Sequence[Any]) -> str:
     return ".".join([*modules, _LEAVES.get(leaf, leaf)])
 
 
-def published_name(path: Sequence[Any]) -> str:
-    """Hugging Face's name of a parameter: all but the head start with `model.`."""
+def opt_name(path: Sequence[Any]) -> str:
+    """Hugging Face's name of an OPT parameter: all but the head start with `model.`."""
     return ("" if path[0] == "lm_head" else _PREFIX) + tensor_name(path)
 
 
-def parse_stored_name(stored: str) -> StoredName:
+def parse_stored_name(stored: str, prefix: str = _PREFIX) -> StoredName:
     """Reads a checkpoint's name, of PyTorch (dots) or Flax (dots or slashes)."""
-    parts = stored.replace("/", ".").removeprefix(_PREFIX).split(".")
+    parts = stored.replace("/", ".").removeprefix(prefix).split(".")
     return StoredName(tensor_name(tuple(parts)), parts[-1] == "weight")

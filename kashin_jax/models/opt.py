@@ -14,10 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 from kashin_jax.models.opt_config import OPTConfig
 from kashin_jax.models.opt_layers import (
     LayerCache,
-    LayerFactory,
     OPTDecoderLayer,
     Past,
+    layer_norm,
 )
+from kashin_jax.models.transformer import LayerFactory
 
 __all__ = ["KVCache", "LayerCache", "OPTConfig", "OPTForCausalLM"]
 
@@ -42,8 +43,7 @@ class KVCache(NamedTuple):
 class OPTDecoder(nnx.Module):
     """Embeddings, blocks and what follows them, up to the output matrix."""
 
-    def __init__(self, make: LayerFactory):
-        config = make.config
+    def __init__(self, config: OPTConfig, make: LayerFactory):
         width, embedding = config.hidden_size, config.embedding_size
         positions = config.max_position_embeddings + POSITION_OFFSET
         projected = embedding != width
@@ -56,10 +56,10 @@ class OPTDecoder(nnx.Module):
             make.linear(width, embedding, use_bias=False) if projected else None
         )
         self.layers = nnx.List(
-            [OPTDecoderLayer(make) for _ in range(config.num_hidden_layers)]
+            [OPTDecoderLayer(config, make) for _ in range(config.num_hidden_layers)]
         )
         self.final_layer_norm = (
-            make.layer_norm() if config.has_final_layer_norm else None
+            layer_norm(config, make) if config.has_final_layer_norm else None
         )
 
     def __call__(
@@ -121,11 +121,11 @@ class OPTForCausalLM(nnx.Module):
           param_dtype: Of the stored parameters.
         """
         make = LayerFactory(
-            config=config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            init_std=config.init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.config = config
         self.dtype = dtype
-        self.decoder = OPTDecoder(make)
+        self.decoder = OPTDecoder(config, make)
         self.lm_head = (
             None
             if config.tie_word_embeddings

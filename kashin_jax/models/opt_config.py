@@ -7,11 +7,10 @@ from typing import Any
 import jax
 
 from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.models.config_fields import check_rates, check_sizes, read_fields
+from kashin_jax.models.transformer import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "OPTConfig"]
-
-# Names are Hugging Face's: its "gelu" is exact, its "gelu_new" the tanh form.
-ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
+__all__ = ["OPTConfig"]
 
 # The only field that Hugging Face spells in a way a dataclass should not.
 _ALIASES = {"remove_final_layer_norm": "_remove_final_layer_norm"}
@@ -72,22 +71,13 @@ class OPTConfig:
     eos_token_id: int | None = 2
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise UsageError(f"`{name}` must be at least 1. Got {size}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise UsageError(
-                f"`num_attention_heads`={self.num_attention_heads} must divide "
-                f"`hidden_size`={self.hidden_size}."
-            )
+        check_sizes(self, _SIZES)
         if self.activation_function not in ACTIVATIONS:
             raise UsageError(
                 f"`activation_function`={self.activation_function!r} is not supported; "
                 f"known are {', '.join(ACTIVATIONS)}."
             )
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= (rate := getattr(self, name)) < 1:
-                raise UsageError(f"`{name}` must lie in [0, 1). Got {rate}.")
+        check_rates(self, ("dropout", "attention_dropout"))
 
     @property
     def embedding_size(self) -> int:
@@ -128,20 +118,7 @@ class OPTConfig:
                 f"{source}: `model_type` is {model_type!r}; only 'opt' checkpoints can "
                 "be loaded here."
             )
-        values = {}
-        for field in dataclasses.fields(cls):
-            key = _ALIASES.get(field.name, field.name)
-            if key in mapping:
-                values[field.name] = _checked(mapping[key], field.type, key, source)
-            elif field.default is dataclasses.MISSING:
-                raise CheckpointError(
-                    f"{source}: field `{key}` is missing; restore the config.json "
-                    "that was published with the checkpoint."
-                )
-        try:
-            return cls(**values)
-        except UsageError as error:
-            raise CheckpointError(f"{source}: {error}") from error
+        return read_fields(cls, mapping, source, aliases=_ALIASES)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a Hugging Face `config.json`; inverse of `from_dict`."""
@@ -164,15 +141,3 @@ _SIZES = (
     "max_position_embeddings",
     "word_embed_proj_dim",
 )
-
-
-def _checked(value: Any, kind: Any, key: str, source: str) -> Any:
-    # JSON has one kind of number, and Python counts True among the integers.
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        expected = getattr(kind, "__name__", str(kind))
-        raise CheckpointError(
-            f"{source}: field `{key}` is {value!r}; expected {expected}."
-        )
-    return value

@@ -1,9 +1,10 @@
-"""Saving OPT models in Hugging Face's layout."""
+"""Saving models in Hugging Face's layout."""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
-from kashin_jax.models.names import published_name
+from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
+from kashin_jax.models.classifier_names import classifier_name
+from kashin_jax.models.names import opt_name
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
+from kashin_jax.models.reading import ParamPath
 
-__all__ = ["save_opt"]
+__all__ = ["save_classifier", "save_opt"]
 
 
 def save_opt(
@@ -42,11 +46,56 @@ def save_opt(
       NonFiniteError: If a weight is not finite, or overflows `dtype`; names it.
       CheckpointError: If the directory cannot be written.
     """
+    expected = nnx.eval_shape(lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0)))
+    _save(model, expected, opt_name, config.to_dict(), Path(directory), dtype)
+
+
+def save_classifier(
+    model: SequenceClassifier,
+    config: ClassifierConfig,
+    directory: str | Path,
+    *,
+    dtype: DTypeLike = "float32",
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `model.safetensors` and `config.json`, as `transformers` reads them.
+
+    Each file appears whole or not at all, `config.json` last. The tokenizer is not
+    part of a model and is left to the caller.
+
+    Args:
+      model: A model with dense layers.
+      config: Its architecture.
+      directory: Created where it does not exist; files of those names are replaced.
+      dtype: Floating-point precision to store.
+      extra: Further fields of `config.json`, such as `finetuning_task`.
+
+    Raises:
+      UsageError: If the model has other parameters than `config` asks for, as after
+        quantizing; dequantize it first.
+      NonFiniteError: If a weight is not finite, or overflows `dtype`; names it.
+      CheckpointError: If the directory cannot be written.
+    """
+    expected = nnx.eval_shape(lambda: SequenceClassifier(config, rngs=nnx.Rngs(0)))
+    content = config.to_dict() | dict(extra or {})
+
+    def name(path: ParamPath) -> str:
+        return classifier_name(path, config.model_type)
+
+    _save(model, expected, name, content, Path(directory), dtype)
+
+
+def _save(
+    model: nnx.Module,
+    expected: nnx.Module,
+    name: Callable[[ParamPath], str],
+    content: dict[str, Any],
+    directory: Path,
+    dtype: DTypeLike,
+) -> None:
     dtype = jnp.dtype(dtype)
-    tensors = _tensors(model, config, dtype)
-    content = config.to_dict() | {"torch_dtype": dtype.name}
-    text = json.dumps(content, indent=2) + "\n"
-    directory = Path(directory)
+    tensors = _tensors(model, expected, name, dtype)
+    text = json.dumps(content | {"torch_dtype": dtype.name}, indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _replace(
@@ -61,9 +110,11 @@ def save_opt(
 
 
 def _tensors(
-    model: OPTForCausalLM, config: OPTConfig, dtype: np.dtype
+    model: nnx.Module,
+    expected: nnx.Module,
+    name_of: Callable[[ParamPath], str],
+    dtype: np.dtype,
 ) -> dict[str, np.ndarray]:
-    expected = nnx.eval_shape(lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0)))
     shapes = {path: v.shape for path, v in nnx.to_flat_state(nnx.state(expected))}
     found = dict(nnx.to_flat_state(nnx.state(model)))
     if odd := shapes.keys() ^ found.keys():
@@ -73,7 +124,7 @@ def _tensors(
         )
     tensors = {}
     for path, variable in found.items():
-        name = published_name(path)
+        name = name_of(path)
         value = np.asarray(variable[...])
         if value.shape != shapes[path]:
             raise UsageError(

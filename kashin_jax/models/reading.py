@@ -1,0 +1,130 @@
+"""Filling the variables of a model from the files of a checkpoint, tensor by tensor."""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
+from kashin_jax.models.names import StoredName
+from kashin_jax.models.tensor_files import iter_tensors
+
+__all__ = ["LoadedVariables", "ParamPath", "check_dtype", "load_variables"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+ParamPath = tuple[Any, ...]
+# Reads a stored name; None for tensors that are left alone.
+ParseName = Callable[[str], StoredName | None]
+
+
+class LoadedVariables(NamedTuple):
+    """What was found.
+
+    Attributes:
+      variables: By path.
+      stored_dtype: NumPy name of the precision most of the values have on disk.
+    """
+
+    variables: dict[ParamPath, nnx.Variable]
+    stored_dtype: str
+
+
+class _Tensor(NamedTuple):
+    label: str
+    name: str
+    is_transposed: bool
+    value: np.ndarray
+
+
+def check_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype, if a model can be loaded in it; raises UsageError if not."""
+    if (dtype := jnp.dtype(dtype)).name not in _DTYPES:
+        raise UsageError(f"`dtype` must be one of {_DTYPES}. Got {dtype.name}.")
+    return dtype
+
+
+def load_variables(
+    files: Iterable[Path],
+    targets: Mapping[str, tuple[ParamPath, nnx.Variable]],
+    parse: ParseName,
+    dtype: np.dtype,
+) -> LoadedVariables:
+    """Reads files into variables of the shapes that the model asks for.
+
+    Args:
+      files: The weight files of one checkpoint.
+      targets: Path and abstract variable by name, in the spelling of `parse`.
+      parse: Reads stored names.
+      dtype: Of the variables made.
+
+    Returns:
+      The variables found; which of them are missing is for the caller to say.
+
+    Raises:
+      CheckpointError: If a file is damaged or empty, or a tensor is not part of the
+        model, stored twice, or of another shape or kind.
+      NonFiniteError: If a weight is NaN or infinite, or overflows `dtype`.
+    """
+    loaded: dict[ParamPath, nnx.Variable] = {}
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in _read(files, parse):
+        if tensor.name not in targets:
+            raise CheckpointError(
+                f"{tensor.label} is not part of the model that config.json describes; "
+                "use the two files that were published together."
+            )
+        path, variable = targets[tensor.name]
+        if path in loaded:
+            raise CheckpointError(f"{tensor.label} is stored twice; remove one copy.")
+        array = _converted(tensor, path[-1] == "kernel", variable.shape, dtype)
+        loaded[path] = variable.replace(array)
+        sizes[tensor.value.dtype.name] += tensor.value.size
+    if not sizes:
+        raise CheckpointError(
+            f"{', '.join(map(str, files))}: nothing to load is in there; get new files."
+        )
+    return LoadedVariables(loaded, sizes.most_common(1)[0][0])
+
+
+def _read(files: Iterable[Path], parse: ParseName) -> Iterator[_Tensor]:
+    for file in files:
+        for stored, value in iter_tensors(file):
+            if (parsed := parse(stored)) is not None:
+                yield _Tensor(f"{file}: `{stored}`", *parsed, value)
+
+
+def _converted(
+    tensor: _Tensor, is_kernel: bool, shape: tuple[int, ...], dtype: np.dtype
+) -> Float[Array, "..."]:
+    value = tensor.value
+    if value.dtype.name not in _DTYPES:
+        raise CheckpointError(
+            f"{tensor.label} is stored as {value.dtype.name}; only {_DTYPES} can be "
+            "loaded."
+        )
+    flip = is_kernel and tensor.is_transposed
+    _check_shape(tensor, shape[::-1] if flip else shape)
+    with np.errstate(over="ignore"):
+        cast = (value.T if flip else value).astype(dtype)
+    if not np.isfinite(cast).all():
+        raise NonFiniteError(
+            f"{tensor.label} overflows {dtype.name}; load it in a wider dtype."
+            if np.isfinite(value).all()
+            else f"{tensor.label} has NaN or infinite values; download it again."
+        )
+    return jnp.asarray(cast)
+
+
+def _check_shape(tensor: _Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.value.shape != expected:
+        raise CheckpointError(
+            f"{tensor.label} has shape {tensor.value.shape}, but config.json asks for "
+            f"{expected}; use the two files that were published together."
+        )
