@@ -5,6 +5,7 @@ line on stderr and an exit code: 2 for a flag, 1 for a file or its content.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,12 +14,31 @@ from absl import flags
 
 from kashin_jax.errors import CheckpointError, DataError, NonFiniteError, UsageError
 
-__all__ = ["Allowed", "check_flags", "flag", "parse_flags", "run_program"]
+__all__ = [
+    "COUNT",
+    "GIVEN",
+    "POSITIVE",
+    "POSITIVE_COUNT",
+    "RATE",
+    "SHARE",
+    "Allowed",
+    "check_flags",
+    "flag",
+    "parse_flags",
+    "run_program",
+]
 
 Config = TypeVar("Config")
 
 # A bound, and how it reads in a message.
 Allowed = tuple[Callable[[Any], bool], str]
+
+POSITIVE_COUNT: Allowed = (lambda x: x >= 1, "at least 1")
+COUNT: Allowed = (lambda x: x >= 0, "at least 0")
+POSITIVE: Allowed = (lambda x: 0 < x < math.inf, "positive and finite")
+SHARE: Allowed = (lambda x: 0 <= x <= 1, "in [0, 1]")
+RATE: Allowed = (lambda x: 0 <= x < 1, "in [0, 1)")
+GIVEN: Allowed = (bool, "given")
 
 _DEFINE: dict[Any, Callable[..., Any]] = {
     bool: flags.DEFINE_boolean,

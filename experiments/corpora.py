@@ -6,11 +6,20 @@ string whose UTF-8 bytes are what a result's `text_sha256` is taken of, and rais
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from kashin_jax.errors import DataError
 
-__all__ = ["lambada", "read_utf8", "wikitext2_gptq", "wikitext2_raw"]
+__all__ = [
+    "HubTable",
+    "hub_table",
+    "lambada",
+    "read_utf8",
+    "wikitext2_gptq",
+    "wikitext2_raw",
+]
 
 _TIMEOUT_SECONDS = 10.0
 
@@ -37,27 +46,63 @@ def read_utf8(path: Path) -> str:
     return text
 
 
-def _hub_rows(missing: Path, repository: str, config: str) -> list[str]:
+class HubTable(NamedTuple):
+    """Columns of a data set on the hub, and what the hub says about each by name."""
+
+    columns: tuple[list[Any], ...]
+    features: Mapping[str, Any]
+
+
+def hub_table(
+    repository: str,
+    config: str,
+    split: str,
+    columns: Sequence[str],
+    *,
+    missing: str,
+    remedy: str = "put the file there",
+) -> HubTable:
+    """Columns of a data set on the hub, in place of a file; asks once, and briefly.
+
+    Args:
+      repository: The data set.
+      config: Its configuration.
+      split: Which part.
+      columns: Their names there.
+      missing: The file that would have been read, for the message.
+      remedy: What to do about that.
+
+    Raises:
+      DataError: If `datasets` is not installed, or the hub does not answer or has no
+        such columns.
+    """
     try:
         import datasets
         import huggingface_hub as hub
     except ImportError as error:
         raise DataError(
             f"`{missing}` is missing and the `datasets` library, which could fetch it, "
-            "is not installed; put the file there or run: "
+            f"is not installed; {remedy} or run: "
             "pip install 'kashin_jax[experiments]'"
         ) from error
     try:
         if not hub.constants.HF_HUB_OFFLINE:
             # Asks once; `load_dataset` would retry for 25 s before it gives up.
             hub.HfApi().dataset_info(repository, timeout=_TIMEOUT_SECONDS)
-        return list(datasets.load_dataset(repository, config, split="test")["text"])
+        table = datasets.load_dataset(repository, config, split=split)
+        read = tuple(list(table[name]) for name in columns)
+        return HubTable(read, getattr(table, "features", None) or {})
     # The hub's client lets exceptions of whatever it is built on through.
     except Exception as error:
         raise DataError(
             f"`{missing}` is missing and `{repository}` cannot be loaded from the hub "
-            f"({type(error).__name__}); put the file there or go online."
+            f"({type(error).__name__}); {remedy} or go online."
         ) from error
+
+
+def _hub_rows(missing: Path, repository: str, config: str) -> list[str]:
+    table = hub_table(repository, config, "test", ["text"], missing=str(missing))
+    return table.columns[0]
 
 
 def wikitext2_raw(data_dir: Path) -> str:

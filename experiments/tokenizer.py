@@ -1,19 +1,37 @@
-"""Tokenizers: text to token ids, with nothing added and nothing cut.
+"""Tokenizers of language models and of classifiers, read from their checkpoints.
 
-Special tokens are the business of the evaluation protocol (`experiments.text`), so
-`encode` adds none; `bos_id` says which one the protocols put in front.
+A language model's text is tokenized with nothing added and nothing cut: special tokens
+are the business of the evaluation protocol (`experiments.text`), and `bos_id` says
+which one the protocols put in front. A classifier's sentences get the special tokens
+that the checkpoint was trained with, and are cut to the model's length.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32
 
 from kashin_jax.errors import CheckpointError, UsageError
 
-__all__ = ["Tokenizer", "check_vocabulary", "load_tokenizer"]
+__all__ = [
+    "Encoded",
+    "PairTokenizer",
+    "Tokenizer",
+    "check_padding",
+    "check_vocabulary",
+    "load_pair_tokenizer",
+    "load_tokenizer",
+    "read_tokenizer_json",
+]
+
+# Files that make a tokenizer, in the order in which they are looked for; the last two
+# are read by `transformers`, by the model type that `config.json` names.
+_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+# The library keeps 5 kB for an encoded pair of 31 tokens: 2 GB for the train of MNLI.
+_CHUNK = 4096
 
 
 @runtime_checkable
@@ -54,8 +72,60 @@ class _BackendTokenizer:
         return self.backend.decode(ids.tolist(), skip_special_tokens=False)
 
 
+class Encoded(NamedTuple):
+    """Tokens of one text or pair, special ones included; whether any were cut off."""
+
+    input_ids: list[int]
+    token_type_ids: list[int]
+    truncated: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PairTokenizer:
+    """A classifier's tokenizer, of texts and of pairs of texts.
+
+    Attributes:
+      backend: The `tokenizers.Tokenizer`. Its truncation is set by every call.
+      vocab_size: One more than the largest id that `encode` can return.
+      pad_id: The token named `[PAD]` or `<pad>`; None if there is none.
+    """
+
+    backend: Any
+    vocab_size: int
+    pad_id: int | None
+
+    def encode(
+        self, first: Sequence[str], second: Sequence[str] | None, *, max_length: int
+    ) -> list[Encoded]:
+        """Tokenizes texts, or pairs if `second` is given.
+
+        Args:
+          first: Texts.
+          second: Partners of the texts.
+          max_length: Longest encoding in tokens; the longer text is cut first.
+
+        Raises:
+          UsageError: If `max_length` leaves less than one token for each text.
+        """
+        pairs = second is not None
+        least = self.backend.num_special_tokens_to_add(pairs) + 1 + pairs
+        # Below that the library would cut nothing at all.
+        if max_length < least:
+            raise UsageError(
+                f"`--max_length` must be at least {least}, special tokens included. "
+                f"Got {max_length}."
+            )
+        self.backend.enable_truncation(max_length, strategy="longest_first")
+        inputs = list(first) if second is None else [*zip(first, second, strict=True)]
+        return [
+            Encoded(encoding.ids, encoding.type_ids, bool(encoding.overflowing))
+            for start in range(0, len(inputs), _CHUNK)
+            for encoding in self.backend.encode_batch(inputs[start : start + _CHUNK])
+        ]
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Reads the tokenizer that lies beside a checkpoint.
+    """Reads the tokenizer that lies beside a language model's checkpoint.
 
     `tokenizer.json` is read by the `tokenizers` library. Published OPT directories have
     `vocab.json` and `merges.txt` instead, which `transformers` reads; both ways give
@@ -71,18 +141,50 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
       CheckpointError: If there is no tokenizer or its file is damaged.
       UsageError: If the library that reads it is not installed.
     """
-    file = Path(directory) / "tokenizer.json"
-    backend = _read_json(file) if file.is_file() else _read_vocabulary(Path(directory))
-    backend.no_truncation()
-    backend.no_padding()
+    backend = _read_backend(Path(directory))
     # What the tokenizer puts in front of an empty text is its own choice of BOS.
     prefix = backend.encode("", add_special_tokens=True).ids
     bos_id = prefix[0] if prefix else backend.token_to_id("</s>")
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    return _BackendTokenizer(backend, bos_id, 1 + max(vocabulary.values()))
+    return _BackendTokenizer(backend, bos_id, _vocab_size(backend))
 
 
-def _read_json(file: Path) -> Any:
+def load_pair_tokenizer(directory: str | Path) -> PairTokenizer:
+    """Reads the tokenizer that lies beside a classifier's checkpoint.
+
+    `tokenizer.json` is read by the `tokenizers` library, else `vocab.txt` (BERT) or
+    `vocab.json` and `merges.txt` (RoBERTa) by `transformers`. Nothing is downloaded.
+
+    Args:
+      directory: A checkpoint directory, such as `LoadedClassifier.directory`.
+
+    Returns:
+      The tokenizer, with padding and stored truncation switched off.
+
+    Raises:
+      CheckpointError: If there is no tokenizer, its file is damaged, or it does not
+        put special tokens around a text and between the texts of a pair.
+      UsageError: If the library that reads it is not installed.
+    """
+    backend = _read_backend(Path(directory))
+    around = backend.num_special_tokens_to_add(False)
+    if not 0 < around < backend.num_special_tokens_to_add(True):
+        raise CheckpointError(
+            f"The tokenizer in `{directory}` puts no special tokens around and between "
+            "sentences, so it is not a BERT or RoBERTa classifier's; use the tokenizer "
+            "files that came with this checkpoint."
+        )
+    pad_ids = map(backend.token_to_id, ("[PAD]", "<pad>"))
+    pad_id = next((i for i in pad_ids if i is not None), None)
+    return PairTokenizer(backend, _vocab_size(backend), pad_id)
+
+
+def read_tokenizer_json(file: Path) -> Any:
+    """Reads a `tokenizer.json` as a `tokenizers.Tokenizer`, with all its settings.
+
+    Raises:
+      CheckpointError: If the file is damaged.
+      UsageError: If `tokenizers` is not installed.
+    """
     try:
         import tokenizers
     except ImportError as error:
@@ -96,13 +198,25 @@ def _read_json(file: Path) -> Any:
         ) from error
 
 
-def _read_vocabulary(directory: Path) -> Any:
-    missing = [f for f in ("vocab.json", "merges.txt") if not (directory / f).is_file()]
-    if missing:
+def _read_backend(directory: Path) -> Any:
+    complete = [
+        files for files in _FILES if all((directory / name).is_file() for name in files)
+    ]
+    if not complete:
         raise CheckpointError(
             f"`{directory}` has no tokenizer: add `tokenizer.json`, or `vocab.json` "
-            "and `merges.txt`, of the same model."
+            "and `merges.txt`, or `vocab.txt`, of the same model."
         )
+    if complete[0] == ("tokenizer.json",):
+        backend = read_tokenizer_json(directory / "tokenizer.json")
+    else:
+        backend = _read_vocabulary(directory, complete[0])
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_vocabulary(directory: Path, files: tuple[str, ...]) -> Any:
     try:
         import transformers
     except ImportError as error:
@@ -113,10 +227,16 @@ def _read_vocabulary(directory: Path) -> Any:
         ).backend_tokenizer
     # What a damaged file raises depends on the library's version.
     except Exception as error:
+        names = " and ".join(f"`{name}`" for name in files)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"`vocab.json` and `merges.txt` in `{directory}` are not a readable "
-            f"tokenizer ({error}); download them again."
+            f"{names} in `{directory}`: not a readable tokenizer ({reason}); download "
+            "the files again, `config.json` too."
         ) from error
+
+
+def _vocab_size(backend: Any) -> int:
+    return 1 + max(backend.get_vocab(with_added_tokens=True).values())
 
 
 def _missing(library: str) -> UsageError:
@@ -126,11 +246,11 @@ def _missing(library: str) -> UsageError:
     )
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer | PairTokenizer, vocab_size: int) -> None:
     """Checks that the model has an embedding for every token.
 
     Args:
-      tokenizer: The tokenizer that makes the evaluation text.
+      tokenizer: The tokenizer that makes the model's input.
       vocab_size: Rows of the model's embedding. More rows than tokens are usual.
 
     Raises:
@@ -140,5 +260,26 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise CheckpointError(
             f"The tokenizer has {tokenizer.vocab_size} tokens, the model's "
             f"`vocab_size` is {vocab_size}; use the tokenizer files that came with "
+            "this checkpoint."
+        )
+
+
+def check_padding(tokenizer: PairTokenizer, pad_token_id: int) -> None:
+    """Checks that tokenizer and model mean the same token by padding.
+
+    It tells BERT's tokenizer (0) from RoBERTa's (1), which the size of the vocabulary
+    may not: BERT's is the smaller one.
+
+    Args:
+      tokenizer: The tokenizer that makes the model's input.
+      pad_token_id: Of the model's configuration.
+
+    Raises:
+      CheckpointError: If the tokenizer's padding token has another id.
+    """
+    if tokenizer.pad_id not in (None, pad_token_id):
+        raise CheckpointError(
+            f"The tokenizer pads with token {tokenizer.pad_id}, the model's "
+            f"`pad_token_id` is {pad_token_id}; use the tokenizer files that came with "
             "this checkpoint."
         )

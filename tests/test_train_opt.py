@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_training import ASSETS, arguments, config_of, sample_text
 
 from experiments.results import read_jsonl
@@ -21,29 +20,18 @@ from experiments.tokenizer import load_tokenizer
 from experiments.train_opt import main
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.config import TrainConfig
-from experiments.training.optimizer import make_schedule
+from experiments.training.language_model import (
+    init_params,
+    recipe_optimizer,
+    recipe_schedule,
+)
 from experiments.training.run import run
 from experiments.training.step import TrainState, init_state
 from kashin_jax.evaluation import make_windows, perplexity, window_nll
 from kashin_jax.models.loading import load_opt
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_steps_are_kept(tmp_path_factory):
-    """A resumed run compiles the same step again, which takes most of its time here."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compiled_steps_are_kept")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +63,7 @@ def test_the_loss_falls_and_the_log_says_how(finished):
     assert records[0]["loss"] == pytest.approx(math.log(8192), rel=0.01)
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     assert records[-1]["tokens"] == 8 * 4 * 16
-    schedule = make_schedule(config)
+    schedule = recipe_schedule(config)
     assert records[2]["learning_rate"] == pytest.approx(float(schedule(3)), rel=1e-5)
     assert all(record["tokens_per_second"] > 0 for record in records)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -139,7 +127,8 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(
     finished, tmp_path, capsys
 ):
     config, _ = finished
-    state = init_state(config, config.model_config(8192))
+    params = init_params(config, config.model_config(8192))
+    state = init_state(params, recipe_optimizer(config))
     nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.params)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(TrainState(nothing, state.opt_state, jnp.int32(5)))

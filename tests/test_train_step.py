@@ -7,6 +7,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from tiny_training import ASSETS, config_of, sample_text
@@ -15,16 +16,24 @@ from experiments.training import bpe
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.config import TrainConfig
 from experiments.training.corpus import ShuffledStream, TextSource, load_corpus
-from experiments.training.loop import LoopParts, read_batch, train
-from experiments.training.optimizer import decays, make_optimizer, make_schedule
+from experiments.training.language_model import (
+    init_params,
+    loop_settings,
+    make_loss,
+    model_graph,
+    read_windows,
+    recipe_optimizer,
+    recipe_schedule,
+)
+from experiments.training.loop import LoopParts, train
+from experiments.training.optimizer import decays, warmup_linear
 from experiments.training.runlog import RunLog
 from experiments.training.signals import stop_signals
 from experiments.training.step import (
     StepMetrics,
     TrainState,
     init_state,
-    make_loss,
-    model_graph,
+    make_trainer,
     train_step,
 )
 from kashin_jax.errors import NonFiniteError
@@ -51,8 +60,15 @@ def _count(tmp_path, config, validate=None):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     state = TrainState({"x": jnp.zeros(2)}, {}, jnp.int32(0))
     try:
-        parts = LoopParts(counter, counter, checkpoints, log, validate)
-        return train(config, parts, state)
+        parts = LoopParts(
+            trainer=counter,
+            schedule=recipe_schedule(config),
+            read_batch=functools.partial(read_windows, config, counter),
+            checkpoints=checkpoints,
+            log=log,
+            validate=validate,
+        )
+        return train(loop_settings(config), parts, state)
     finally:
         checkpoints.close()
 
@@ -63,7 +79,7 @@ def _step(loss_fn, optimizer):
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_on_a_cosine():
-    schedule = make_schedule(
+    schedule = recipe_schedule(
         config_of(learning_rate=2e-3, warmup_steps=300, steps=9000, final_fraction=0.05)
     )
     middle = 2e-3 * (0.05 + 0.95 * 0.5)
@@ -73,16 +89,31 @@ def test_the_learning_rate_rises_in_a_line_and_falls_on_a_cosine():
     assert schedule(149) < schedule(150) < schedule(300) > schedule(400)
 
 
+@pytest.mark.parametrize(
+    ("warmup_steps", "rates"),
+    [
+        (0, {0: 3e-5, 5: 1.5e-5, 9: 3e-6, 10: 0.0}),
+        (4, {0: 0.0, 1: 7.5e-6, 4: 3e-5, 7: 1.5e-5, 9: 5e-6, 10: 0.0}),
+    ],
+)
+def test_the_learning_rate_rises_from_zero_and_falls_to_zero_in_lines(
+    warmup_steps, rates
+):
+    schedule = warmup_linear(peak=3e-5, warmup_steps=warmup_steps, steps=10)
+    for step, rate in rates.items():
+        assert schedule(step) == pytest.approx(rate, rel=1e-5, abs=1e-12)
+
+
 def test_the_model_decays_kernels_and_embeddings_only():
     config = config_of()
-    state = jax.eval_shape(lambda: init_state(config, config.model_config(300)))
-    marked, _ = jax.tree_util.tree_flatten_with_path(decays(state.params))
+    params = jax.eval_shape(lambda: init_params(config, config.model_config(300)))
+    marked, _ = jax.tree_util.tree_flatten_with_path(decays(params))
     names = {jax.tree_util.keystr(path).split("'")[-2]: flag for path, flag in marked}
     assert names == {"kernel": True, "embedding": True, "bias": False, "scale": False}
 
 
 def test_without_a_gradient_matrices_shrink_and_vectors_stay():
-    optimizer = make_optimizer(
+    optimizer = recipe_optimizer(
         config_of(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
     )
     params = {"kernel": jnp.full((3, 2), 4.0), "bias": jnp.full((2,), 4.0)}
@@ -94,7 +125,7 @@ def test_without_a_gradient_matrices_shrink_and_vectors_stay():
 
 def test_every_token_of_the_stream_is_predicted_once():
     config = config_of(batch_size=6, context=16, grad_accumulation=3)
-    batches = [read_batch(config, _Counter(), step) for step in range(2)]
+    batches = [read_windows(config, _Counter(), step) for step in range(2)]
     assert batches[0].shape == (3, 2, 17)
     targets = np.concatenate([batch[:, :, 1:].ravel() for batch in batches])
     np.testing.assert_array_equal(targets, np.arange(1, 2 * 96 + 1))
@@ -102,11 +133,11 @@ def test_every_token_of_the_stream_is_predicted_once():
 
 
 def test_a_step_in_parts_is_the_step_of_the_whole_batch():
-    def loss_fn(params, tokens, key):
+    def loss_fn(params, frozen, tokens, key):
         predicted = params["table"][tokens[:, :-1]]
         return jnp.mean((predicted - tokens[:, 1:].astype(jnp.float32)) ** 2)
 
-    optimizer = make_optimizer(config_of())
+    optimizer = recipe_optimizer(config_of())
     rows = np.random.default_rng(0).integers(0, 9, (4, 5)).astype(np.int32)
     params = {"table": jnp.linspace(0.0, 9.0, 9)}
     results = []
@@ -122,11 +153,28 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch():
             np.testing.assert_allclose(whole, part, rtol=1e-5)
 
 
+def test_frozen_arrays_reach_the_loss_and_are_neither_trained_nor_stored():
+    def loss_fn(params, frozen, batch, key):
+        return jnp.mean(params["x"] * frozen["scale"] * batch["rows"])
+
+    optimizer = optax.sgd(0.5)
+    frozen = {"scale": jnp.float32(3.0)}
+    trainer = make_trainer(loss_fn, optimizer, seed=0, frozen=frozen)
+    fresh = init_state({"x": jnp.float32(1.0)}, optimizer, trainer.replicated)
+    batch = {"rows": jnp.full((2, 4), 2.0)}
+    state, metrics = trainer.step(fresh, batch)
+    assert metrics.loss == 6.0
+    assert metrics.grad_norm == 6.0
+    assert state.params["x"] == 1.0 - 0.5 * 6.0
+    assert jax.tree.structure(state.params) == jax.tree.structure({"x": 0})
+    assert frozen["scale"] == 3.0
+
+
 def test_every_step_and_every_part_drops_other_units():
-    def loss_fn(params, tokens, key):
+    def loss_fn(params, frozen, tokens, key):
         return params["x"] * jax.random.uniform(key)
 
-    optimizer = make_optimizer(config_of())
+    optimizer = recipe_optimizer(config_of())
     params = {"x": jnp.float32(1.0)}
     losses = []
     for step in (0, 1):
@@ -144,11 +192,11 @@ def test_the_embedded_weights_have_the_training_loss_their_recipe_records(tmp_pa
     config = TrainConfig(text_file=("t",), out="o", dtype="float32", batch_size=2)
     tokenizer = bpe.load_tokenizer(ASSETS / "opt-wiki-18m")
     corpus = load_corpus(TextSource((text_file,), "", 0.0, 0), tokenizer, tmp_path)
-    batch = jnp.asarray(read_batch(config, ShuffledStream(corpus, seed=0), 0)[0])
+    batch = jnp.asarray(read_windows(config, ShuffledStream(corpus, seed=0), 0)[0])
     loaded = load_opt(str(ASSETS / "opt-wiki-18m"))
     graphdef = model_graph(config, loaded.config, training=False)
     params = nnx.state(loaded.model, nnx.Param)
-    loss = jax.jit(make_loss(graphdef))(params, batch, jax.random.key(0))
+    loss = jax.jit(make_loss(graphdef))(params, (), batch, jax.random.key(0))
     assert loss == pytest.approx(2.97, abs=0.3)
 
 
@@ -160,7 +208,7 @@ def test_a_state_is_not_saved_once_the_loss_is_not_finite(tmp_path):
 
 
 def test_a_signal_lets_the_step_end_and_leaves_its_checkpoint(tmp_path):
-    def interrupt(params):
+    def interrupt(step, params):
         signal.raise_signal(signal.SIGTERM)
         return {}
 
@@ -181,7 +229,7 @@ def test_a_first_signal_asks_and_a_second_one_insists():
 
 def test_a_checkpoint_holds_the_state_bit_for_bit(tmp_path):
     params = {"a": jnp.float32([[1 / 3, -0.0], [1e-45, 3e38]]), "b": jnp.zeros(3)}
-    moments = make_optimizer(config_of()).init(params)
+    moments = recipe_optimizer(config_of()).init(params)
     state = TrainState(params, moments, jnp.int32(7))
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state)

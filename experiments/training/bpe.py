@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.results import atomic_path
+from experiments.tokenizer import read_tokenizer_json
 from kashin_jax.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -30,19 +31,13 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
     Raises:
       CheckpointError: If the file is missing or damaged, or lacks `</s>`.
     """
-    from tokenizers import Tokenizer
-
     path = directory / _FILE
     if not path.is_file():
         raise CheckpointError(
             f"`{path}` is missing; `--tokenizer` names a directory that holds one, and "
             "`--vocab_size` trains a new one on the text."
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    # The library raises bare Exception for every kind of damage.
-    except Exception as error:
-        raise CheckpointError(f"`{path}` is not a tokenizer: {error}") from error
+    tokenizer = read_tokenizer_json(path)
     if tokenizer.token_to_id(_END_OF_TEXT) is None:
         raise CheckpointError(
             f"`{path}` has no token `{_END_OF_TEXT}`, which separates documents; use "

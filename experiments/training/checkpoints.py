@@ -29,6 +29,8 @@ def claim_directory(out: Path, identity: dict[str, Any]) -> None:
         `run.json` cannot be read.
     """
     path = out / "run.json"
+    # As it comes back from the file, where tuples are lists.
+    identity = json.loads(json.dumps(identity))
     try:
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():

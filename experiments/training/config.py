@@ -1,31 +1,31 @@
 """All choices of a training run, each a command-line flag of the same name."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from experiments.cli import Allowed, check_flags, flag
+from experiments.cli import (
+    COUNT,
+    GIVEN,
+    POSITIVE,
+    POSITIVE_COUNT,
+    RATE,
+    SHARE,
+    check_flags,
+    flag,
+)
 from kashin_jax.errors import UsageError
 from kashin_jax.models.opt import OPTConfig
 
-__all__ = ["TrainConfig"]
+__all__ = ["DTYPES", "TrainConfig"]
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
-_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Special tokens and bytes, of which every byte-level BPE of OPT consists at least.
 _SMALLEST_BPE = 260
-
-
-_POSITIVE_COUNT: Allowed = (lambda x: x >= 1, "at least 1")
-_COUNT: Allowed = (lambda x: x >= 0, "at least 0")
-_POSITIVE: Allowed = (lambda x: 0 < x < math.inf, "positive and finite")
-_SHARE: Allowed = (lambda x: 0 <= x <= 1, "in [0, 1]")
-_RATE: Allowed = (lambda x: 0 <= x < 1, "in [0, 1)")
-_GIVEN: Allowed = (bool, "given")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class TrainConfig:
     text_file: tuple[str, ...] = flag(
         (),
         "UTF-8 text to train on; may be given several times.",
-        _GIVEN,
+        GIVEN,
         is_repeated=True,
     )
     separator: str = flag(
@@ -48,10 +48,10 @@ class TrainConfig:
     wikitext_spacing: float = flag(
         0.0,
         "Share of the documents to rewrite in WikiText's spacing; the recipe: 0.8.",
-        _SHARE,
+        SHARE,
     )
     tokenizer: str = flag(
-        str(_ASSETS / "opt-wiki-18m"), "Directory with a tokenizer.json.", _GIVEN
+        str(_ASSETS / "opt-wiki-18m"), "Directory with a tokenizer.json.", GIVEN
     )
     vocab_size: int = flag(
         0,
@@ -59,51 +59,51 @@ class TrainConfig:
         (lambda x: x == 0 or x >= _SMALLEST_BPE, f"0 or at least {_SMALLEST_BPE}"),
     )
     cache_dir: str = flag(
-        ".cache/train_opt", "Directory for texts once tokenized.", _GIVEN
+        ".cache/train_opt", "Directory for texts once tokenized.", GIVEN
     )
 
-    layers: int = flag(8, "Blocks.", _POSITIVE_COUNT)
-    hidden_size: int = flag(384, "Width of the residual stream.", _POSITIVE_COUNT)
-    heads: int = flag(6, "Attention heads per block.", _POSITIVE_COUNT)
-    ffn_dim: int = flag(1536, "Width inside the feed-forward parts.", _POSITIVE_COUNT)
-    max_positions: int = flag(1024, "Positions that the model has.", _POSITIVE_COUNT)
+    layers: int = flag(8, "Blocks.", POSITIVE_COUNT)
+    hidden_size: int = flag(384, "Width of the residual stream.", POSITIVE_COUNT)
+    heads: int = flag(6, "Attention heads per block.", POSITIVE_COUNT)
+    ffn_dim: int = flag(1536, "Width inside the feed-forward parts.", POSITIVE_COUNT)
+    max_positions: int = flag(1024, "Positions that the model has.", POSITIVE_COUNT)
     context: int = flag(
-        512, "Tokens that one training window predicts.", _POSITIVE_COUNT
+        512, "Tokens that one training window predicts.", POSITIVE_COUNT
     )
-    dropout: float = flag(0.05, "Dropout rate.", _RATE)
+    dropout: float = flag(0.05, "Dropout rate.", RATE)
 
-    steps: int = flag(9000, "Optimizer steps of the whole run.", _POSITIVE_COUNT)
-    batch_size: int = flag(192, "Windows per optimizer step.", _POSITIVE_COUNT)
+    steps: int = flag(9000, "Optimizer steps of the whole run.", POSITIVE_COUNT)
+    batch_size: int = flag(192, "Windows per optimizer step.", POSITIVE_COUNT)
     grad_accumulation: int = flag(
-        1, "Parts into which a batch is cut for memory.", _POSITIVE_COUNT
+        1, "Parts into which a batch is cut for memory.", POSITIVE_COUNT
     )
-    learning_rate: float = flag(2e-3, "Peak learning rate.", _POSITIVE)
-    warmup_steps: int = flag(300, "Steps of linear warm-up.", _COUNT)
+    learning_rate: float = flag(2e-3, "Peak learning rate.", POSITIVE)
+    warmup_steps: int = flag(300, "Steps of linear warm-up.", COUNT)
     final_fraction: float = flag(
-        0.05, "Last learning rate of the cosine, as a fraction of the peak.", _SHARE
+        0.05, "Last learning rate of the cosine, as a fraction of the peak.", SHARE
     )
-    weight_decay: float = flag(0.1, "Decoupled weight decay of matrices.", _COUNT)
-    beta1: float = flag(0.9, "AdamW's decay of the mean gradient.", _RATE)
-    beta2: float = flag(0.95, "AdamW's decay of the mean squared gradient.", _RATE)
-    clip: float = flag(1.0, "Largest global norm of the gradient.", _POSITIVE)
+    weight_decay: float = flag(0.1, "Decoupled weight decay of matrices.", COUNT)
+    beta1: float = flag(0.9, "AdamW's decay of the mean gradient.", RATE)
+    beta2: float = flag(0.95, "AdamW's decay of the mean squared gradient.", RATE)
+    clip: float = flag(1.0, "Largest global norm of the gradient.", POSITIVE)
     dtype: str = flag(
         "bfloat16",
         "Of activations, bfloat16 or float32; weights are float32.",
-        (_DTYPES.__contains__, " or ".join(_DTYPES)),
+        (DTYPES.__contains__, " or ".join(DTYPES)),
     )
-    seed: int = flag(0, "Seed of weights, dropout and order of documents.", _COUNT)
+    seed: int = flag(0, "Seed of weights, dropout and order of documents.", COUNT)
 
     out: str = flag(
-        "", "Directory of the run; an unfinished run in it is resumed.", _GIVEN
+        "", "Directory of the run; an unfinished run in it is resumed.", GIVEN
     )
-    log_every: int = flag(50, "Steps per line of log.jsonl.", _POSITIVE_COUNT)
-    checkpoint_every: int = flag(500, "Steps between checkpoints.", _POSITIVE_COUNT)
+    log_every: int = flag(50, "Steps per line of log.jsonl.", POSITIVE_COUNT)
+    checkpoint_every: int = flag(500, "Steps between checkpoints.", POSITIVE_COUNT)
     stop_after: int = flag(
-        0, "Stop this call after so many steps; 0: at the end.", _COUNT
+        0, "Stop this call after so many steps; 0: at the end.", COUNT
     )
     eval_file: str = flag("", "Text whose perplexity is measured on the way.")
-    eval_every: int = flag(500, "Steps between these measurements.", _POSITIVE_COUNT)
-    eval_tokens: int = flag(8192, "Tokens of that text to score; 0: all.", _COUNT)
+    eval_every: int = flag(500, "Steps between these measurements.", POSITIVE_COUNT)
+    eval_tokens: int = flag(8192, "Tokens of that text to score; 0: all.", COUNT)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -134,7 +134,7 @@ class TrainConfig:
     @property
     def compute_dtype(self) -> DTypeLike:
         """Dtype of activations."""
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     def model_config(self, vocab_size: int) -> OPTConfig:
         """The architecture; pre-norm, ReLU and tied embeddings as in OPT."""

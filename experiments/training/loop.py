@@ -1,26 +1,51 @@
 """The training loop: batches in, log lines and checkpoints out."""
 
 import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+import optax
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 from experiments.training.checkpoints import Checkpoints
-from experiments.training.config import TrainConfig
-from experiments.training.corpus import ShuffledStream
-from experiments.training.optimizer import make_schedule
 from experiments.training.runlog import RunLog
 from experiments.training.signals import stop_signals
-from experiments.training.step import StepMetrics, Trainer, TrainState
+from experiments.training.step import Params, StepMetrics, Trainer, TrainState
 from kashin_jax.errors import NonFiniteError
 
-__all__ = ["LoopParts", "read_batch", "train"]
+__all__ = ["LoopParts", "LoopSettings", "train"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How far a call goes, and when it does what.
+
+    Attributes:
+      steps: Optimizer steps of the whole run.
+      stop_after: Steps of this call; 0: to the end.
+      log_every: Steps per line of the log.
+      checkpoint_every: Steps between checkpoints.
+      validate_at: Numbers of steps done after which to validate; the last step of a
+        call is always one.
+      unit: What speed is measured in, such as tokens.
+      units_per_step: How many of it a batch has.
+      warmup_flag: Named where a run diverges.
+    """
+
+    steps: int
+    stop_after: int
+    log_every: int
+    checkpoint_every: int
+    validate_at: Container[int]
+    unit: str
+    units_per_step: int
+    warmup_flag: str
 
 
 class LoopParts(NamedTuple):
@@ -28,44 +53,32 @@ class LoopParts(NamedTuple):
 
     Attributes:
       trainer: The compiled step.
-      stream: Tokens.
+      schedule: Learning rate of every step, for the log.
+      read_batch: The batch of a step, counted from 0.
       checkpoints: Receives states.
       log: Receives measurements.
-      validate: Measures parameters on held-out text, or `None`.
+      validate: Measures parameters after so many steps, or `None`.
     """
 
     trainer: Trainer
-    stream: ShuffledStream
+    schedule: optax.Schedule
+    read_batch: Callable[[int], PyTree[np.ndarray]]
     checkpoints: Checkpoints
     log: RunLog
-    validate: Callable[[PyTree[Array]], dict[str, Any]] | None
-
-
-def read_batch(
-    config: TrainConfig, stream: ShuffledStream, step: int
-) -> Int[np.ndarray, "a b t"]:
-    """The windows of one step, each beginning with the last token of the one before.
-
-    So every token of the stream is predicted exactly once.
-    """
-    predicted = config.batch_size * config.context
-    tokens = stream.read(step * predicted, predicted + 1)
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, config.context + 1)
-    rows = windows[:: config.context]
-    return rows.reshape(config.grad_accumulation, -1, config.context + 1)
+    validate: Callable[[int, Params], dict[str, Any]] | None
 
 
 class _Meter:
     """Measurements since the last log line, left on the device until they are read."""
 
-    def __init__(self, config: TrainConfig, log: RunLog, step: int):
-        self._config = config
-        self._log = log
-        self._schedule = make_schedule(config)
+    def __init__(self, settings: LoopSettings, parts: LoopParts, step: int):
+        self._settings = settings
+        self._log = parts.log
+        self._schedule = parts.schedule
         self._pending: list[StepMetrics] = []
         self._logged_step = step
         self._logged_time = time.perf_counter()
-        self._start = self._logged_time - log.seconds
+        self._start = self._logged_time - parts.log.seconds
         self._seconds_outside = 0.0
 
     def add(self, metrics: StepMetrics) -> None:
@@ -87,16 +100,17 @@ class _Meter:
         if not all(map(math.isfinite, means)):
             raise NonFiniteError(
                 f"The loss or its gradient stopped being finite by step {step}; the "
-                f"last checkpoint in `--out={self._config.out}` is kept. Lower "
-                "`--learning_rate` or raise `--warmup_steps`, in another directory."
+                f"last checkpoint in `--out={self._log.path.parent}` is kept. Lower "
+                f"`--learning_rate` or raise `--{self._settings.warmup_flag}`, in "
+                "another directory."
             )
         return means
 
     def write(self, step: int) -> float:
         """Logs the means and forgets them; returns the loss."""
         means, now = self.means(step), time.perf_counter()
-        window_tokens = self._config.batch_size * self._config.context
-        new_tokens = (step - self._logged_step) * window_tokens
+        unit, units_per_step = self._settings.unit, self._settings.units_per_step
+        new_units = (step - self._logged_step) * units_per_step
         training_seconds = now - self._logged_time - self._seconds_outside
         self._log.append(
             {
@@ -104,9 +118,9 @@ class _Meter:
                 "loss": round(float(means.loss), 5),
                 "grad_norm": round(float(means.grad_norm), 5),
                 "learning_rate": float(f"{self._schedule(step - 1):.6g}"),
-                "tokens": step * window_tokens,
+                unit: step * units_per_step,
                 "seconds": round(now - self._start, 3),
-                "tokens_per_second": round(new_tokens / training_seconds, 1),
+                f"{unit}_per_second": round(new_units / training_seconds, 1),
             }
         )
         self._pending, self._seconds_outside = [], 0.0
@@ -114,12 +128,12 @@ class _Meter:
         return float(means.loss)
 
 
-def train(config: TrainConfig, parts: LoopParts, state: TrainState) -> TrainState:
+def train(settings: LoopSettings, parts: LoopParts, state: TrainState) -> TrainState:
     """Runs until all steps are done, `stop_after` of them, or a signal asks to stop.
 
     Args:
-      config: The run.
-      parts: Its parts.
+      settings: When to do what.
+      parts: The parts of the run.
       state: Fresh or restored; consumed.
 
     Returns:
@@ -130,32 +144,31 @@ def train(config: TrainConfig, parts: LoopParts, state: TrainState) -> TrainStat
         due. Nothing is saved then.
     """
     step = int(state.step)
-    end = min(config.steps, step + (config.stop_after or config.steps))
-    meter = _Meter(config, parts.log, step)
-    with stop_signals() as stop, _progress_bar(config, step) as bar:
+    end = min(settings.steps, step + (settings.stop_after or settings.steps))
+    meter = _Meter(settings, parts, step)
+    with stop_signals() as stop, _progress_bar(settings, step) as bar:
         stopping = step >= end
         while not stopping:
-            batch = read_batch(config, parts.stream, step)
-            state, metrics = parts.trainer.step(
-                state, jax.device_put(batch, parts.trainer.batched)
-            )
+            batch = jax.device_put(parts.read_batch(step), parts.trainer.batched)
+            state, metrics = parts.trainer.step(state, batch)
             meter.add(metrics)
             step += 1
             bar.update()
             # Read once per step: a signal that comes later must not skip the save.
             stopping = step == end or stop.is_set()
-            if step % config.log_every == 0 or step in (1, config.steps):
+            if step % settings.log_every == 0 or step in (1, settings.steps):
                 bar.set_postfix(loss=f"{meter.write(step):.3f}")
-            if parts.validate and (step % config.eval_every == 0 or step == end):
+            if parts.validate and (step in settings.validate_at or step == end):
                 with meter.outside(step):
-                    parts.log.append({"step": step, **parts.validate(state.params)})
-            if stopping or step % config.checkpoint_every == 0:
+                    found = parts.validate(step, state.params)
+                    parts.log.append({"step": step, **found})
+            if stopping or step % settings.checkpoint_every == 0:
                 with meter.outside(step):
                     parts.checkpoints.save(state)
     return state
 
 
-def _progress_bar(config: TrainConfig, step: int) -> tqdm:
+def _progress_bar(settings: LoopSettings, step: int) -> tqdm:
     return tqdm(
-        total=config.steps, initial=step, desc="train", unit="step", disable=None
+        total=settings.steps, initial=step, desc="train", unit="step", disable=None
     )

@@ -1,10 +1,10 @@
 """From a configuration to an exported checkpoint."""
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 from flax import nnx
 
 from experiments.results import atomic_path
@@ -14,7 +14,7 @@ from experiments.training.bpe import (
     train_tokenizer,
     vocabulary_size,
 )
-from experiments.training.checkpoints import Checkpoints, claim_directory
+from experiments.training.checkpoints import claim_directory
 from experiments.training.config import TrainConfig
 from experiments.training.corpus import (
     Corpus,
@@ -23,17 +23,32 @@ from experiments.training.corpus import (
     corpus_fingerprint,
     load_corpus,
 )
+from experiments.training.language_model import (
+    init_params,
+    loop_settings,
+    make_loss,
+    model_graph,
+    read_windows,
+    recipe_optimizer,
+    recipe_schedule,
+)
 from experiments.training.loop import LoopParts, train
-from experiments.training.runlog import RunLog, plot_losses
-from experiments.training.step import init_state, make_trainer, model_graph
+from experiments.training.runlog import Panel, plot_log
+from experiments.training.step import check_devices, init_state, make_trainer
+from experiments.training.stored import open_run
 from experiments.training.validation import make_validator
-from kashin_jax.errors import DataError, UsageError
+from kashin_jax.errors import DataError
 from kashin_jax.models.loading import save_opt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["RunResult", "run"]
+
+_LOSSES = Panel(
+    "loss, nats per token",
+    {"loss": ("-", "training"), "validation_loss": ("o--", "validation")},
+)
 
 
 class RunResult(NamedTuple):
@@ -63,22 +78,27 @@ def run(config: TrainConfig) -> RunResult:
       NonFiniteError: If the loss is not finite; the last checkpoint stays.
     """
     out = Path(config.out)
-    _check_devices(config)
+    check_devices(config.batch_size, config.grad_accumulation)
     tokenizer, corpus = _prepare_text(config, out)
     model_config = config.model_config(vocabulary_size(tokenizer))
     graphdef = model_graph(config, model_config, training=False)
-    trainer = make_trainer(config, model_config)
+    loss_fn = make_loss(model_graph(config, model_config, training=True))
+    optimizer = recipe_optimizer(config)
+    trainer = make_trainer(loss_fn, optimizer, seed=config.seed)
     validate = make_validator(config, graphdef, tokenizer)
-    checkpoints = Checkpoints(out / "checkpoints")
-    try:
-        state = init_state(config, model_config, trainer.replicated)
-        state = checkpoints.restore_latest(state, trainer.replicated)
-        log = RunLog(out / "log.jsonl", done_steps=int(state.step))
-        stream = ShuffledStream(corpus, seed=config.seed)
-        parts = LoopParts(trainer, stream, checkpoints, log, validate)
-        state = train(config, parts, state)
-    finally:
-        checkpoints.close()
+    params = init_params(config, model_config, trainer.replicated)
+    fresh = init_state(params, optimizer, trainer.replicated)
+    stream = ShuffledStream(corpus, seed=config.seed)
+    with open_run(out, fresh, trainer.replicated) as stored:
+        parts = LoopParts(
+            trainer=trainer,
+            schedule=recipe_schedule(config),
+            read_batch=functools.partial(read_windows, config, stream),
+            checkpoints=stored.checkpoints,
+            log=stored.log,
+            validate=validate,
+        )
+        state = train(loop_settings(config), parts, stored.state)
     steps = int(state.step)
     if steps < config.steps:
         return RunResult(steps, None)
@@ -86,17 +106,8 @@ def run(config: TrainConfig) -> RunResult:
     save_opt(model, model_config, out / "hf")
     save_tokenizer(tokenizer, out / "hf")
     _write_asset(out / "hf", config)
-    plot_losses(log.path, out / "loss.png")
+    plot_log(stored.log.path, out / "loss.png", [_LOSSES], xscale="log")
     return RunResult(steps, out / "hf")
-
-
-def _check_devices(config: TrainConfig) -> None:
-    parts, devices = config.grad_accumulation, jax.local_device_count()
-    if config.batch_size // parts % devices:
-        raise UsageError(
-            f"`--batch_size`={config.batch_size} in {parts} parts does not divide over "
-            f"{devices} devices; make it a multiple of {devices * parts}."
-        )
 
 
 def _prepare_text(config: TrainConfig, out: Path) -> tuple["Tokenizer", Corpus]:

@@ -1,11 +1,12 @@
 """The log of a run, one JSON object per line, and its picture."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.results import append_jsonl, atomic_path, read_jsonl, write_jsonl
 
-__all__ = ["RunLog", "plot_losses"]
+__all__ = ["Panel", "RunLog", "plot_log"]
 
 
 class RunLog:
@@ -36,22 +37,37 @@ class RunLog:
         append_jsonl(self.path, record)
 
 
-def plot_losses(log: Path, picture: Path) -> None:
-    """Draws training and validation loss against the step, on a logarithmic axis."""
+class Panel(NamedTuple):
+    """One pair of axes of a picture.
+
+    Attributes:
+      ylabel: What is measured, with its unit.
+      series: Name of a field of the log to its style and label, in matplotlib's terms.
+    """
+
+    ylabel: str
+    series: Mapping[str, tuple[str, str]]
+
+
+def plot_log(
+    log: Path, picture: Path, panels: Sequence[Panel], *, xscale: str = "linear"
+) -> None:
+    """Draws fields of a log against the step, in panels beside each other."""
     from matplotlib.figure import Figure
 
     records = read_jsonl(log)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    series = {"loss": ("-", "training"), "validation_loss": ("o--", "validation")}
-    for name, (style, label) in series.items():
-        points = [(r["step"], r[name]) for r in records if name in r]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, markersize=4, label=label)
-    axes.set_xscale("log")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per token")
-    axes.grid(which="both", alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
+    columns = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(columns, panels, strict=True):
+        for name, (style, label) in panel.series.items():
+            points = [(r["step"], r[name]) for r in records if name in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, markersize=4, label=label)
+        axes.set_xscale(xscale)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(panel.ylabel)
+        axes.grid(which="both", alpha=0.3)
+        if axes.lines:
+            axes.legend()
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, dpi=150)

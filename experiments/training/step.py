@@ -7,29 +7,30 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from experiments.training.config import TrainConfig
-from experiments.training.optimizer import make_optimizer
-from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
+from kashin_jax.errors import UsageError
 
 __all__ = [
+    "Batch",
+    "LossFn",
+    "Params",
     "StepMetrics",
     "TrainState",
     "Trainer",
+    "check_devices",
     "init_state",
-    "make_loss",
     "make_trainer",
-    "model_graph",
     "train_step",
 ]
 
 Params: TypeAlias = PyTree[Array]
-# Mean loss of windows, given parameters, tokens and the key of dropout.
+Batch: TypeAlias = PyTree[Array]
+# Mean loss of the rows of a batch, given what is trained, what is not, the batch, and
+# the key of dropout.
 LossFn: TypeAlias = Callable[
-    [Params, Int[Array, "b t"], Key[Array, ""]], Float[Array, ""]
+    [Params, PyTree[Array], Batch, Key[Array, ""]], Float[Array, ""]
 ]
 
 
@@ -45,7 +46,7 @@ class StepMetrics(NamedTuple):
     """Of one step, before its update.
 
     Attributes:
-      loss: Nats per token, mean over the batch, with dropout.
+      loss: Mean over the batch, with dropout.
       grad_norm: Global norm of the gradient, before clipping.
     """
 
@@ -62,14 +63,15 @@ class Trainer(NamedTuple):
       batched: Placement of batches: rows of every part spread over the devices.
     """
 
-    step: Callable[[TrainState, Int[Array, "a b t"]], tuple[TrainState, StepMetrics]]
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     replicated: NamedSharding
     batched: NamedSharding
 
 
 def train_step(
     state: TrainState,
-    batch: Int[Array, "a b t"],
+    batch: Batch,
+    frozen: PyTree[Array] = (),
     *,
     key: Key[Array, ""],
     loss_fn: LossFn,
@@ -79,9 +81,9 @@ def train_step(
 
     Args:
       state: Parameters, moments, steps done.
-      batch: Windows in `a` parts that pass through the model one after the other;
-        the gradient is the mean over all of them. All but the first token of a window
-        are predicted.
+      batch: Every leaf has a leading axis of parts that pass through the model one
+        after the other; the gradient is the mean over all of them.
+      frozen: Arrays that the loss needs and nobody trains.
       key: Root key of dropout, folded with the number of the step and the part, so
         that no key has to be stored.
       loss_fn: Mean loss of one part.
@@ -94,13 +96,14 @@ def train_step(
     value_and_grad = jax.value_and_grad(loss_fn)
 
     def add_part(
-        total: tuple[Float[Array, ""], Params], part: tuple[Array, Array]
+        total: tuple[Float[Array, ""], Params], part: tuple[Array, Batch]
     ) -> tuple[tuple[Float[Array, ""], Params], None]:
-        index, tokens = part
-        new = value_and_grad(state.params, tokens, jax.random.fold_in(step_key, index))
+        index, rows = part
+        part_key = jax.random.fold_in(step_key, index)
+        new = value_and_grad(state.params, frozen, rows, part_key)
         return jax.tree.map(jnp.add, total, new), None
 
-    parts = batch.shape[0]
+    parts = jax.tree.leaves(batch)[0].shape[0]
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
     total, _ = jax.lax.scan(add_part, zeros, (jnp.arange(parts), batch))
     loss, grads = jax.tree.map(lambda x: x / parts, total)
@@ -110,60 +113,65 @@ def train_step(
     return TrainState(params, opt_state, state.step + 1), metrics
 
 
-def _build_model(config: TrainConfig, model_config: OPTConfig) -> OPTForCausalLM:
-    rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.key(config.seed), 0))
-    return OPTForCausalLM(model_config, rngs=rngs, dtype=config.compute_dtype)
-
-
 def init_state(
-    config: TrainConfig, model_config: OPTConfig, placement: Sharding | None = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    placement: Sharding | None = None,
 ) -> TrainState:
-    """State before the first step; with no placement on the default device."""
+    """State before the first step.
 
-    def init() -> TrainState:
-        params = nnx.state(_build_model(config, model_config), nnx.Param)
-        moments = make_optimizer(config).init(params)
-        return TrainState(params, moments, jnp.zeros((), jnp.int32))
+    Args:
+      params: Where training starts; consumed, the first step may overwrite them.
+      optimizer: Whose moments are kept.
+      placement: Where all leaves shall live; by default they stay where they are.
+    """
 
-    return jax.jit(init, out_shardings=placement)()
+    def init(params: Params) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-
-def model_graph(
-    config: TrainConfig, model_config: OPTConfig, *, training: bool
-) -> nnx.GraphDef:
-    """The model without its parameters, with dropout on or off."""
-    model = nnx.eval_shape(lambda: _build_model(config, model_config))
-    if training:
-        model.train()
-    return nnx.split(model, nnx.Param)[0]
+    return jax.jit(init, out_shardings=placement)(jax.device_put(params, placement))
 
 
-def make_loss(graphdef: nnx.GraphDef) -> LossFn:
-    """Mean cross entropy of all but the first token of every window, in nats."""
+def make_trainer(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    frozen: PyTree[Array] = (),
+) -> Trainer:
+    """Prepares the step for all local devices.
 
-    def loss_fn(
-        params: Params, tokens: Int[Array, "b t"], key: Key[Array, ""]
-    ) -> Float[Array, ""]:
-        model = nnx.merge(graphdef, params)
-        logits = model(tokens[:, :-1], rngs=nnx.Rngs(dropout=key))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jnp.mean(losses)
+    It compiles at its first call, and again for every new shape of a batch.
 
-    return loss_fn
-
-
-def make_trainer(config: TrainConfig, model_config: OPTConfig) -> Trainer:
-    """Prepares the step for all local devices; it compiles at its first call."""
+    Args:
+      loss_fn: Mean loss of one part of a batch.
+      optimizer: Turns the gradient into an update.
+      seed: Of dropout.
+      frozen: Arrays that the loss needs and nobody trains. They are arguments of the
+        compiled step, since constants of their size would slow its compilation.
+    """
     mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,))
     replicated = NamedSharding(mesh, PartitionSpec())
     step = functools.partial(
         train_step,
-        key=jax.random.fold_in(jax.random.key(config.seed), 1),
-        loss_fn=make_loss(model_graph(config, model_config, training=True)),
-        optimizer=make_optimizer(config),
+        key=jax.random.fold_in(jax.random.key(seed), 1),
+        loss_fn=loss_fn,
+        optimizer=optimizer,
     )
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=replicated)
+    frozen = jax.device_put(frozen, replicated)
     return Trainer(
-        step=jax.jit(step, donate_argnums=0, out_shardings=replicated),
+        step=lambda state, batch: compiled(state, batch, frozen),
         replicated=replicated,
         batched=NamedSharding(mesh, PartitionSpec(None, "data")),
     )
+
+
+def check_devices(batch_size: int, parts: int) -> None:
+    """Raises UsageError unless the parts of a batch can be spread over the devices."""
+    devices = jax.local_device_count()
+    if batch_size // parts % devices:
+        raise UsageError(
+            f"`--batch_size`={batch_size} in {parts} parts does not divide over "
+            f"{devices} devices; make it a multiple of {devices * parts}."
+        )

@@ -32,7 +32,7 @@ _BATCH_SIZE = 4
 
 def make_validator(
     config: TrainConfig, graphdef: nnx.GraphDef, tokenizer: "Tokenizer"
-) -> Callable[[PyTree[Array]], dict[str, Any]] | None:
+) -> Callable[[int, PyTree[Array]], dict[str, Any]] | None:
     """Prepares the measurement that `config.eval_file` asks for.
 
     The text is tokenized once, `</s>` in front, and cut into windows of
@@ -45,7 +45,7 @@ def make_validator(
       tokenizer: The run's.
 
     Returns:
-      A function of the parameters that returns what the log shall hold, or `None`
+      A function of step and parameters that returns what the log shall hold, or `None`
       where no file is given.
 
     Raises:
@@ -67,7 +67,7 @@ def make_validator(
     ) -> Float[Array, " b"]:
         return window_nll(nnx.merge(graphdef, params)(tokens), tokens, scored)
 
-    def validate(params: PyTree[Array]) -> dict[str, Any]:
+    def validate(step: int, params: PyTree[Array]) -> dict[str, Any]:
         batches = score_windows(
             functools.partial(nll, params),
             windows,

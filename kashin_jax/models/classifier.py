@@ -112,10 +112,7 @@ class SequenceClassifier(nnx.Module):
             not of the shape of `input_ids`.
         """
         x = self.hidden_states(input_ids, attention_mask, token_type_ids, rngs=rngs)
-        first = x[:, 0]
-        if self.pooler is not None:
-            first = jnp.tanh(self.pooler(first))
-        return self.classifier(first, rngs).astype(jnp.float32)
+        return self.classify(x[:, 0], rngs=rngs)
 
     def hidden_states(
         self,
@@ -139,6 +136,14 @@ class SequenceClassifier(nnx.Module):
             )
         )
         return self.encoder(input_ids, mask, types, rngs)
+
+    def classify(
+        self, first: Float[Array, "b d"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "b labels"]:
+        """The outputs for hidden states of the first token, BERT's pooler included."""
+        if self.pooler is not None:
+            first = jnp.tanh(self.pooler(first))
+        return self.classifier(first, rngs).astype(jnp.float32)
 
 
 def _same_shape(

@@ -27,7 +27,10 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: ClassifierConfig, make: LayerFactory):
         width = config.hidden_size
-        self.config = config
+        # Not the whole configuration: encoders that differ in their labels alone shall
+        # be equal to JAX, and compile once.
+        self.position_offset = config.position_offset
+        self.pad_token_id = config.pad_token_id
         self.word_embeddings = make.embed(config.vocab_size, width)
         self.position_embeddings = make.embed(config.max_position_embeddings, width)
         self.token_type_embeddings = (
@@ -51,12 +54,11 @@ class Embeddings(nnx.Module):
         return self.dropout(self.norm(x), rngs=rngs)
 
     def _positions(self, input_ids: Int[Array, "b t"]) -> Int[Array, "#b t"]:
-        offset = self.config.position_offset
-        if not offset:
+        if not self.position_offset:
             return jnp.arange(input_ids.shape[1])[None]
         # RoBERTa counts the tokens that are not padding, and gives padding its own row.
-        is_real = (input_ids != self.config.pad_token_id).astype(jnp.int32)
-        return jnp.cumsum(is_real, axis=1) * is_real + (offset - 1)
+        is_real = (input_ids != self.pad_token_id).astype(jnp.int32)
+        return jnp.cumsum(is_real, axis=1) * is_real + (self.position_offset - 1)
 
 
 class EncoderLayer(nnx.Module):

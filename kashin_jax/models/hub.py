@@ -17,6 +17,8 @@ _SMALL_FILES = [
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "heads.safetensors",
 ]
 
 
