@@ -15,7 +15,13 @@ from kashin_jax import (
 from kashin_jax.errors import UsageError
 from kashin_jax.quantized import QuantizerConfig
 
-__all__ = ["FULL_PRECISION", "METHODS", "Method", "choose_methods"]
+__all__ = [
+    "FULL_PRECISION",
+    "GLUE_METHODS",
+    "METHODS",
+    "Method",
+    "choose_methods",
+]
 
 FULL_PRECISION = "full precision"
 
@@ -51,9 +57,9 @@ def _kashin(
 METHODS: Mapping[str, Method] = {
     "kashin": Method(
         make=_kashin,
-        note="The 2024 paper's method on every layer, converged or not, run through "
-        "packed layers: one codebook of 2^b float32 pairs and one float32 scale per "
-        "matrix, bases from a 64-bit seed.",
+        note="The 2024 paper's method on every layer, converged or not: one codebook "
+        "of 2^b float32 pairs and one float32 scale per matrix, bases from a 64-bit "
+        "seed.",
         has_basis=True,
         is_random=True,
     ),
@@ -99,10 +105,22 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def choose_methods(names: tuple[str, ...]) -> dict[str, Method]:
-    """The named methods in the order of the table; `all` stands for every one.
+# The paper's three rows, then the controls that it lacks.
+GLUE_METHODS = (
+    "uniform", "k-means", "kashin", "rtn-g128", "nf4-g64", "rotate-k-means",
+)  # fmt: skip
+
+
+def choose_methods(
+    names: tuple[str, ...], everything: tuple[str, ...] = tuple(METHODS)
+) -> dict[str, Method]:
+    """The named methods in the order of the table.
 
     Full precision is always the first row and may be named.
+
+    Args:
+      names: Of `METHODS`, or `all`.
+      everything: What `all` stands for; its order comes before that of `METHODS`.
 
     Raises:
       UsageError: If a name is unknown or none is given.
@@ -116,8 +134,9 @@ def choose_methods(names: tuple[str, ...]) -> dict[str, Method]:
             )
     if not names:
         raise UsageError(f"`--methods` is empty. Choose from: {', '.join(METHODS)}.")
+    chosen = {*names, *(everything if "all" in names else ())}
     return {
-        name: method
-        for name, method in METHODS.items()
-        if "all" in names or name in names
+        name: METHODS[name]
+        for name in dict.fromkeys((*everything, *METHODS))
+        if name in chosen
     }

@@ -16,8 +16,6 @@ Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctr
 
 import dataclasses
 import itertools
-import re
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -26,15 +24,20 @@ from typing import Any
 import jax
 
 from experiments.cli import check_flags, flag, run_program
-from experiments.methods import METHODS, choose_methods
-from experiments.perplexity_rows import (
-    Bench,
-    checkpoint_sha256,
-    full_precision_row,
-    quantized_row,
+from experiments.flag_values import (
+    command_line,
+    file_stem,
+    flag_text,
+    parse_bases,
+    parse_numbers,
+    plain_differences,
+    short_model_name,
 )
+from experiments.methods import METHODS, choose_methods
+from experiments.perplexity_rows import Bench, full_precision_row, quantized_row
 from experiments.plots import plot_perplexity
 from experiments.published import published_perplexity
+from experiments.quantized_layers import checkpoint_sha256
 from experiments.results import environment_fields, prepare_output, write_results
 from experiments.tables import PERPLEXITY_COLUMNS, Column, aligned_table, fixed
 from experiments.text import (
@@ -47,7 +50,6 @@ from experiments.text import (
     trained_context,
 )
 from experiments.tokenizer import check_vocabulary, load_tokenizer
-from kashin_jax import BasisSpec
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
 from kashin_jax.models.loading import LoadedModel, load_opt
@@ -100,25 +102,9 @@ class OptPplConfig:
         check_flags(self)
         choose_methods(self.methods)
         parse_max_tokens(self.max_tokens)
-        _numbers("bits", self.bits, 1, 8)
-        _numbers("seed", self.seed, 0, 2**31 - 1)
-        _bases(self.basis)
-
-
-def _numbers(name: str, texts: tuple[str, ...], low: int, high: int) -> list[int]:
-    for text in texts:
-        if not re.fullmatch(r"\d{1,10}", text) or not low <= int(text) <= high:
-            raise UsageError(
-                f"`--{name}` must list whole numbers in [{low}, {high}]. Got {text!r}."
-            )
-    return sorted({int(text) for text in texts})
-
-
-def _bases(texts: tuple[str, ...]) -> list[BasisSpec]:
-    try:
-        return [BasisSpec.parse(text) for text in texts]
-    except ValueError as error:
-        raise UsageError(f"`--basis`: {error}") from error
+        parse_numbers("bits", self.bits, 1, 8)
+        parse_numbers("seed", self.seed, 0, 2**31 - 1)
+        parse_bases(self.basis)
 
 
 def run(config: OptPplConfig) -> int:
@@ -134,7 +120,7 @@ def run(config: OptPplConfig) -> int:
     with jax.default_matmul_precision("highest"):
         loaded = load_opt(config.model)
         text = _load_text(config, loaded)
-        name = _model_name(config.model)
+        name = short_model_name(config.model)
         stem = _stem(config, name, text)
         work = out / "work" / stem
         work.mkdir(parents=True, exist_ok=True)
@@ -178,10 +164,10 @@ def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:
     records = [full]
     _announce(full)
     for bits, (name, method) in itertools.product(
-        _numbers("bits", config.bits, 1, 8), choose_methods(config.methods).items()
+        parse_numbers("bits", config.bits, 1, 8), choose_methods(config.methods).items()
     ):
-        bases = _bases(config.basis)[: None if method.has_basis else 1]
-        seeds = _numbers("seed", config.seed, 0, 2**31 - 1)
+        bases = parse_bases(config.basis)[: None if method.has_basis else 1]
+        seeds = parse_numbers("seed", config.seed, 0, 2**31 - 1)
         for basis, seed in itertools.product(
             bases, seeds[: None if method.is_random else 1]
         ):
@@ -227,6 +213,7 @@ def _present(
         + (_LIMITED if text.tokens.size == limit else ""),
         f"{text.name}: {text.protocol}.",
         *text.notes,
+        "Kashin rows run through packed layers, the others as decoded matrices. "
         "Sizes are stored bits: codes, centroids, scales, zero points, seeds. "
         "`seconds` is quantization time on this device, compilation included.",
         f"{first['device']}, jax {first['jax_version']}, "
@@ -235,7 +222,13 @@ def _present(
     print("\n".join(facts) + "\n\n" + aligned_table(records, columns))
     title = f"{first['model']}: perplexity on {text.name}"
     written = write_results(
-        out, stem, records, columns, title=title, command=_command(config), facts=facts
+        out,
+        stem,
+        records,
+        columns,
+        title=title,
+        command=command_line("opt_ppl", config, always=("bits",)),
+        facts=facts,
     )
     picture = out / f"{stem}.png"
     plot_perplexity(records, picture, title=title)
@@ -256,36 +249,14 @@ def _columns(config: OptPplConfig, records: list[dict[str, Any]]) -> tuple[Colum
     return tuple(columns)
 
 
-def _model_name(model: str) -> str:
-    path = Path(model)
-    return path.resolve().name if path.is_dir() else model
-
-
 def _stem(config: OptPplConfig, model: str, text: EvaluationText) -> str:
-    parts = [
-        "opt_ppl", model, text.name, str(text.context), config.max_tokens,
-        _text(config.bits) + "bit",
-    ]  # fmt: skip
-    # Only what differs from the default, so that the plain run has a plain name.
-    plain = OptPplConfig()
-    for name in ("basis", "methods", "seed", "rtol", "max_steps"):
-        if (value := getattr(config, name)) != getattr(plain, name):
-            label = "" if name in ("basis", "methods") else name
-            parts.append(label + _text(value))
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
-
-
-def _text(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
-def _command(config: OptPplConfig) -> str:
-    parts = ["python -m experiments.opt_ppl"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default or field.name == "bits":
-            parts.append(shlex.quote(f"--{field.name}={_text(value)}"))
-    return " ".join(parts)
+    bits = flag_text(config.bits) + "bit"
+    fixed = ["opt_ppl", model, text.name, str(text.context), config.max_tokens, bits]
+    names = {
+        "basis": "", "methods": "", "seed": "seed", "rtol": "rtol",
+        "max_steps": "max_steps",
+    }  # fmt: skip
+    return file_stem([*fixed, *plain_differences(config, names)])
 
 
 def main(arguments: list[str]) -> int:

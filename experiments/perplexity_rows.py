@@ -1,38 +1,36 @@
 """Rows of the perplexity table: quantize, score, count bits, for one method each."""
 
 import dataclasses
-import hashlib
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
-from tqdm import tqdm
 
 from experiments.layer_store import LayerStore, StoredLayer
 from experiments.methods import FULL_PRECISION, Method
 from experiments.partial import PartialScores, score_resumably
+from experiments.quantized_layers import (
+    decoded_kernels,
+    loss_fields,
+    quantize_layers,
+    size_fields,
+    stored_width,
+    unconverged,
+)
 from experiments.tables import Record
 from experiments.text import EvaluationText
-from kashin_jax import BasisSpec, KashinConfig, stored_bits
+from kashin_jax import BasisSpec, KashinConfig
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.evaluation import perplexity, window_nll
-from kashin_jax.layers import (
-    path_key,
-    quantize_model,
-    replace_kernels,
-    selected_kernels,
-)
+from kashin_jax.layers import quantize_model, replace_kernels, selected_kernels
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.quantized import QuantizerConfig
 
-__all__ = ["Bench", "checkpoint_sha256", "full_precision_row", "quantized_row"]
+__all__ = ["Bench", "full_precision_row", "quantized_row"]
 
 
 # Every record has every field, so that a reader of the file needs no special cases.
@@ -92,12 +90,9 @@ def _nll(
     return window_nll(nnx.merge(graphdef, state)(tokens), tokens, scored)
 
 
-_decode = jax.jit(lambda tensor: tensor.decode())
-
-
 def full_precision_row(bench: Bench) -> dict[str, Any]:
     """The row that all others are compared with."""
-    bits = float(_stored_width(bench.loaded))
+    bits = float(stored_width(bench.loaded.stored_dtype))
     return {
         "method": FULL_PRECISION,
         "bits": int(bits),
@@ -139,36 +134,24 @@ def quantized_row(
     except ValueError as reason:
         return {**row, "note": str(reason)}
     key = jax.random.key(seed)
+    kernels = selected_kernels(bench.loaded.model)
     try:
-        layers = _quantize_layers(bench, config, key, f"{name}, {bits} bits")
+        layers = quantize_layers(
+            bench.store, kernels, config, key, f"{name}, {bits} bits"
+        )
     except NonFiniteError as reason:
         # The checkpoint is finite, so it is this method whose scales overflow.
         return {**row, "note": str(reason)}
-    kept = _failures(layers) if method.keeps_failures else frozenset()
+    kept = unconverged(layers) if method.keeps_failures else frozenset()
     model = _quantized_model(bench, config, key, layers, kept)
     computation = {"config": repr(config), "seed": seed, "kept": sorted(kept)}
+    width = stored_width(bench.loaded.stored_dtype)
     return {
         **row,
-        **_size_fields(bench.loaded, layers, kept),
+        **size_fields(bench.loaded.model, width, layers, kept),
         "perplexity": bench.score(model, computation),
-        "relative_error": float(np.mean([
-            0.0 if path in kept else float(layer.report.relative_squared_error)
-            for path, layer in layers.items()
-        ])),
-        "converged_share": _converged_share(config, layers),
-        "quantize_seconds": sum(layer.seconds for layer in layers.values()),
+        **loss_fields(config, layers, kept),
         "note": method.note,
-    }  # fmt: skip
-
-
-def _quantize_layers(
-    bench: Bench, config: QuantizerConfig, key: Key[Array, ""], label: str
-) -> dict[str, StoredLayer]:
-    kernels = selected_kernels(bench.loaded.model)
-    progress = tqdm(kernels.items(), desc=label, unit="layer", disable=None)
-    return {
-        path: bench.store.quantize(path, kernel, config, path_key(key, path))
-        for path, kernel in progress
     }
 
 
@@ -182,9 +165,7 @@ def _quantized_model(
     """Packed layers for Kashin; decoded kernels in the dense model for the controls."""
     model = bench.loaded.model
     if not isinstance(config, KashinConfig):
-        return replace_kernels(
-            model, {path: _decode(layer.tensor) for path, layer in layers.items()}
-        )
+        return replace_kernels(model, decoded_kernels(layers))
     if len(kept) == len(layers):
         return model
     return quantize_model(
@@ -194,58 +175,3 @@ def _quantized_model(
         select=lambda path: path in layers and path not in kept,
         quantize_layer=lambda path, _: (layers[path].tensor, layers[path].report),
     ).model
-
-
-def _failures(layers: Mapping[str, StoredLayer]) -> frozenset[str]:
-    return frozenset(
-        path for path, layer in layers.items() if not _has_converged(layer)
-    )
-
-
-def _has_converged(layer: StoredLayer) -> bool:
-    verdict = layer.report.decomposition
-    return verdict is None or bool(jnp.all(verdict["converged"]))
-
-
-def _converged_share(
-    config: QuantizerConfig, layers: Mapping[str, StoredLayer]
-) -> float | None:
-    if not isinstance(config, KashinConfig):
-        return None
-    return 1 - len(_failures(layers)) / len(layers)
-
-
-def _size_fields(
-    loaded: LoadedModel, layers: Mapping[str, StoredLayer], kept: frozenset[str]
-) -> dict[str, float]:
-    width = _stored_width(loaded)
-    weights = sum(math.prod(layer.tensor.shape) for layer in layers.values())
-    bits = sum(
-        width * math.prod(layer.tensor.shape)
-        if path in kept
-        else stored_bits(layer.tensor)
-        for path, layer in layers.items()
-    )
-    parameters = sum(
-        leaf.size for leaf in jax.tree.leaves(nnx.state(loaded.model, nnx.Param))
-    )
-    rest = width * (parameters - weights)
-    return {
-        "stored_bits_per_weight": bits / weights,
-        "model_bits_per_weight": (bits + rest) / parameters,
-    }
-
-
-def _stored_width(loaded: LoadedModel) -> int:
-    return 8 * jnp.dtype(loaded.stored_dtype).itemsize
-
-
-def checkpoint_sha256(directory: Path) -> str:
-    """Hash of the configuration, tokenizer and weight files of a checkpoint."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in {".json", ".safetensors", ".msgpack", ".bin", ".txt"}:
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

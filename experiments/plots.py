@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from experiments.results import atomic_path
 from experiments.tables import Record, fixed
 
-__all__ = ["plot_perplexity"]
+__all__ = ["COLOURS", "plot_perplexity"]
 
 # The colours of Okabe and Ito, told apart by all common kinds of colour vision. Markers
 # differ as well, so the figure survives a black-and-white printer.
-_COLOURS = (
+COLOURS = (
     "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#000000",
     "#7F7F7F",
 )  # fmt: skip
@@ -105,7 +105,7 @@ def _split(groups: dict[str, list[Record]]) -> list[_Series]:
     series = []
     for index, (label, rows) in enumerate(points.items()):
         style = {
-            "color": _COLOURS[index % len(_COLOURS)],
+            "color": COLOURS[index % len(COLOURS)],
             "marker": _MARKERS[index % len(_MARKERS)],
             "markersize": 7,
             "markeredgecolor": "white",

@@ -1,13 +1,17 @@
-"""Published perplexities of OPT, to stand beside ours where the protocol is the same.
+"""Published numbers, to stand beside ours where model and protocol are the same.
 
-WikiText-2 in the GPTQ protocol (rows joined by blank lines, windows of 2048). Sources:
-full precision and RTN g128 from OmniQuant (arXiv 2308.13137), appendix; RTN per
-channel, and everything of 350m, from GPTQ (arXiv 2210.17323).
+Perplexity: OPT on WikiText-2 in the GPTQ protocol (rows joined by blank lines, windows
+of 2048). Sources: full precision and RTN g128 from OmniQuant (arXiv 2308.13137),
+appendix; RTN per channel, and everything of 350m, from GPTQ (arXiv 2210.17323).
+
+GLUE: Table 3 of the 2024 paper (arXiv 2404.09737), single runs on the authors' own
+fine-tuned checkpoints, which are not public: closeness can only be expected for those.
 """
 
 from experiments.methods import FULL_PRECISION
+from kashin_jax.models.classifier import ClassifierConfig
 
-__all__ = ["published_perplexity"]
+__all__ = ["published_glue", "published_perplexity"]
 
 _SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b")
 _GPTQ_WIKITEXT2: dict[tuple[str, int], tuple[float | None, ...]] = {
@@ -28,3 +32,75 @@ def published_perplexity(
     if dataset != "wikitext2-gptq" or context != 2048 or tokens_limited or row is None:
         return None
     return row[_SIZES.index(size)] if size in _SIZES else None
+
+
+_TABLE3_COLUMNS = (
+    "cola/matthews", "sst2/accuracy", "qqp/accuracy", "qqp/f1", "qnli/accuracy",
+    "mnli/matched", "mnli/mismatched", "rte/accuracy", "stsb/pearson", "stsb/spearman",
+    "mrpc/accuracy", "mrpc/f1", "wnli/accuracy",
+)  # fmt: skip
+_TABLE3 = {
+    ("roberta-base", FULL_PRECISION): (
+        59.06, 93.8, 91.24, 88.36, 92.62, 88.1, 87.43, 67.87, 89.65, 89.49, 87.75, 91.2,
+        56.34,
+    ),
+    ("roberta-base", "uniform"): (
+        0.0, 49.08, 36.82, 53.82, 49.46, 31.82, 31.82, 52.71, 10.08, 9.37, 68.38, 81.22,
+        56.34,
+    ),
+    ("roberta-base", "k-means"): (
+        46.97, 92.77, 88.77, 87.39, 89.27, 83.98, 82.85, 55.23, 79.65, 80.47, 71.32,
+        75.77, 56.34,
+    ),
+    ("roberta-base", "kashin"): (
+        52.09, 90.37, 89.53, 86.73, 91.14, 86.41, 85.51, 60.28, 87.29, 87.26, 83.08,
+        87.10, 56.34,
+    ),
+    ("bert-base", FULL_PRECISION): (
+        59.31, 91.74, 90.66, 87.39, 90.74, 83.96, 84.24, 64.98, 88.94, 88.77, 84.31,
+        88.81, 42.25,
+    ),
+    ("bert-base", "uniform"): (
+        1.24, 49.66, 38.09, 52.75, 49.22, 32.24, 33.34, 50.18, -0.21, -0.25, 63.97,
+        76.02, 49.3,
+    ),
+    ("bert-base", "k-means"): (
+        54.43, 91.51, 88.87, 85.33, 88.01, 78.63, 78.76, 55.23, 85.06, 85.0, 34.55,
+        8.87, 54.92,
+    ),
+    ("bert-base", "kashin"): (
+        59.65, 91.63, 90.28, 87.33, 90.06, 83.88, 84.01, 63.53, 88.76, 88.56, 84.80,
+        89.31, 42.25,
+    ),
+}  # fmt: skip
+_BASE_SIZES = {
+    ("bert", 30522, 12, 768): "bert-base",
+    ("roberta", 50265, 12, 768): "roberta-base",
+}
+
+
+def published_glue(
+    config: ClassifierConfig, method: str, bits: int, task: str, metric: str
+) -> float | None:
+    """Table 3's value in percent, or None where the model or the row is not in it.
+
+    Args:
+      config: The architecture, by which BERT-base (uncased) and RoBERTa-base are known.
+      method: Name of the row.
+      bits: Code width; the table has 4, and full precision.
+      task: Short name.
+      metric: One of the task's.
+    """
+    sizes = (
+        config.model_type,
+        config.vocab_size,
+        config.num_hidden_layers,
+        config.hidden_size,
+    )
+    row = _TABLE3.get((_BASE_SIZES.get(sizes, ""), method))
+    column = f"{task}/{metric}"
+    if row is None or (bits != 4 and method != FULL_PRECISION):
+        return None
+    if column not in _TABLE3_COLUMNS:
+        return None
+    return row[_TABLE3_COLUMNS.index(column)]

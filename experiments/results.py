@@ -177,17 +177,19 @@ def write_results(
     title: str,
     command: str,
     facts: Sequence[str] = (),
+    rows: Sequence[Record] | None = None,
 ) -> WrittenResults:
     """Writes `STEM.jsonl`, all fields, and `STEM.md`, the table as a reader sees it.
 
     Args:
       directory: As returned by `prepare_output`.
       stem: File name without suffix.
-      records: One per row.
+      records: One per line of the JSON file.
       columns: The columns of the Markdown table.
       title: Heading of the Markdown file.
       command: What reproduces the table, shown below the heading.
       facts: Sentences such as the protocol, shown as a list above the table.
+      rows: Of the Markdown table; the records when None.
 
     Returns:
       The paths of the two files, each replaced in one step.
@@ -196,7 +198,7 @@ def write_results(
     parts = [f"# {title}", f"```\n{command}\n```"]
     if facts:
         parts.append("\n".join(f"- {fact}" for fact in facts))
-    parts.append(markdown_table(records, columns))
+    parts.append(markdown_table(records if rows is None else rows, columns))
     write_jsonl(paths.jsonl, records)
     with atomic_path(paths.markdown) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Sentence classification: the GLUE tasks, their data, labels, metrics and batches."""

@@ -1,0 +1,121 @@
+"""Which tasks a table has, and the classifier of each of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.classification.data import embedded_tasks
+from experiments.classification.evaluation import load_evaluation_sets
+from experiments.classification.labels import output_order
+from experiments.classification.rows import TaskBench
+from experiments.classification.tasks import TASKS, Task, choose_tasks
+from experiments.quantized_layers import checkpoint_sha256
+from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.models.classifier_loading import head_names, load_classifier
+from kashin_jax.models.hub import checkpoint_directory
+from kashin_jax.models.tensor_files import read_json
+
+__all__ = ["load_task_bench", "resolve_tasks"]
+
+_PLACEHOLDER = "{task}"
+
+
+def resolve_tasks(
+    model: str, names: Sequence[str], data_dir: Path | None
+) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+    """The tasks of a table, and those that the model knows but nobody has data for.
+
+    Args:
+      model: The value of `--model`.
+      names: The value of `--tasks`. When empty: the heads of a checkpoint that has
+        several; the task that `finetuning_task` names in `config.json`; or, where
+        `{task}` stands in `model`, the tasks whose directory exists.
+      data_dir: The value of `--data_dir`.
+
+    Raises:
+      UsageError: If a task is unknown, or none is named and none can be derived.
+      CheckpointError: If the model cannot be found.
+    """
+    if names:
+        return choose_tasks(names), ()
+    known = _tasks_of(model)
+    if not known:
+        raise UsageError(
+            f"`--tasks` is needed: `--model={model}` does not say which task it is "
+            f"for. Choose from {', '.join(TASKS)}."
+        )
+    if len(known) == 1:
+        return choose_tasks(known), ()
+    at_hand = {name for name in known if _has_data(TASKS[name], data_dir)}
+    if not at_hand:
+        raise UsageError(
+            f"None of {', '.join(known)} has data at hand; give `--data_dir`, or "
+            "`--tasks` to have it fetched."
+        )
+    rest = [name for name in known if name not in at_hand]
+    return choose_tasks(at_hand), choose_tasks(rest) if rest else ()
+
+
+def _tasks_of(model: str) -> list[str]:
+    if _PLACEHOLDER in model:
+        return [
+            name
+            for name in TASKS
+            if Path(model.replace(_PLACEHOLDER, name)).expanduser().is_dir()
+        ]
+    if heads := head_names(model):
+        return [name for name in TASKS if name in heads]
+    content = read_json(checkpoint_directory(model) / "config.json")
+    task = str(content.get("finetuning_task", "")).lower().replace("-", "")
+    return [task] if task in TASKS else []
+
+
+def _has_data(task: Task, data_dir: Path | None) -> bool:
+    if task.name in embedded_tasks():
+        return True
+    return data_dir is not None and any(
+        all((data_dir / folder / f"{s}.tsv").is_file() for s in task.evaluation_splits)
+        for folder in (task.folder, task.name)
+    )
+
+
+def load_task_bench(
+    task: Task,
+    model: str,
+    *,
+    labels: tuple[str, ...],
+    data_dir: Path | None,
+    max_length: int,
+    tokens_per_batch: int,
+) -> TaskBench:
+    """Loads the classifier of a task, checks its head, and reads the task's data.
+
+    Raises:
+      CheckpointError: If the checkpoint cannot be used, or its head is not one for the
+        task.
+      UsageError: If a flag does not fit the model.
+      DataError: If the data cannot be used.
+    """
+    path = model.replace(_PLACEHOLDER, task.name)
+    heads = head_names(path)
+    if heads and task.name not in heads:
+        raise CheckpointError(
+            f"`--model={path}` has no head for {task.title}; its heads are "
+            f"{', '.join(heads)}."
+        )
+    loaded = load_classifier(path, head=task.name if heads else None)
+    if loaded.config.is_regression != task.is_regression:
+        kind = "a regression" if loaded.config.is_regression else "classes"
+        raise CheckpointError(
+            f"`--model={path}` has a head for {kind}, which {task.title} is not; name "
+            "a classifier fine-tuned for this task."
+        )
+    return TaskBench(
+        task=task,
+        loaded=loaded,
+        order=output_order(task, loaded.config.id2label, labels),
+        sets=load_evaluation_sets(
+            task, loaded, data_dir=data_dir, max_length=max_length,
+            tokens_per_batch=tokens_per_batch,
+        ),
+        weights_sha256=checkpoint_sha256(loaded.directory),
+    )  # fmt: skip

@@ -1,0 +1,298 @@
+"""Rows of the GLUE table: quantize, score all tasks, count bits, one method each."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from experiments.classification.evaluation import (
+    EvaluationSet,
+    classifier_outputs,
+    score,
+)
+from experiments.classification.metrics import flip_rate, log_loss
+from experiments.classification.tasks import Task
+from experiments.flag_values import file_stem
+from experiments.layer_store import LayerStore
+from experiments.methods import FULL_PRECISION, Method
+from experiments.published import published_glue
+from experiments.quantized_checkpoint import save_quantized
+from experiments.quantized_layers import (
+    decoded_kernels,
+    loss_fields,
+    quantize_layers,
+    size_fields,
+    stored_width,
+    unconverged,
+)
+from experiments.results import atomic_path, to_json
+from experiments.tables import Record
+from kashin_jax import BasisSpec
+from kashin_jax.errors import NonFiniteError
+from kashin_jax.layers import replace_kernels, selected_kernels
+from kashin_jax.models.classifier import SequenceClassifier
+from kashin_jax.models.classifier_loading import LoadedClassifier
+from kashin_jax.quantized import Quantized, QuantizerConfig
+
+__all__ = ["GlueBench", "TaskBench", "full_precision_records", "quantized_records"]
+
+# Every record has every field, so that a reader of the file needs no special cases.
+_ABSENT = dict.fromkeys((
+    "stored_bits_per_weight", "model_bits_per_weight", "task", "metric", "value",
+    "seed", "basis", "examples", "truncated", "flip_rate", "log_loss",
+    "relative_error",
+    "converged_share", "quantize_seconds", "published", "data_source", "data_sha256",
+    "weights_sha256",
+))  # fmt: skip
+
+
+class TaskBench(NamedTuple):
+    """One task and the classifier that is scored on it.
+
+    Attributes:
+      task: What is scored.
+      loaded: The classifier in full precision.
+      order: Its output for each label of the task.
+      sets: The evaluation splits.
+      weights_sha256: Of the checkpoint.
+    """
+
+    task: Task
+    loaded: LoadedClassifier
+    order: tuple[int, ...]
+    sets: tuple[EvaluationSet, ...]
+    weights_sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlueBench:
+    """What all rows of one table share.
+
+    Attributes:
+      tasks: In the order of the columns.
+      work: Directory for unfinished work; it must exist.
+      identity: Fields that every record has: model, greatest length, versions, device.
+      save: Where quantized classifiers are kept, one directory each; None keeps none.
+    """
+
+    tasks: tuple[TaskBench, ...]
+    work: Path
+    identity: Record
+    save: Path | None = None
+
+    @property
+    def store(self) -> LayerStore:
+        """Finished layers."""
+        fields = ("kashin_jax_version", "jax_version", "device")
+        return LayerStore(self.work, {name: self.identity[name] for name in fields})
+
+    def outputs(
+        self, bench: TaskBench, computation: Record, model: SequenceClassifier
+    ) -> list[Float[np.ndarray, "n k"]]:
+        """What the model that `computation` describes answers; resumes by splits."""
+        label = f"{bench.task.title}, {computation['label']}"
+        return [
+            self._remembered(
+                {
+                    **self.identity,
+                    **computation,
+                    "weights_sha256": bench.weights_sha256,
+                    "task": bench.task.name,
+                    "order": bench.order,
+                    "split": one.split,
+                    "data_sha256": one.sha256,
+                },
+                (len(one.labels), bench.task.num_outputs),
+                lambda one=one: classifier_outputs(  # type: ignore[misc]
+                    model, one, bench.order, progress=label
+                ),
+            )
+            for one in bench.sets
+        ]
+
+    def _remembered(
+        self,
+        fingerprint: Record,
+        shape: tuple[int, int],
+        compute: Callable[[], np.ndarray],
+    ) -> np.ndarray:
+        digest = hashlib.sha256(to_json(fingerprint).encode()).hexdigest()[:32]
+        path = self.work / f"{digest}.npy"
+        if path.exists():
+            try:
+                found = np.load(path, allow_pickle=False)
+            except (ValueError, EOFError, OSError):
+                # Damaged, by a full disk say: computed again and replaced.
+                found = np.zeros(())
+            if found.shape == shape:
+                return found
+        outputs = compute()
+        with atomic_path(path) as temporary:
+            np.save(temporary, outputs, allow_pickle=False)
+        return outputs
+
+
+def _records(
+    bench: GlueBench,
+    one: TaskBench,
+    row: Record,
+    computation: Record,
+    model: SequenceClassifier,
+    reference: SequenceClassifier | None,
+) -> Iterator[dict[str, Any]]:
+    outputs = bench.outputs(one, computation, model)
+    flips = None
+    if reference is not None and not one.task.is_regression:
+        usual = bench.outputs(one, _FULL, reference)
+        flips = flip_rate(one.task, np.concatenate(outputs), np.concatenate(usual))
+    labels = np.concatenate([s.labels for s in one.sets])
+    loss = log_loss(one.task, np.concatenate(outputs), labels)
+    metrics = score(one.task, one.sets, outputs)
+    for metric, value in metrics.items():
+        yield {
+            **row,
+            "task": one.task.name,
+            "metric": metric,
+            "value": value,
+            "examples": sum(len(s.labels) for s in one.sets),
+            "truncated": sum(s.num_truncated for s in one.sets),
+            "flip_rate": flips,
+            "log_loss": loss,
+            "published": published_glue(
+                one.loaded.config, row["method"], row["bits"], one.task.name, metric
+            ),
+            "data_source": ", ".join(s.source for s in one.sets),
+            "data_sha256": ", ".join(s.sha256 for s in one.sets),
+            "weights_sha256": one.weights_sha256,
+        }
+
+
+_FULL: Record = {"label": FULL_PRECISION, "config": None}
+
+
+def full_precision_records(bench: GlueBench) -> list[dict[str, Any]]:
+    """The row that all others are compared with, a record for each metric."""
+    records: list[dict[str, Any]] = []
+    for one in bench.tasks:
+        bits = stored_width(one.loaded.stored_dtype)
+        row = {
+            "method": FULL_PRECISION,
+            "bits": bits,
+            **_ABSENT,
+            "stored_bits_per_weight": float(bits),
+            "model_bits_per_weight": float(bits),
+            "note": f"{one.loaded.stored_dtype} checkpoint, computed in float32.",
+            **bench.identity,
+        }
+        records += _records(bench, one, row, _FULL, one.loaded.model, None)
+    return records
+
+
+def quantized_records(
+    bench: GlueBench,
+    name: str,
+    method: Method,
+    *,
+    bits: int,
+    basis: BasisSpec,
+    seed: int,
+    rtol: float,
+    max_steps: int,
+) -> list[dict[str, Any]]:
+    """One row; a method that does not exist at this width is one record without value.
+
+    Checkpoints that are shared by several tasks are quantized once.
+
+    Raises:
+      ValueError: If a layer cannot be quantized; the message names its path.
+    """
+    row = {
+        "method": name,
+        "bits": bits,
+        **_ABSENT,
+        "basis": str(basis) if method.has_basis else None,
+        "seed": seed if method.is_random else None,
+        **bench.identity,
+    }
+    try:
+        config = method.make(bits, basis, rtol, max_steps)
+    except ValueError as reason:
+        return [{**row, "note": str(reason)}]
+    try:
+        prepared = _prepared(
+            bench, config, seed, f"{name}, {bits} bits", method.keeps_failures
+        )
+    except NonFiniteError as reason:
+        # The checkpoint is finite, so it is this method whose scales overflow.
+        return [{**row, "note": str(reason)}]
+    note = (
+        method.note if method.is_random else f"{method.note} Deterministic: run once."
+    )
+    computation: Record = {
+        "label": f"{name}, {bits} bits",
+        "config": repr(config),
+        "seed": row["seed"],
+    }
+    records: list[dict[str, Any]] = []
+    for one in bench.tasks:
+        found = prepared[one.weights_sha256]
+        with_note = {**row, **found.fields, "note": note}
+        model = replace_kernels(one.loaded.model, found.kernels)
+        if bench.save is not None:
+            _save(bench.save, one, found.tensors, with_note)
+        records += _records(bench, one, with_note, computation, model, one.loaded.model)
+    return records
+
+
+class _Prepared(NamedTuple):
+    fields: Record
+    kernels: dict[str, Array]
+    tensors: dict[str, Quantized]
+
+
+def _prepared(
+    bench: GlueBench, config: QuantizerConfig, seed: int, label: str, keeps: bool
+) -> dict[str, _Prepared]:
+    """Every checkpoint quantized, by its hash; `keeps` as `Method.keeps_failures`."""
+    prepared: dict[str, _Prepared] = {}
+    for one in bench.tasks:
+        if one.weights_sha256 in prepared:
+            continue
+        kernels = selected_kernels(one.loaded.model)
+        layers = quantize_layers(
+            bench.store, kernels, config, jax.random.key(seed), label
+        )
+        width = stored_width(one.loaded.stored_dtype)
+        kept = unconverged(layers) if keeps else frozenset()
+        fields = size_fields(one.loaded.model, width, layers, kept)
+        coded = {path: layer for path, layer in layers.items() if path not in kept}
+        prepared[one.weights_sha256] = _Prepared(
+            {**fields, **loss_fields(config, layers, kept)},
+            decoded_kernels(coded),
+            {path: layer.tensor for path, layer in coded.items()},
+        )
+    return prepared
+
+
+def _save(
+    directory: Path, one: TaskBench, tensors: dict[str, Quantized], row: Record
+) -> None:
+    kept = ("method", "bits", "basis", "seed", "model", "stored_bits_per_weight")
+    parts = [one.task.name, row["method"], f"{row['bits']}bit"]
+    for name, label in (("basis", ""), ("seed", "seed")):
+        if row[name] is not None:
+            parts.append(f"{label}{row[name]}")
+    save_quantized(
+        directory / file_stem(parts),
+        one.loaded.model,
+        tensors,
+        one.loaded.config,
+        tokenizer=one.loaded.directory,
+        described={name: row[name] for name in kept} | {"task": one.task.name},
+        dtype=one.loaded.stored_dtype,
+    )

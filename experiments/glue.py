@@ -1,0 +1,273 @@
+"""GLUE metrics of a quantized classifier: the 2024 paper's Table 3, with its controls.
+
+    python -m experiments.glue --bits=4
+    python -m experiments.glue --bits=2,3,4,6 --seeds=3 --data_dir=GLUE
+    python -m experiments.glue --model='runs/bert-base-uncased-{task}/hf' --tasks=rte
+
+Without flags it takes the embedded encoder minilm-glue and the tasks whose evaluation
+files are embedded; it says which others were left out. `--model` is any BERT, RoBERTa
+or DistilBERT classifier in Hugging Face's layout; `{task}` in it stands for the name of
+the task, for one checkpoint per task. By the paper's protocol all matrices are
+quantized but embeddings and the classifier. It prints one row per method and writes
+STEM.jsonl, STEM.md and STEM.png to `--out`. The same command goes on where an
+interrupted one stopped.
+
+Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
+"""
+
+import dataclasses
+import itertools
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.classification.checkpoints import load_task_bench, resolve_tasks
+from experiments.classification.plot import plot_glue
+from experiments.classification.rows import (
+    GlueBench,
+    full_precision_records,
+    quantized_records,
+)
+from experiments.classification.table import glue_columns, table_rows
+from experiments.classification.tasks import TASKS, Task, choose_tasks
+from experiments.cli import GIVEN, POSITIVE_COUNT, check_flags, flag, run_program
+from experiments.flag_values import (
+    command_line,
+    file_stem,
+    flag_text,
+    parse_bases,
+    parse_numbers,
+    plain_differences,
+    short_model_name,
+)
+from experiments.methods import GLUE_METHODS, METHODS, choose_methods
+from experiments.results import environment_fields, prepare_output, write_results
+from experiments.tables import Record, aligned_table
+from experiments.text import ASSETS
+from kashin_jax.bases import FAMILIES
+
+__all__ = ["GlueConfig", "main", "run"]
+
+EMBEDDED = ASSETS / "minilm-glue"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlueConfig:
+    """A table; meanings are in the flags.
+
+    Raises:
+      UsageError: If a value cannot work; the message names the flag.
+    """
+
+    bits: tuple[str, ...] = flag(("4",), "Code widths, 1 to 8, as a list.", GIVEN)
+    model: str = flag(
+        str(EMBEDDED), "Classifier: directory or hub id; {task} is replaced.", GIVEN
+    )
+    tasks: tuple[str, ...] = flag(
+        (), f"List of {', '.join(TASKS)}; by default all that model and data allow."
+    )
+    data_dir: str = flag(
+        "", "Folder with RTE/dev.tsv and so on, in GLUE's layout or a plain one."
+    )
+    labels: tuple[str, ...] = flag(
+        (), "What the outputs mean, in order, where config.json does not say; or task."
+    )
+    max_length: int = flag(
+        128, "Tokens of an example; longer ones are cut.", POSITIVE_COUNT
+    )
+    methods: tuple[str, ...] = flag(
+        ("all",),
+        f"A list of {', '.join(METHODS)}; all stands for {', '.join(GLUE_METHODS)}.",
+    )
+    basis: tuple[str, ...] = flag(
+        ("hadamard",),
+        f"List of families ({', '.join(FAMILIES)}); `left:right` for unequal sides.",
+        GIVEN,
+    )
+    seeds: int = flag(
+        1, "Seeds, from 0 on, of the methods that are random.", POSITIVE_COUNT
+    )
+    rtol: float = flag(
+        1e-6, "Relative residual at which the decomposition has converged.",
+        (lambda x: 0 < x < 1, "in (0, 1)"),
+    )  # fmt: skip
+    max_steps: int = flag(
+        6000, "Greedy steps allowed per matrix; the authors' script has 6000 too.",
+        POSITIVE_COUNT,
+    )  # fmt: skip
+    batch_tokens: int = flag(
+        1024, "Tokens per forward pass, padding included.", POSITIVE_COUNT
+    )
+    save: str = flag(
+        "", "Directory that receives each quantized classifier, for finetune_glue."
+    )
+    out: str = flag("results", "Directory of the results.", GIVEN)
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+        choose_methods(self.methods)
+        parse_numbers("bits", self.bits, 1, 8)
+        parse_bases(self.basis)
+        if self.tasks:
+            choose_tasks(self.tasks)
+
+
+def run(config: GlueConfig) -> int:
+    """Makes, prints and writes the table; returns the exit code.
+
+    Raises:
+      UsageError: If a flag does not fit the model or the output cannot be written.
+      CheckpointError: If a model or its tokenizer cannot be used.
+      DataError: If a task's file cannot be used.
+    """
+    out = prepare_output(config.out)
+    # TF32 would put the products of a float32 model at three digits on a GPU.
+    with jax.default_matmul_precision("highest"):
+        data_dir = Path(config.data_dir) if config.data_dir else None
+        tasks, left_out = resolve_tasks(config.model, config.tasks, data_dir)
+        benches = tuple(
+            load_task_bench(
+                task, config.model, labels=config.labels, data_dir=data_dir,
+                max_length=config.max_length, tokens_per_batch=config.batch_tokens,
+            )
+            for task in tasks
+        )  # fmt: skip
+        name = short_model_name(config.model)
+        stem = _stem(config, name, tasks)
+        work = out / "work" / stem
+        work.mkdir(parents=True, exist_ok=True)
+        identity = {
+            "model": name, "max_length": config.max_length, **environment_fields()
+        }  # fmt: skip
+        save = prepare_output(config.save) if config.save else None
+        bench = GlueBench(tasks=benches, work=work, identity=identity, save=save)
+        records = _records(config, bench)
+    _present(config, bench, records, left_out, out, stem)
+    shutil.rmtree(work)
+    if not any(work.parent.iterdir()):
+        work.parent.rmdir()
+    return 0
+
+
+def _records(config: GlueConfig, bench: GlueBench) -> list[dict[str, Any]]:
+    records = full_precision_records(bench)
+    _announce(records)
+    methods = choose_methods(config.methods, GLUE_METHODS)
+    for bits, (name, method) in itertools.product(
+        parse_numbers("bits", config.bits, 1, 8), methods.items()
+    ):
+        bases = parse_bases(config.basis)[: None if method.has_basis else 1]
+        seeds = range(config.seeds if method.is_random else 1)
+        for basis, seed in itertools.product(bases, seeds):
+            row = quantized_records(
+                bench, name, method, bits=bits, basis=basis, seed=seed,
+                rtol=config.rtol, max_steps=config.max_steps,
+            )  # fmt: skip
+            records += row
+            _announce(row)
+    return records
+
+
+def _announce(row: Sequence[Record]) -> None:
+    values = [
+        f"{r['task']} {r['metric']} {r['value']:.2f}" for r in row if r["task"]
+    ] or ["-"]
+    first = row[0]
+    seed = "" if first["seed"] is None else f", seed {first['seed']}"
+    print(
+        f"{first['method']}, {first['bits']} bits{seed}: {', '.join(values)}",
+        file=sys.stderr,
+    )
+
+
+def _present(
+    config: GlueConfig,
+    bench: GlueBench,
+    records: Sequence[Record],
+    left_out: Sequence[Task],
+    out: Path,
+    stem: str,
+) -> None:
+    tasks = [one.task for one in bench.tasks]
+    columns, rows = glue_columns(tasks, records), table_rows(tasks, records)
+    facts = _facts(config, bench, records, left_out)
+    print("\n".join(facts) + "\n\n" + aligned_table(rows, columns))
+    title = f"{records[0]['model']}: GLUE dev"
+    written = write_results(
+        out, stem, records, columns, rows=rows, title=title, facts=facts,
+        command=command_line("glue", config, always=("bits",)),
+    )  # fmt: skip
+    picture = out / f"{stem}.png"
+    plot_glue(records, tasks, picture, title=title)
+    print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
+
+
+def _facts(
+    config: GlueConfig,
+    bench: GlueBench,
+    records: Sequence[Record],
+    left_out: Sequence[Task],
+) -> list[str]:
+    first = records[0]
+    sizes = "; ".join(
+        f"{one.task.title} {sum(len(s.labels) for s in one.sets):,}"
+        + _cut(sum(s.num_truncated for s in one.sets))
+        + _skipped(sum(s.num_skipped for s in one.sets))
+        for one in bench.tasks
+    )
+    facts = [
+        f"Model {first['model']}; examples: {sizes}; at most {config.max_length} "
+        "tokens each.",
+        "Percent: Matthews (CoLA), accuracy (SST-2, RTE, WNLI, QNLI), accuracy / F1 "
+        "(MRPC, QQP), Pearson / Spearman (STS-B), matched / mismatched (MNLI).",
+        "All matrices but embeddings and classifier are quantized, decoded, and run in "
+        "float32. Sizes are stored bits: codes, centroids, scales, zero points, seeds. "
+        "`seconds` is quantization time on this device, compilation included.",
+    ]
+    if left_out:
+        facts.append(
+            f"Left out: {', '.join(task.title for task in left_out)}, whose files are "
+            "not embedded (licences absent or restrictive); give `--data_dir`, or name "
+            "them by `--tasks` to have them fetched."
+        )
+    if config.seeds > 1:
+        facts.append(
+            f"Random methods: mean over seeds 0 to {config.seeds - 1}, ± standard "
+            "deviation."
+        )
+    facts.append(
+        f"{first['device']}, jax {first['jax_version']}, kashin_jax "
+        f"{first['kashin_jax_version']}."
+    )
+    return facts
+
+
+def _cut(count: int) -> str:
+    return f" ({count} cut)" if count else ""
+
+
+def _skipped(count: int) -> str:
+    return f" ({count} damaged rows left out)" if count else ""
+
+
+def _stem(config: GlueConfig, model: str, tasks: Sequence[Task]) -> str:
+    bits = flag_text(config.bits) + "bit"
+    names = {
+        "basis": "", "methods": "", "seeds": "seeds", "rtol": "rtol",
+        "max_steps": "max_steps", "max_length": "max_length",
+    }  # fmt: skip
+    fixed = ["glue", model, ",".join(task.name for task in tasks), bits]
+    return file_stem([*fixed, *plain_differences(config, names)])
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_program("glue", __doc__, GlueConfig, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
