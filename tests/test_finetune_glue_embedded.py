@@ -1,0 +1,27 @@
+"""Fine-tuning the embedded encoder, as the command does by default."""
+
+import pytest
+
+from experiments.classification.data import EMBEDDED
+from experiments.finetune_glue import main
+from experiments.results import read_jsonl
+
+
+@pytest.mark.heavy
+def test_a_few_steps_teach_a_fresh_head_on_the_embedded_encoder(tmp_path, capsys):
+    lines = (EMBEDDED / "sst2" / "dev.tsv").read_text("utf-8").splitlines()
+    (tmp_path / "sst2").mkdir()
+    for split, rows in (("train", lines[1:257]), ("dev", lines[257:385])):
+        text = "\n".join([lines[0], *rows]) + "\n"
+        (tmp_path / "sst2" / f"{split}.tsv").write_text(text, "utf-8")
+    flags = ["--task=sst2", f"--data_dir={tmp_path}", f"--out={tmp_path / 'run'}"]
+    recipe = ["--epochs=1", "--batch_size=16", "--learning_rate=2e-4", "--log_every=4"]
+    # 32 tokens, so that the step compiles once.
+    assert main([*flags, *recipe, "--max_length=32"]) == 0
+    assert "Finished 16 steps: accuracy" in capsys.readouterr().out
+    records = read_jsonl(tmp_path / "run" / "log.jsonl")
+    losses = [record["loss"] for record in records if "loss" in record]
+    # Of a fresh head log 2 = 0.69; the encoder has seen the task before.
+    assert losses[0] > 0.6
+    assert losses[-1] < 0.45
+    assert records[-1]["accuracy"] > 75.0
