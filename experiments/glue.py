@@ -258,7 +258,7 @@ def _stem(config: GlueConfig, model: str, tasks: Sequence[Task]) -> str:
     bits = flag_text(config.bits) + "bit"
     names = {
         "basis": "", "methods": "", "seeds": "seeds", "rtol": "rtol",
-        "max_steps": "max_steps", "max_length": "max_length",
+        "max_steps": "max_steps", "max_length": "max_length", "labels": "labels",
     }  # fmt: skip
     fixed = ["glue", model, ",".join(task.name for task in tasks), bits]
     return file_stem([*fixed, *plain_differences(config, names)])

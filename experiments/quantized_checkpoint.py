@@ -66,6 +66,7 @@ class QuantizedClassifier(NamedTuple):
       tensors: Packed kernels by path of their layer.
       config: The architecture.
       described: What the maker said about it: method, bits, seed, stored bits.
+      stored_dtype: NumPy name of the type of the parameters that are not packed.
       directory: Where it lies; its tokenizer is there too.
     """
 
@@ -73,6 +74,7 @@ class QuantizedClassifier(NamedTuple):
     tensors: dict[str, Quantized]
     config: ClassifierConfig
     described: dict[str, Any]
+    stored_dtype: str
     directory: Path
 
 
@@ -120,12 +122,13 @@ def save_quantized(
             }
             continue
         value = np.asarray(variable[...])
-        value = (value.T if path[-1] == "kernel" else value).astype(dtype)
+        with np.errstate(over="ignore"):
+            value = (value.T if path[-1] == "kernel" else value).astype(dtype)
         if not np.isfinite(value).all():
             raise NonFiniteError(f"`{name}` is not finite in {dtype}.")
         leaves[name] = np.ascontiguousarray(value)
     layers = {path: _description(tensor) for path, tensor in tensors.items()}
-    content = config.to_dict() | {_KEY: {**described, "layers": layers}}
+    content = config.to_dict() | {_KEY: {**described, "dtype": dtype, "layers": layers}}
     copy_tokenizer(tokenizer, directory)
     with atomic_path(directory / "model.safetensors") as temporary:
         safetensors.numpy.save_file(leaves, temporary, {"format": "pt"})
@@ -146,7 +149,8 @@ def _description(tensor: Any) -> dict[str, Any]:
     layout = dataclasses.asdict(tensor.layout)
     basis = tensor.layout.basis
     layout["basis"] = None if basis is None else str(basis)
-    return {"type": type(tensor).__name__, "layout": layout}
+    leaves = sorted(_fields(tensor))
+    return {"type": type(tensor).__name__, "leaves": leaves, "layout": layout}
 
 
 def load_quantized(directory: str | Path) -> QuantizedClassifier:
@@ -168,14 +172,16 @@ def load_quantized(directory: str | Path) -> QuantizedClassifier:
         )
     stored = dict(iter_tensors(directory / "model.safetensors"))
     layers: dict[str, Any] = dict(described.pop("layers"))
+    dtype = str(described.pop("dtype", "float16"))
     try:
         model, tensors = _assembled(config, stored, layers)
     except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(
             f"{directory}: `config.json` and `model.safetensors` do not belong "
-            f"together ({type(error).__name__}: {error}); save it again."
+            f"together ({reason}); save it again."
         ) from error
-    return QuantizedClassifier(model, tensors, config, described, directory)
+    return QuantizedClassifier(model, tensors, config, described, dtype, directory)
 
 
 def _assembled(
@@ -217,15 +223,11 @@ def _tensor(
     layout = layout_type(
         basis=None if basis is None else BasisSpec.parse(basis), **shapes
     )
-    found = {
-        leaf: stored.pop(f"{name}.{leaf}", None)
-        for leaf in tensor_type._fields
-        if leaf != "layout"
+    found = dict.fromkeys(tensor_type._fields) | {
+        leaf: jax.device_put(stored.pop(f"{name}.{leaf}"))
+        for leaf in description["leaves"]
     }
-    tensor = tensor_type(
-        **{k: None if v is None else jax.device_put(v) for k, v in found.items()},
-        layout=layout,
-    )
+    tensor = tensor_type(**found | {"layout": layout})
     # Decoding is what shows that codes, levels and scales fit the layout.
     jax.eval_shape(lambda t: t.decode(), tensor)
     return tensor

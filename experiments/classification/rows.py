@@ -1,8 +1,7 @@
 """Rows of the GLUE table: quantize, score all tasks, count bits, one method each."""
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +14,12 @@ from experiments.classification.evaluation import (
     classifier_outputs,
     score,
 )
+from experiments.classification.kept import remembered, save_row
 from experiments.classification.metrics import flip_rate, log_loss
 from experiments.classification.tasks import Task
-from experiments.flag_values import file_stem
 from experiments.layer_store import LayerStore
 from experiments.methods import FULL_PRECISION, Method
 from experiments.published import published_glue
-from experiments.quantized_checkpoint import save_quantized
 from experiments.quantized_layers import (
     decoded_kernels,
     loss_fields,
@@ -30,7 +28,6 @@ from experiments.quantized_layers import (
     stored_width,
     unconverged,
 )
-from experiments.results import atomic_path, to_json
 from experiments.tables import Record
 from kashin_jax import BasisSpec
 from kashin_jax.errors import NonFiniteError
@@ -97,7 +94,8 @@ class GlueBench:
         """What the model that `computation` describes answers; resumes by splits."""
         label = f"{bench.task.title}, {computation['label']}"
         return [
-            self._remembered(
+            remembered(
+                self.work,
                 {
                     **self.identity,
                     **computation,
@@ -114,27 +112,6 @@ class GlueBench:
             )
             for one in bench.sets
         ]
-
-    def _remembered(
-        self,
-        fingerprint: Record,
-        shape: tuple[int, int],
-        compute: Callable[[], np.ndarray],
-    ) -> np.ndarray:
-        digest = hashlib.sha256(to_json(fingerprint).encode()).hexdigest()[:32]
-        path = self.work / f"{digest}.npy"
-        if path.exists():
-            try:
-                found = np.load(path, allow_pickle=False)
-            except (ValueError, EOFError, OSError):
-                # Damaged, by a full disk say: computed again and replaced.
-                found = np.zeros(())
-            if found.shape == shape:
-                return found
-        outputs = compute()
-        with atomic_path(path) as temporary:
-            np.save(temporary, outputs, allow_pickle=False)
-        return outputs
 
 
 def _records(
@@ -244,7 +221,7 @@ def quantized_records(
         with_note = {**row, **found.fields, "note": note}
         model = replace_kernels(one.loaded.model, found.kernels)
         if bench.save is not None:
-            _save(bench.save, one, found.tensors, with_note)
+            save_row(bench.save, one.task, one.loaded, found.tensors, with_note)
         records += _records(bench, one, with_note, computation, model, one.loaded.model)
     return records
 
@@ -277,22 +254,3 @@ def _prepared(
             {path: layer.tensor for path, layer in coded.items()},
         )
     return prepared
-
-
-def _save(
-    directory: Path, one: TaskBench, tensors: dict[str, Quantized], row: Record
-) -> None:
-    kept = ("method", "bits", "basis", "seed", "model", "stored_bits_per_weight")
-    parts = [one.task.name, row["method"], f"{row['bits']}bit"]
-    for name, label in (("basis", ""), ("seed", "seed")):
-        if row[name] is not None:
-            parts.append(f"{label}{row[name]}")
-    save_quantized(
-        directory / file_stem(parts),
-        one.loaded.model,
-        tensors,
-        one.loaded.config,
-        tokenizer=one.loaded.directory,
-        described={name: row[name] for name in kept} | {"task": one.task.name},
-        dtype=one.loaded.stored_dtype,
-    )

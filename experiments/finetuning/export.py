@@ -39,6 +39,7 @@ def export_classifier(start: Start, task: Task, params: Params, out: Path) -> No
             loaded.config,
             tokenizer=loaded.directory,
             described=start.packed.described | {"refined": True},
+            dtype=loaded.stored_dtype,
         )
 
 

@@ -106,7 +106,9 @@ def _load_quantized_start(config: FinetuneConfig) -> Start:
     order = output_order(task, found.config.id2label)
     model_config = _with_dropout(found.config, config.dropout)
     parts = take_apart(found.model, found.tensors)
-    loaded = LoadedClassifier(found.model, model_config, "float16", found.directory)
+    loaded = LoadedClassifier(
+        found.model, model_config, found.stored_dtype, found.directory
+    )
     return Start(
         params=parts.params,
         frozen=parts.frozen,

@@ -1,0 +1,78 @@
+"""What a GLUE table keeps: outputs of finished splits, quantized classifiers."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from experiments.classification.tasks import Task
+from experiments.flag_values import file_stem
+from experiments.quantized_checkpoint import save_quantized
+from experiments.results import atomic_path, to_json
+from experiments.tables import Record
+from kashin_jax.models.classifier_loading import LoadedClassifier
+from kashin_jax.quantized import Quantized
+
+__all__ = ["remembered", "save_row", "saved_name"]
+
+_DESCRIBED = ("method", "bits", "basis", "seed", "model", "stored_bits_per_weight")
+
+
+def remembered(
+    directory: Path,
+    fingerprint: Record,
+    shape: tuple[int, ...],
+    compute: Callable[[], np.ndarray],
+) -> np.ndarray:
+    """Reads an array if it is finished; else computes and keeps it.
+
+    Args:
+      directory: Where the files are; it must exist.
+      fingerprint: Everything that the array depends on; names the file.
+      shape: Of the array.
+      compute: Makes it.
+    """
+    digest = hashlib.sha256(to_json(fingerprint).encode()).hexdigest()[:32]
+    path = directory / f"{digest}.npy"
+    if path.exists():
+        try:
+            found = np.load(path, allow_pickle=False)
+        # What a damaged header raises depends on the version of Python.
+        except Exception:
+            # By a full disk, say: computed again and replaced.
+            found = np.zeros(())
+        if found.shape == shape:
+            return found
+    outputs = compute()
+    with atomic_path(path) as temporary:
+        np.save(temporary, outputs, allow_pickle=False)
+    return outputs
+
+
+def saved_name(task: Task, row: Record) -> str:
+    """The directory of a saved row: task, method, width, and what else tells it."""
+    parts = [task.name, row["method"], f"{row['bits']}bit"]
+    for name, label in (("basis", ""), ("seed", "seed")):
+        if row[name] is not None:
+            parts.append(f"{label}{row[name]}")
+    return file_stem(parts)
+
+
+def save_row(
+    directory: Path,
+    task: Task,
+    loaded: LoadedClassifier,
+    tensors: Mapping[str, Quantized],
+    row: Record,
+) -> None:
+    """Writes the quantized classifier of a row, as `save_quantized` does."""
+    save_quantized(
+        directory / saved_name(task, row),
+        loaded.model,
+        tensors,
+        loaded.config,
+        tokenizer=loaded.directory,
+        described={name: row[name] for name in _DESCRIBED} | {"task": task.name},
+        dtype=loaded.stored_dtype,
+    )

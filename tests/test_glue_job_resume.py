@@ -1,0 +1,201 @@
+"""GLUE's table cut short at any moment: nothing finished is lost or half done."""
+
+import pytest
+from tiny_checkpoint import as_in_tests
+from tiny_classifier import (
+    BUCKETS,
+    LINEARS,
+    TASKS_OF_TABLE,
+    arguments,
+    given,
+    numbers,
+    table,
+)
+
+from experiments import layer_store
+from experiments.classification import evaluation
+from experiments.glue import main
+
+__all__ = ["given"]  # fixture
+
+METHODS = "--methods=uniform,kashin"
+LAYERS = 2 * len(TASKS_OF_TABLE) * LINEARS["bert"]
+# Full precision and two methods; all examples of a bucket fit into one batch.
+SPLITS = 3 * len(TASKS_OF_TABLE)
+BATCHES = SPLITS * BUCKETS
+
+
+class Calls:
+    """Counts calls of a function and interrupts one of them."""
+
+    def __init__(self, function):
+        self.function, self.count, self.interrupted_at = function, 0, None
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        if self.count == self.interrupted_at:
+            raise KeyboardInterrupt
+        return self.function(*args, **kwargs)
+
+
+@pytest.fixture
+def quantize(monkeypatch):
+    calls = Calls(layer_store.quantize)
+    monkeypatch.setattr(layer_store, "quantize", calls)
+    return calls
+
+
+@pytest.fixture
+def states(monkeypatch):
+    calls = Calls(evaluation._first_states)
+    monkeypatch.setattr(evaluation, "_first_states", calls)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def whole(given, tmp_path_factory):
+    """What the command gives where nobody interrupts it."""
+    with as_in_tests():
+        return numbers(
+            table(given.template, given.data, tmp_path_factory.mktemp("w"), METHODS)
+        )
+
+
+@pytest.fixture
+def command(given, tmp_path):
+    return arguments(given.template, given.data, tmp_path, METHODS)
+
+
+@pytest.fixture
+def resumed(given, tmp_path):
+    """Runs the same command to its end; its records."""
+    return lambda: numbers(table(given.template, given.data, tmp_path, METHODS))
+
+
+def interrupt(calls, at, command, out, capsys):
+    """Runs the command until call number `at`, which does not return."""
+    calls.count, calls.interrupted_at = 0, at
+    assert main(command) == 130
+    calls.count, calls.interrupted_at = 0, None
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if " bits" not in line]
+    assert lines == [
+        "glue: interrupted; what is finished is kept, and the same command goes on "
+        "from there."
+    ]
+    assert [path.name for path in out.iterdir()] == ["work"]
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+
+
+def test_an_uninterrupted_run_computes_each_layer_and_batch_once(
+    resumed, whole, quantize, states, tmp_path
+):
+    assert resumed() == whole
+    assert (quantize.count, states.count) == (LAYERS, BATCHES)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".png"}
+
+
+@pytest.mark.parametrize("at", [1, LINEARS["bert"] + 3, LAYERS])
+def test_finished_layers_survive_an_interrupt(
+    command, resumed, whole, quantize, tmp_path, capsys, at
+):
+    interrupt(quantize, at, command, tmp_path, capsys)
+    assert resumed() == whole
+    assert quantize.count == LAYERS - (at - 1)
+
+
+@pytest.mark.parametrize("at", [1, 2, 7, BATCHES])
+def test_finished_splits_survive_an_interrupt(
+    command, resumed, whole, states, tmp_path, capsys, at
+):
+    interrupt(states, at, command, tmp_path, capsys)
+    assert resumed() == whole
+    finished = (at - 1) // BUCKETS
+    assert states.count == BATCHES - finished * BUCKETS
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:40],
+        lambda content: content[:-5],
+        lambda content: b"\xff" * len(content),
+        lambda content: content[:20] + b"\x00" * 20 + content[40:],
+    ],
+    ids=["empty", "header cut", "data cut", "other bytes", "hole in the header"],
+)
+def test_damaged_outputs_are_computed_again(
+    command, resumed, whole, states, tmp_path, capsys, damage
+):
+    interrupt(states, 7, command, tmp_path, capsys)
+    first, *others = sorted(tmp_path.rglob("*.npy"))
+    assert len(others) == 2
+    first.write_bytes(damage(first.read_bytes()))
+    assert resumed() == whole
+    assert states.count == BATCHES - len(others) * BUCKETS
+
+
+def test_outputs_of_another_shape_are_computed_again(
+    command, resumed, whole, states, tmp_path, capsys
+):
+    interrupt(states, 5, command, tmp_path, capsys)
+    first, second = sorted(tmp_path.rglob("*.npy"))
+    first.write_bytes(second.read_bytes())
+    assert resumed() == whole
+    assert states.count == BATCHES - BUCKETS
+
+
+def test_a_damaged_layer_is_computed_again(
+    command, resumed, whole, quantize, tmp_path, capsys
+):
+    interrupt(quantize, 10, command, tmp_path, capsys)
+    damaged, cut, *_ = sorted(tmp_path.rglob("*.safetensors"))
+    damaged.write_bytes(b"\xff" * 500)
+    cut.write_bytes(cut.read_bytes()[:-9])
+    assert resumed() == whole
+    assert quantize.count == LAYERS - 9 + 2
+
+
+def test_unfinished_work_of_another_table_is_left_alone(
+    given, command, quantize, tmp_path, capsys
+):
+    interrupt(quantize, 8, command, tmp_path, capsys)
+    table(given.template, given.data, tmp_path, "--methods=full precision")
+    quantize.count = 0
+    assert main(command) == 0
+    assert quantize.count == LAYERS - 7
+
+
+def test_outputs_for_other_data_in_the_same_folder_are_not_used(
+    given, tmp_path, states, capsys
+):
+    data, out = tmp_path / "glue", tmp_path / "out"
+    path = data / "SST-2" / "dev.tsv"
+    path.parent.mkdir(parents=True)
+    header, *rows = (given.data / "SST-2" / "dev.tsv").read_text().splitlines()
+    path.write_text("\n".join([header, *rows]) + "\n")
+    model, flags = given.root / "bert-sst2", ("--tasks=sst2", "--methods=uniform")
+    interrupt(states, 3, arguments(model, data, out, *flags), out, capsys)
+    path.write_text("\n".join([header, *rows[::-1]]) + "\n")
+    states.count = 0
+    records = table(model, data, out, *flags)
+    assert states.count == 2 * BUCKETS
+    fresh = table(model, data, tmp_path / "fresh", *flags)
+    assert numbers(records) == numbers(fresh)
+
+
+def test_a_table_that_cannot_be_written_keeps_its_work(
+    given, command, resumed, whole, quantize, states, tmp_path, capsys
+):
+    stem = "glue-bert-task-sst2-stsb-4bit-uniform-kashin-max_length24"
+    obstacle = tmp_path / f"{stem}.md"
+    obstacle.mkdir()
+    assert main(command) == 1
+    assert "Is a directory" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob(".*"))
+    obstacle.rmdir()
+    quantize.count = states.count = 0
+    assert resumed() == whole
+    assert quantize.count == states.count == 0

@@ -1,0 +1,242 @@
+"""Refinement: codes stay, what decodes them learns, and the bits stay the same."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_finetuning import config_of, write_model, write_tasks
+
+from experiments import refine_glue
+from experiments.finetuning.model import load_start
+from experiments.finetuning.refinement import take_apart
+from experiments.finetuning.run import finetune
+from experiments.glue import main as glue
+from experiments.quantized_checkpoint import load_quantized
+from experiments.refine_glue import main
+from experiments.results import read_jsonl
+from kashin_jax import stored_bits
+from kashin_jax.errors import UsageError
+from kashin_jax.models.classifier_loading import load_classifier
+
+METHODS = ["kashin", "uniform", "rtn-g128", "rotate-k-means"]
+FLOATS = {"centroids", "levels", "scale", "zero"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    """A classifier that has learnt the task."""
+    directory = tmp_path_factory.mktemp("trained")
+    model = write_model(directory / "model")
+    config = config_of(
+        model=str(model), data_dir=str(data), out=str(directory / "run"), epochs=8.0
+    )
+    assert finetune(config).metrics["accuracy"] > 90
+    return directory / "run" / "hf"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, trained, data):
+    """The same, quantized to two bits by several methods."""
+    directory = tmp_path_factory.mktemp("saved")
+    assert glue([
+        f"--model={trained}", f"--data_dir={data}", "--bits=2", "--max_length=24",
+        f"--methods={','.join(METHODS)}", f"--save={directory}",
+        f"--out={directory / 'out'}",
+    ]) == 0  # fmt: skip
+    return {
+        load_quantized(path).described["method"]: path
+        for path in directory.iterdir()
+        if path.name != "out"
+    }
+
+
+def refine(quantized, data, out, **changes):
+    flags = {"quantized": str(quantized), "data_dir": str(data), "out": str(out)}
+    return config_of(**flags | {"learning_rate": 1e-2} | changes)
+
+
+@pytest.fixture(scope="module")
+def refined(tmp_path_factory, saved, data):
+    out = tmp_path_factory.mktemp("refined")
+    finetune(refine(saved["kashin"], data, out))
+    return out
+
+
+def leaves(tensor):
+    return {k: v for k, v in tensor._asdict().items() if k != "layout"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_taking_a_model_apart_and_putting_it_together_changes_nothing(saved, method):
+    found = load_quantized(saved[method])
+    parts = take_apart(found.model, found.tensors)
+    again = parts.tensors(parts.params, parts.frozen)
+    for path, tensor in found.tensors.items():
+        for name, value in leaves(tensor).items():
+            if value is None:
+                assert leaves(again[path])[name] is None
+                continue
+            assert leaves(again[path])[name].dtype == value.dtype
+            rtol = 1e-3 if value.dtype == jnp.float16 else 1e-6
+            np.testing.assert_allclose(leaves(again[path])[name], value, rtol=rtol)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_decodes_and_vectors_are_trained(saved, method):
+    found = load_quantized(saved[method])
+    parts = take_apart(found.model, found.tensors)
+    for path, trained in parts.params["packed"].items():
+        floats = [
+            v
+            for k, v in leaves(found.tensors[path]).items()
+            if k in FLOATS and v is not None and jnp.issubdtype(v.dtype, jnp.floating)
+        ]
+        assert len(trained) == len(floats) > 0
+    names = set(parts.params["vectors"])
+    assert all(name.endswith(("bias", "scale")) for name in names)
+    assert "classifier/out_proj/bias" in names
+    assert "classifier/out_proj/kernel" in parts.frozen["matrices"]
+
+
+def test_the_gradient_of_a_centroid_is_that_of_finite_differences(saved, data):
+    start = load_start(refine(saved["kashin"], data, "o", dropout=0.0))
+    ids = jnp.arange(4, 14, dtype=jnp.int32).reshape(2, 5)
+
+    def loss(params):
+        return jnp.sum(start.evaluation(params, start.frozen)(ids)[:, 0])
+
+    packed = start.params["packed"]
+    layer = sorted(packed)[0]
+    grads = jax.grad(loss)(start.params)["packed"][layer]
+
+    def moved(leaf, index, step):
+        changed = [*packed[layer]]
+        changed[leaf] = changed[leaf].at[index].add(step)
+        return loss(start.params | {"packed": packed | {layer: changed}})
+
+    for leaf, values in enumerate(packed[layer]):
+        index = (0,) * values.ndim
+        slope = (moved(leaf, index, 1e-2) - moved(leaf, index, -1e-2)) / 2e-2
+        np.testing.assert_allclose(grads[leaf][index], slope, rtol=0.05, atol=1e-3)
+
+
+def test_codes_seeds_and_sizes_stay_and_centroids_move(saved, refined):
+    before = load_quantized(saved["kashin"]).tensors
+    after = load_quantized(refined / "quantized").tensors
+    assert before.keys() == after.keys()
+    for path in before:
+        assert before[path].layout == after[path].layout
+        assert stored_bits(before[path]) == stored_bits(after[path])
+        for name in ("packed_codes", "seed"):
+            np.testing.assert_array_equal(
+                leaves(before[path])[name], leaves(after[path])[name]
+            )
+        assert not np.array_equal(before[path].centroids, after[path].centroids)
+
+
+def test_embeddings_and_the_heads_matrix_stay(saved, refined):
+    before = load_quantized(saved["kashin"]).model
+    after = load_quantized(refined / "quantized").model
+    for part in (
+        lambda m: m.encoder.embeddings.word_embeddings.embedding,
+        lambda m: m.classifier.out_proj.kernel,
+    ):
+        np.testing.assert_array_equal(part(before)[...], part(after)[...])
+
+
+def test_the_export_is_what_the_packed_classifier_decodes_to(refined):
+    found = load_quantized(refined / "quantized")
+    dense = load_classifier(refined / "hf").model
+    kernel = found.tensors["encoder/layers/0/query"].decode()
+    np.testing.assert_allclose(
+        dense.encoder.layers[0].query.kernel[...], kernel, rtol=0, atol=1e-6
+    )
+
+
+def test_the_log_says_what_was_refined_and_from_where(refined):
+    content = json.loads((refined / "metrics.json").read_text())
+    assert content["quantized"]["method"] == "kashin"
+    assert content["before"].keys() == content["metrics"].keys() == {"accuracy"}
+    losses = [r["loss"] for r in read_jsonl(refined / "log.jsonl") if "loss" in r]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_a_quantized_classifier_comes_with_its_head():
+    with pytest.raises(UsageError, match="`--quantized` comes with its head"):
+        config_of(quantized="q", head="stored")
+
+
+def test_a_dense_checkpoint_is_not_refined(trained, data, tmp_path, capsys):
+    from experiments.finetune_glue import main as finetune_main
+
+    arguments = [f"--quantized={trained}", f"--data_dir={data}", "--task=sst2"]
+    assert finetune_main([*arguments, f"--out={tmp_path / 'o'}"]) == 1
+    assert "has no `quantization`" in capsys.readouterr().err
+
+
+def job(trained, data, out, *more):
+    return main([
+        "--task=sst2", "--bits=1,2", "--methods=kashin,nf4-g64", f"--model={trained}",
+        f"--data_dir={data}", "--max_length=24", "--epochs=2", "--batch_size=16",
+        "--learning_rate=0.01", f"--out={out}", *more,
+    ])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, trained, data):
+    out = tmp_path_factory.mktemp("table")
+    assert job(trained, data, out) == 0
+    return out
+
+
+def test_a_table_has_before_and_after_of_every_row_that_exists(table):
+    (path,) = table.glob("*.jsonl")
+    full, *rows = read_jsonl(path)
+    assert full["method"] == "full precision"
+    # NF4 exists at four bits only.
+    assert [(r["method"], r["bits"]) for r in rows] == [("kashin", 1), ("kashin", 2)]
+    for row in rows:
+        assert math.isfinite(row["before_accuracy"])
+        assert row["after_accuracy"] >= row["before_accuracy"]
+        assert row["stored_bits_per_weight"] > row["bits"]
+    assert {p.suffix for p in table.iterdir()} == {".jsonl", ".md", ".png"}
+    assert "| kashin [" in next(table.glob("*.md")).read_text()
+
+
+def test_an_interrupted_table_goes_on_with_the_same_numbers(
+    table, trained, data, tmp_path, monkeypatch, capsys
+):
+    calls = []
+
+    def once(config):
+        calls.append(config.out)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return finetune(config)
+
+    monkeypatch.setattr(refine_glue, "finetune", once)
+    assert job(trained, data, tmp_path) == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["work"]
+    assert job(trained, data, tmp_path) == 0
+    (ours,), (theirs,) = tmp_path.glob("*.jsonl"), table.glob("*.jsonl")
+    assert read_jsonl(ours) == read_jsonl(theirs)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--task=mnlii", "--bits=9", "--methods=magic", "--basis=magic"]
+)
+def test_bad_flags_end_early_in_one_line(flag, tmp_path, capsys):
+    arguments = [f"--out={tmp_path / 'o'}"]
+    if not flag.startswith("--task"):
+        arguments.append("--task=sst2")
+    assert main([*arguments, flag]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
