@@ -71,7 +71,9 @@ class GlueConfig:
         (), f"List of {', '.join(TASKS)}; by default all that model and data allow."
     )
     data_dir: str = flag(
-        "", "Folder with RTE/dev.tsv and so on, in GLUE's layout or a plain one."
+        "",
+        "Folder with RTE/dev.tsv and so on, in GLUE's layout or a plain one; what it "
+        "lacks is embedded or loaded.",
     )
     labels: tuple[str, ...] = flag(
         (), "What the outputs mean, in order, where config.json does not say; or task."

@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
 from experiments.results import atomic_path
 from kashin_jax import BasisSpec
-from kashin_jax.errors import CheckpointError, NonFiniteError
+from kashin_jax.errors import CheckpointError
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_names import classifier_name
+from kashin_jax.models.saving import stored_array, write_tensors
 from kashin_jax.models.tensor_files import iter_tensors, read_json
 from kashin_jax.quantized import (
     AffineTensor,
@@ -121,17 +120,12 @@ def save_quantized(
                 for leaf, value in _fields(tensors[layer]).items()
             }
             continue
-        value = np.asarray(variable[...])
-        with np.errstate(over="ignore"):
-            value = (value.T if path[-1] == "kernel" else value).astype(dtype)
-        if not np.isfinite(value).all():
-            raise NonFiniteError(f"`{name}` is not finite in {dtype}.")
-        leaves[name] = np.ascontiguousarray(value)
+        leaves[name] = stored_array(name, path, np.asarray(variable[...]), dtype)
     layers = {path: _description(tensor) for path, tensor in tensors.items()}
     content = config.to_dict() | {_KEY: {**described, "dtype": dtype, "layers": layers}}
     copy_tokenizer(tokenizer, directory)
     with atomic_path(directory / "model.safetensors") as temporary:
-        safetensors.numpy.save_file(leaves, temporary, {"format": "pt"})
+        write_tensors(temporary, leaves)
     with atomic_path(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 

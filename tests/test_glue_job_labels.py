@@ -18,7 +18,10 @@ from tiny_classifier import (
 )
 
 from experiments import layer_store
+from experiments.classification.labels import output_order
+from experiments.classification.tasks import TASKS
 from experiments.glue import main
+from experiments.quantized_checkpoint import load_quantized
 
 __all__ = ["copy", "given"]  # fixtures
 
@@ -118,6 +121,17 @@ def test_generic_names_are_an_error_until_labels_says_what_they_mean(
     assert measured(records) == usual
     (page,) = (tmp_path / "swapped").glob("*.md")
     assert "--labels=positive,negative" in page.read_text()
+
+
+def test_what_is_saved_says_what_its_outputs_mean(copy, tmp_path):
+    name_outputs(copy, "LABEL_0", "LABEL_1")
+    edit_tensors(copy, swap_outputs)
+    flags = (*FLAGS, "--labels=positive,negative", f"--save={tmp_path / 'saved'}")
+    table(copy, tmp_path / "glue", tmp_path / "out", *flags)
+    found = load_quantized(tmp_path / "saved" / "sst2-uniform-4bit")
+    # Refinement takes it without a flag, and in its own order.
+    assert output_order(TASKS["sst2"], found.config.id2label) == (1, 0)
+    assert found.described["task"] == "sst2"
 
 
 def test_a_run_with_other_labels_uses_no_outputs_of_an_interrupted_one(

@@ -164,7 +164,7 @@ def test_a_layer_that_does_not_converge_stays_in_the_authors_variant(copy, tmp_p
 
 @pytest.mark.heavy
 def test_the_embedded_checkpoint_scores_what_its_provenance_says(tmp_path, capsys):
-    """Figures of ASSETS.md, measured by another program in PyTorch."""
+    """Figures of ASSETS.md, measured by the program that trained it."""
     assert main(["--methods=full precision", f"--out={tmp_path}"]) == 0
     (file,) = tmp_path.glob("*.jsonl")
     assert file.stem == "glue-minilm-glue-sst2-stsb-4bit-full-precision"

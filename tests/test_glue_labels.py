@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 
-from experiments.classification.labels import output_order
+from experiments.classification.labels import output_order, with_task_labels
 from experiments.classification.tasks import TASKS, choose_tasks
 from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.models.classifier import ClassifierConfig
 
 MNLI, RTE, STSB = TASKS["mnli"], TASKS["rte"], TASKS["stsb"]
 
@@ -128,3 +129,23 @@ def test_a_regression_has_one_output_of_any_name():
     assert output_order(STSB, ("similarity",), ("task",)) == (0,)
     with pytest.raises(UsageError, match="STS-B has none"):
         output_order(STSB, ("LABEL_0",), ("similarity",))
+
+
+def config(labels):
+    return ClassifierConfig(
+        model_type="bert", vocab_size=9, hidden_size=8, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=8, id2label=labels,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_head_that_took_the_tasks_names_needs_none_stated(order):
+    generic = config(("LABEL_0", "LABEL_1", "LABEL_2"))
+    named = with_task_labels(generic, MNLI, order)
+    assert output_order(MNLI, named.id2label) == order
+    assert not named.is_regression
+
+
+def test_a_regression_has_no_names_to_take():
+    named = with_task_labels(config(("similarity",)), STSB, (0,))
+    assert (named.id2label, named.is_regression) == (("similarity",), True)

@@ -1,6 +1,7 @@
 """Quantized classifiers on disk: what is written is read, what is damaged is named."""
 
 import json
+import os
 
 import jax
 import numpy as np
@@ -108,16 +109,24 @@ def test_what_the_maker_said_is_kept(written, loaded):
     ).read_bytes()
 
 
-def test_the_file_is_as_small_as_the_stored_bits_say(loaded, tmp_path):
+def test_files_are_as_open_as_the_umask_says(loaded, kashin, tmp_path):
+    usual = os.umask(0o027)
+    try:
+        save(loaded, kashin, tmp_path / "q")
+    finally:
+        os.umask(usual)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "q").iterdir()} == {
+        0o640
+    }
+
+
+def test_the_file_is_as_small_as_the_stored_bits_say(loaded, kashin, tmp_path):
     sizes = [
-        (save(loaded, packed(loaded, "kashin", bits), tmp_path / str(bits)))
-        .joinpath("model.safetensors")
-        .stat()
-        .st_size
-        for bits in (2, 4)
+        (save(loaded, tensors, tmp_path / str(i)) / "model.safetensors").stat().st_size
+        for i, tensors in enumerate((packed(loaded, "kashin", 2), kashin))
     ]
     weights = sum(kernel.size for kernel in selected_kernels(loaded.model).values())
-    centroids = 13 * (16 - 4) * 8
+    centroids = len(kashin) * (16 - 4) * 8
     assert abs(sizes[1] - sizes[0] - weights * 2 / 8 - centroids) < 100
 
 

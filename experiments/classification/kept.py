@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.classification.labels import with_task_labels
 from experiments.classification.tasks import Task
 from experiments.flag_values import file_stem
 from experiments.quantized_checkpoint import save_quantized
@@ -63,15 +64,25 @@ def save_row(
     directory: Path,
     task: Task,
     loaded: LoadedClassifier,
+    order: tuple[int, ...],
     tensors: Mapping[str, Quantized],
     row: Record,
 ) -> None:
-    """Writes the quantized classifier of a row, as `save_quantized` does."""
+    """Writes the quantized classifier of a row, as `save_quantized` does.
+
+    Args:
+      directory: Receives a directory of the row's own, see `saved_name`.
+      task: What the classifier is for.
+      loaded: The classifier in full precision.
+      order: Its output for each label of the task, whose names are written.
+      tensors: Its packed matrices.
+      row: Describes them.
+    """
     save_quantized(
         directory / saved_name(task, row),
         loaded.model,
         tensors,
-        loaded.config,
+        with_task_labels(loaded.config, task, order),
         tokenizer=loaded.directory,
         described={name: row[name] for name in _DESCRIBED} | {"task": task.name},
         dtype=loaded.stored_dtype,

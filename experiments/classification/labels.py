@@ -4,12 +4,18 @@ A head's order is its own business: MNLI classifiers come in all six. Scoring ou
 by position would give a plausible, wrong number, so order is always taken from names.
 """
 
+import dataclasses
 import re
 
 from experiments.classification.tasks import Task, label_key
 from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.models.classifier_config import (
+    REGRESSION,
+    SINGLE_LABEL,
+    ClassifierConfig,
+)
 
-__all__ = ["output_order"]
+__all__ = ["output_order", "with_task_labels"]
 
 _GENERIC = re.compile(r"(label_?)?\d+")
 
@@ -66,6 +72,26 @@ def output_order(
             "in its `config.json`."
         )
     return order
+
+
+def with_task_labels(
+    config: ClassifierConfig, task: Task, order: tuple[int, ...]
+) -> ClassifierConfig:
+    """The configuration with the task's own names of the outputs, which stay in place.
+
+    What is written from it needs no `--labels` any more.
+
+    Args:
+      config: Of a head that may spell the labels in a way of its own, or not at all.
+      task: What the head is for.
+      order: From `output_order`.
+    """
+    names = tuple(task.labels[order.index(i)] for i in range(len(task.labels)))
+    return dataclasses.replace(
+        config,
+        id2label=names or config.id2label,
+        problem_type=REGRESSION if task.is_regression else SINGLE_LABEL,
+    )
 
 
 def _check_head(task: Task, id2label: tuple[str, ...]) -> None:

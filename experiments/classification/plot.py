@@ -125,7 +125,7 @@ def _decorate(panel: Any) -> None:
 def plot_refinement(
     records: Sequence[Record], task: Task, path: Path, *, title: str
 ) -> None:
-    """Draws an arrow from before to after for every row, a panel per metric.
+    """Draws a line from before to after for every row, a panel per metric.
 
     Args:
       records: With `method`, `stored_bits_per_weight`, and `before_` and `after_` of
@@ -137,34 +137,12 @@ def plot_refinement(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [r for r in records if r["method"] != FULL_PRECISION]
-    methods = list(dict.fromkeys(r["method"] for r in rows))
     width = 3.4 * len(task.metrics) + 1.8
     figure = Figure(figsize=(width, 3.2), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(task.metrics), squeeze=False)[0]
     for panel, metric in zip(panels, task.metrics, strict=True):
-        for index, method in enumerate(methods):
-            own = [r for r in rows if r["method"] == method]
-            # Aside of each other, since rows of one width have nearly the same bits.
-            shift = 0.12 * (index - (len(methods) - 1) / 2)
-            bits = [r["bits"] + shift for r in own]
-            before, after = (
-                [r[f"{when}_{metric}"] for r in own] for when in ("before", "after")
-            )
-            style = {"color": COLOURS[index % len(COLOURS)]}
-            panel.vlines(bits, before, after, lw=1.2, **style)
-            panel.plot(bits, before, "o", mfc="white", ms=6, **style)
-            panel.plot(bits, after, "o", ms=6, label=method, **style)
-        for record in records:
-            if record["method"] == FULL_PRECISION:
-                panel.axhline(
-                    record[f"before_{metric}"], color="#202020", lw=1, ls=(0, (4, 2)),
-                    label=FULL_PRECISION,
-                )  # fmt: skip
-        panel.set_xlabel("bits (hollow: before, filled: after)")
-        panel.set_ylabel(f"{metric}, percent")
-        panel.set_xticks(sorted({r["bits"] for r in rows}))
+        _draw_refinement(panel, records, metric)
         _decorate(panel)
     panels[-1].legend(
         loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8
@@ -172,3 +150,29 @@ def plot_refinement(
     figure.suptitle(title, fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight", pad_inches=0.08)
+
+
+def _draw_refinement(panel: Any, records: Sequence[Record], metric: str) -> None:
+    rows = [r for r in records if r["method"] != FULL_PRECISION]
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    for index, method in enumerate(methods):
+        own = [r for r in rows if r["method"] == method]
+        # Aside of each other, since rows of one width have nearly the same bits.
+        shift = 0.12 * (index - (len(methods) - 1) / 2)
+        bits = [r["bits"] + shift for r in own]
+        before, after = (
+            [r[f"{when}_{metric}"] for r in own] for when in ("before", "after")
+        )
+        style = {"color": COLOURS[index % len(COLOURS)]}
+        panel.vlines(bits, before, after, lw=1.2, **style)
+        panel.plot(bits, before, "o", mfc="white", ms=6, **style)
+        panel.plot(bits, after, "o", ms=6, label=method, **style)
+    for record in records:
+        if record["method"] == FULL_PRECISION:
+            panel.axhline(
+                record[f"before_{metric}"], color="#202020", lw=1, ls=(0, (4, 2)),
+                label=FULL_PRECISION,
+            )  # fmt: skip
+    panel.set_xlabel("bits (hollow: before, filled: after)")
+    panel.set_ylabel(f"{metric}, percent")
+    panel.set_xticks(sorted({r["bits"] for r in rows}))

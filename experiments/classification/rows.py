@@ -42,9 +42,8 @@ __all__ = ["GlueBench", "TaskBench", "full_precision_records", "quantized_record
 _ABSENT = dict.fromkeys((
     "stored_bits_per_weight", "model_bits_per_weight", "task", "metric", "value",
     "seed", "basis", "examples", "truncated", "flip_rate", "log_loss",
-    "relative_error",
-    "converged_share", "quantize_seconds", "published", "data_source", "data_sha256",
-    "weights_sha256",
+    "relative_error", "converged_share", "quantize_seconds", "published",
+    "data_source", "data_sha256", "weights_sha256",
 ))  # fmt: skip
 
 
@@ -150,6 +149,14 @@ def _records(
 
 
 _FULL: Record = {"label": FULL_PRECISION, "config": None}
+_ONCE = " Deterministic: run once."
+
+
+class _Prepared(NamedTuple):
+    # A checkpoint after quantizing: fields of its records, decoded and packed matrices.
+    fields: Record
+    kernels: dict[str, Array]
+    tensors: dict[str, Quantized]
 
 
 def full_precision_records(bench: GlueBench) -> list[dict[str, Any]]:
@@ -196,40 +203,39 @@ def quantized_records(
         "seed": seed if method.is_random else None,
         **bench.identity,
     }
+    label = f"{name}, {bits} bits"
     try:
         config = method.make(bits, basis, rtol, max_steps)
     except ValueError as reason:
         return [{**row, "note": str(reason)}]
     try:
-        prepared = _prepared(
-            bench, config, seed, f"{name}, {bits} bits", method.keeps_failures
-        )
+        prepared = _prepared(bench, config, seed, label, method.keeps_failures)
     except NonFiniteError as reason:
         # The checkpoint is finite, so it is this method whose scales overflow.
         return [{**row, "note": str(reason)}]
-    note = (
-        method.note if method.is_random else f"{method.note} Deterministic: run once."
-    )
-    computation: Record = {
-        "label": f"{name}, {bits} bits",
-        "config": repr(config),
-        "seed": row["seed"],
-    }
-    records: list[dict[str, Any]] = []
-    for one in bench.tasks:
-        found = prepared[one.weights_sha256]
-        with_note = {**row, **found.fields, "note": note}
-        model = replace_kernels(one.loaded.model, found.kernels)
-        if bench.save is not None:
-            save_row(bench.save, one.task, one.loaded, found.tensors, with_note)
-        records += _records(bench, one, with_note, computation, model, one.loaded.model)
-    return records
+    row["note"] = method.note + ("" if method.is_random else _ONCE)
+    computation = {"label": label, "config": repr(config), "seed": row["seed"]}
+    return [
+        record
+        for one in bench.tasks
+        for record in _scored(
+            bench, one, prepared[one.weights_sha256], row, computation
+        )
+    ]
 
 
-class _Prepared(NamedTuple):
-    fields: Record
-    kernels: dict[str, Array]
-    tensors: dict[str, Quantized]
+def _scored(
+    bench: GlueBench,
+    one: TaskBench,
+    prepared: _Prepared,
+    row: Record,
+    computation: Record,
+) -> Iterator[dict[str, Any]]:
+    loaded, row = one.loaded, {**row, **prepared.fields}
+    model = replace_kernels(loaded.model, prepared.kernels)
+    if bench.save is not None:
+        save_row(bench.save, one.task, loaded, one.order, prepared.tensors, row)
+    return _records(bench, one, row, computation, model, loaded.model)
 
 
 def _prepared(

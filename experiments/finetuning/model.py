@@ -11,15 +11,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
-from experiments.classification.labels import output_order
-from experiments.classification.tasks import Task
+from experiments.classification.labels import output_order, with_task_labels
 from experiments.finetuning.batches import TrainBatch
 from experiments.finetuning.config import STORED, FinetuneConfig
 from experiments.finetuning.refinement import Build, abstract_classifier, take_apart
 from experiments.quantized_checkpoint import load_quantized
 from experiments.training.step import LossFn, Params
 from kashin_jax.models.classifier import ClassifierConfig
-from kashin_jax.models.classifier_config import REGRESSION, SINGLE_LABEL
 from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
 from kashin_jax.quantized import Quantized
 
@@ -87,7 +85,7 @@ def load_start(config: FinetuneConfig) -> Start:
         order = output_order(task, loaded.config.id2label, config.labels)
     else:
         order = tuple(range(task.num_outputs))
-    model_config = _described(loaded.config, task, order)
+    model_config = with_task_labels(loaded.config, task, order)
     model_config = _with_dropout(model_config, config.dropout)
     return Start(
         params=nnx.state(loaded.model, nnx.Param),
@@ -123,18 +121,6 @@ def _load_quantized_start(config: FinetuneConfig) -> Start:
 def _builder(config: ClassifierConfig, dtype: DTypeLike, *, training: bool) -> Build:
     graphdef, _ = abstract_classifier(config, dtype, training=training)
     return lambda params, frozen: nnx.merge(graphdef, params)
-
-
-def _described(
-    config: ClassifierConfig, task: Task, order: tuple[int, ...]
-) -> ClassifierConfig:
-    # A stored head may spell the labels in a way of its own, or not at all.
-    names = [task.labels[order.index(i)] for i in range(len(task.labels))]
-    return dataclasses.replace(
-        config,
-        id2label=tuple(names) or config.id2label,
-        problem_type=REGRESSION if task.is_regression else SINGLE_LABEL,
-    )
 
 
 def _with_dropout(config: ClassifierConfig, rate: float) -> ClassifierConfig:

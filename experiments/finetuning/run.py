@@ -121,17 +121,22 @@ def _train(
             log=stored.log,
             validate=_validator(evaluate, epoch_ends, size / data.num_examples),
         )
-        settings = LoopSettings(
-            steps=total,
-            stop_after=config.stop_after,
-            log_every=config.log_every,
-            checkpoint_every=config.checkpoint_every,
-            validate_at=epoch_ends,
-            unit="examples",
-            units_per_step=size,
-            warmup_flag="warmup_fraction",
-        )
-        return train(settings, parts, stored.state)
+        return train(_settings(config, total, epoch_ends), parts, stored.state)
+
+
+def _settings(
+    config: FinetuneConfig, total: int, epoch_ends: dict[int, float]
+) -> LoopSettings:
+    return LoopSettings(
+        steps=total,
+        stop_after=config.stop_after,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        validate_at=epoch_ends,
+        unit="examples",
+        units_per_step=config.batch_size,
+        warmup_flag="warmup_fraction",
+    )
 
 
 def _validator(

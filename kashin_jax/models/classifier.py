@@ -27,10 +27,7 @@ class ClassificationHead(nnx.Module):
         width = config.hidden_size
         self.dense = make.linear(width, width) if has_dense else None
         self.out_proj = make.linear(width, config.num_labels)
-        rate = config.classifier_dropout
-        self.dropout = make.dropout(
-            config.hidden_dropout_prob if rate is None else rate
-        )
+        self.dropout = make.dropout(config.head_dropout_prob)
 
     def __call__(
         self, x: Float[Array, "b d"], rngs: nnx.Rngs | None = None

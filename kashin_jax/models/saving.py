@@ -19,7 +19,7 @@ from kashin_jax.models.names import opt_name
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.reading import ParamPath
 
-__all__ = ["save_classifier", "save_opt"]
+__all__ = ["save_classifier", "save_opt", "stored_array", "write_tensors"]
 
 
 def save_opt(
@@ -99,7 +99,7 @@ def _save(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _replace(
-            directory / "model.safetensors", lambda path: _write_tensors(path, tensors)
+            directory / "model.safetensors", lambda path: write_tensors(path, tensors)
         )
         _replace(directory / "config.json", lambda path: path.write_text(text, "utf-8"))
     except OSError as error:
@@ -131,15 +131,34 @@ def _tensors(
                 f"`{name}` has shape {value.shape}, but `config` asks for "
                 f"{shapes[path]}."
             )
-        with np.errstate(over="ignore"):
-            value = (value.T if path[-1] == "kernel" else value).astype(dtype)
-        if not np.isfinite(value).all():
-            raise NonFiniteError(f"`{name}` is not finite in {dtype.name}.")
-        tensors[name] = np.ascontiguousarray(value)
+        tensors[name] = stored_array(name, path, value, dtype)
     return tensors
 
 
-def _write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def stored_array(
+    name: str, path: ParamPath, value: np.ndarray, dtype: DTypeLike
+) -> np.ndarray:
+    """A parameter as PyTorch lays it out: matrix products as `[out, in]`.
+
+    Args:
+      name: In the file, for the message.
+      path: Of the parameter.
+      value: As the model has it.
+      dtype: Floating-point precision to store.
+
+    Raises:
+      NonFiniteError: If the value is not finite, or overflows `dtype`; names it.
+    """
+    dtype = jnp.dtype(dtype)
+    with np.errstate(over="ignore"):
+        stored = (value.T if path[-1] == "kernel" else value).astype(dtype)
+    if not np.isfinite(stored).all():
+        raise NonFiniteError(f"`{name}` is not finite in {dtype.name}.")
+    return np.ascontiguousarray(stored)
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file that `transformers` reads, open as the umask says."""
     # safetensors makes files that only their owner can read, whatever the umask says.
     path.touch()
     mode = path.stat().st_mode
