@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 from kashin_jax import (
     BasisSpec,
+    JointConfig,
     KashinConfig,
     KMeansConfig,
     NF4Config,
@@ -70,6 +71,14 @@ METHODS: Mapping[str, Method] = {
         has_basis=True,
         is_random=True,
         keeps_failures=True,
+    ),
+    "kashin-joint": Method(
+        make=lambda bits, basis, *_: JointConfig(bits=bits, basis=basis),
+        note="Both factors searched for together, b - 1 bits for u and 1 for v, blocks "
+        "of about 64 x 64: one codebook per matrix, a float32 scale per block, an fp16 "
+        "scale per input and per output, a 64-bit seed.",
+        has_basis=True,
+        is_random=True,
     ),
     "uniform": Method(
         make=lambda bits, *_: UniformConfig(bits=bits),

@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 _KEY = "quantization"
+# Fields of layouts that name bases, and are written as text.
+_SPECS = {"basis", "rotation"}
 _TYPES: Mapping[str, tuple[Any, Any]] = {
     "QuantizedTensor": (QuantizedTensor, KashinLayout),
     "AffineTensor": (AffineTensor, GroupLayout),
@@ -141,8 +143,9 @@ def _fields(tensor: Quantized) -> dict[str, Any]:
 
 def _description(tensor: Any) -> dict[str, Any]:
     layout = dataclasses.asdict(tensor.layout)
-    basis = tensor.layout.basis
-    layout["basis"] = None if basis is None else str(basis)
+    for name in _SPECS & layout.keys():
+        spec = getattr(tensor.layout, name)
+        layout[name] = None if spec is None else str(spec)
     leaves = sorted(_fields(tensor))
     return {"type": type(tensor).__name__, "leaves": leaves, "layout": layout}
 
@@ -209,14 +212,15 @@ def _tensor(
 ) -> Quantized:
     tensor_type, layout_type = _TYPES[description["type"]]
     fields = dict(description["layout"])
-    basis = fields.pop("basis")
+    specs = {
+        key: None if fields[key] is None else BasisSpec.parse(fields.pop(key))
+        for key in _SPECS & fields.keys()
+    }
     shapes = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in fields.items()
     }
-    layout = layout_type(
-        basis=None if basis is None else BasisSpec.parse(basis), **shapes
-    )
+    layout = layout_type(**shapes | specs)
     found = dict.fromkeys(tensor_type._fields) | {
         leaf: jax.device_put(stored.pop(f"{name}.{leaf}"))
         for leaf in description["leaves"]

@@ -13,6 +13,7 @@ from kashin_jax.decomposition import KashinDecomposition as KashinDecomposition
 from kashin_jax.decomposition import kashin_decompose as kashin_decompose
 from kashin_jax.layers import KashinLinear as KashinLinear
 from kashin_jax.layers import quantize_model as quantize_model
+from kashin_jax.quantized import JointConfig as JointConfig
 from kashin_jax.quantized import KashinConfig as KashinConfig
 from kashin_jax.quantized import KMeansConfig as KMeansConfig
 from kashin_jax.quantized import NF4Config as NF4Config
@@ -30,6 +31,7 @@ from kashin_jax.quantized import stored_bits as stored_bits
 
 __all__ = [
     "BasisSpec",
+    "JointConfig",
     "KMeansConfig",
     "KashinConfig",
     "KashinDecomposition",

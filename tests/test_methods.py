@@ -42,6 +42,9 @@ def test_a_method_exists_at_a_width_or_says_why_not(name, bits):
     if name == "nf4-g64" and bits != 4:
         with pytest.raises(ValueError, match="NF4 exists at 4 bits only"):
             make(bits, HADAMARD, 1e-3, 9)
+    elif name == "kashin-joint" and not 2 <= bits <= 5:
+        with pytest.raises(ValueError, match="exists at 2 to 5 bits"):
+            make(bits, HADAMARD, 1e-3, 9)
     else:
         assert make(bits, HADAMARD, 1e-3, 9).bits == bits
 

@@ -73,7 +73,7 @@ def test_the_printed_table_has_one_line_per_record(finished):
     body = finished.printed.partition("\n\n")[2]
     lines = body.splitlines()[2:]
     for record, line in zip(finished.records, lines, strict=False):
-        assert re.match(rf"{re.escape(record['method'])} \[\d\]", line)
+        assert re.match(rf"{re.escape(record['method'])} \[\d+\]", line)
         assert f"{record['perplexity']:.2f}" in line
     assert lines[len(finished.records)].startswith("[1] ")
 

@@ -3,6 +3,7 @@
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from kashin_jax.coding.joint import JointConfig as JointConfig
 from kashin_jax.coding.kashin import KashinConfig as KashinConfig
 from kashin_jax.quantized.configs import KMeansConfig as KMeansConfig
 from kashin_jax.quantized.configs import NF4Config as NF4Config
@@ -26,6 +27,7 @@ from kashin_jax.quantized.tensor import derive_basis as derive_basis
 __all__ = [
     "AffineTensor",
     "CodebookTensor",
+    "JointConfig",
     "KMeansConfig",
     "KashinConfig",
     "NF4Config",

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 
 from kashin_jax.bases import BasisSpec
+from kashin_jax.coding.joint import JointConfig
 from kashin_jax.coding.kashin import KashinConfig
 
 __all__ = [
@@ -103,6 +104,7 @@ class RotatedKMeansConfig(KMeansConfig):
 
 QuantizerConfig = (
     KashinConfig
+    | JointConfig
     | UniformConfig
     | RTNConfig
     | NF4Config

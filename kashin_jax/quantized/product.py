@@ -1,6 +1,7 @@
 """`x @ W` for a packed W, never holding more of W than a bounded tile."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from kashin_jax.quantized.tensor import (
     decode_pairs,
     decode_with,
     derive_basis,
+    derive_rotation,
 )
 
 __all__ = ["MAX_TILE", "matmul"]
@@ -89,8 +91,13 @@ def _two_products(
     max_tile: int,
     precision: str | None,
 ) -> Float[Array, "r n"]:
+    if tensor.in_scale is not None:
+        x = x * _row(tensor.in_scale, x)
     layout = tensor.layout
     (m, n), (bm, bn) = layout.shape, layout.block_shape
+    rotation = derive_rotation(tensor)
+    if rotation is not None:
+        x = _by_blocks(rotation.left.analysis, x, bm)
     # Eight rows fill whole bytes at any code width, so tiles are cut between bytes.
     tile = min(max(8, max_tile // n // 8 * 8), -(-m // 8) * 8)
     tiles = -(-m // tile)
@@ -105,8 +112,7 @@ def _two_products(
         padded = jnp.pad(rows, ((0, 0), (0, short)))
         return padded.reshape(rows.shape[0], tiles, tile).transpose(1, 0, 2)
 
-    rotated = basis.left.analysis(x.astype(jnp.float32).reshape(-1, m // bm, bm))
-    rotated = rotated.reshape(x.shape).astype(x.dtype)
+    rotated = _by_blocks(basis.left.analysis, x, bm)
 
     def accumulate(
         sums: tuple[Array, Array], part: tuple[Array, Array, Array, Array]
@@ -122,5 +128,18 @@ def _two_products(
     zeros = jnp.zeros((x.shape[0], n), jnp.float32)
     parts = (packed, scale, by_tile(x), by_tile(rotated))
     (from_u, from_v), _ = jax.lax.scan(accumulate, (zeros, zeros), parts)
-    back = basis.right.synthesis(from_v.reshape(-1, n // bn, bn))
-    return from_u + back.reshape(from_u.shape)
+    y = from_u + _by_blocks(basis.right.synthesis, from_v, bn)
+    if rotation is not None:
+        y = _by_blocks(rotation.right.synthesis, y, bn)
+    return y if tensor.out_scale is None else y * _row(tensor.out_scale, y)
+
+
+def _by_blocks(
+    transform: Callable[[Array], Array], x: Float[Array, "r k"], size: int
+) -> Float[Array, "r k"]:
+    blocks = x.astype(jnp.float32).reshape(-1, x.shape[1] // size, size)
+    return transform(blocks).reshape(x.shape).astype(x.dtype)
+
+
+def _row(scale: Float[Array, " k"], like: Float[Array, "r k"]) -> Float[Array, "1 k"]:
+    return scale.astype(like.dtype)[None]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key, Num, UInt32
 from kashin_jax.bases import BasisSpec, key_from_seed, make_pair, seed_from_key
 from kashin_jax.coding.affine import group_rows, minmax_code, rtn_code, ungroup_rows
 from kashin_jax.coding.blocks import resolve_block_shape
+from kashin_jax.coding.joint import JointConfig, joint_block_shape, joint_code
 from kashin_jax.coding.kashin import KashinCode, KashinConfig, kashin_code
 from kashin_jax.coding.scalar import kmeans_code, nf4_code
 from kashin_jax.errors import NonFiniteError
@@ -25,7 +26,7 @@ from kashin_jax.quantized.configs import (
 )
 from kashin_jax.quantized.controls import AffineTensor, CodebookTensor, GroupLayout
 from kashin_jax.quantized.layout import Quantized
-from kashin_jax.quantized.tensor import KashinLayout, QuantizedTensor
+from kashin_jax.quantized.tensor import KashinLayout, QuantizedTensor, make_rotation
 
 __all__ = ["QuantizationReport", "encode", "quantize", "require_finite"]
 
@@ -74,14 +75,13 @@ def quantize(
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"`{path}` has type {weight.dtype}; cast it to float first.")
     try:
-        block_shape = config.block_shape if isinstance(config, KashinConfig) else None
-        resolve_block_shape(weight.shape, block_shape)
+        resolve_block_shape(weight.shape, _block_shape(weight.shape, config))
     except ValueError as error:
         raise ValueError(f"`{path}`: {error}") from None
     require_finite(weight, path)
     tensor, report = encode(weight, key, config)
     if not jnp.isfinite(report.relative_squared_error):
-        is_kashin = isinstance(config, KashinConfig)
+        is_kashin = isinstance(config, KashinConfig | JointConfig)
         raise NonFiniteError(
             f"`{path}` reaches {float(jnp.max(jnp.abs(weight))):.3g}, too large for "
             f"what {type(config).__name__} stores. Rescale it"
@@ -117,6 +117,8 @@ def encode(
             tensor, code = _encode_kashin(weight, seed_key, codebook_key, config)
             decomposition = code._asdict()
             del decomposition["codes"], decomposition["centroids"]
+        case JointConfig():
+            tensor = _encode_joint(weight, seed_key, config)
         case RTNConfig() | UniformConfig():
             tensor = _encode_affine(x, config, dtype)
         case NF4Config():
@@ -148,6 +150,43 @@ def _encode_kashin(
     )
     packed = pack_codes(code.codes.reshape(-1), bits=config.bits)
     return QuantizedTensor(packed, code.centroids, code.scale, seed, layout), code
+
+
+def _encode_joint(
+    weight: Float[Array, "m n"], seed_key: Key[Array, ""], config: JointConfig
+) -> QuantizedTensor:
+    shape = _shape(weight)
+    block_shape = resolve_block_shape(shape, joint_block_shape(shape, config))
+    seed = seed_from_key(seed_key)
+    basis = make_pair(config.basis, key_from_seed(seed), block_shape)
+    spec = config.basis if config.rotation else None
+    rotation = None if spec is None else make_rotation(spec, seed, block_shape)
+    code = joint_code(weight, basis, rotation, config, block_shape)
+    layout = KashinLayout(
+        shape=shape,
+        block_shape=block_shape,
+        bits=config.bits,
+        basis=config.basis,
+        dtype=weight.dtype.name,
+        rotation=spec,
+    )
+    return QuantizedTensor(
+        pack_codes(code.codes.reshape(-1), bits=config.bits),
+        code.centroids,
+        code.scale,
+        seed,
+        layout,
+        code.in_scale,
+        code.out_scale,
+    )
+
+
+def _block_shape(
+    shape: tuple[int, ...], config: QuantizerConfig
+) -> tuple[int, int] | None:
+    if isinstance(config, JointConfig) and len(shape) == 2:
+        return joint_block_shape((shape[0], shape[1]), config)
+    return config.block_shape if isinstance(config, KashinConfig) else None
 
 
 def _encode_affine(

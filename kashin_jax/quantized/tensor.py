@@ -11,7 +11,14 @@ from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.coding.blocks import from_blocks, to_blocks
 from kashin_jax.packing import unpack_codes
 
-__all__ = ["KashinLayout", "QuantizedTensor", "decode_pairs", "derive_basis"]
+__all__ = [
+    "KashinLayout",
+    "QuantizedTensor",
+    "decode_pairs",
+    "derive_basis",
+    "derive_rotation",
+    "make_rotation",
+]
 
 
 @jax.tree_util.register_static
@@ -25,6 +32,8 @@ class KashinLayout:
       bits: Width of a code.
       basis: Families of Q1 and Q2; with the stored seed they give the matrices.
       dtype: Name of the type that the matrix had.
+      rotation: Families of the bases in which every block was coded, drawn from the
+        seed apart from Q1 and Q2; None for the standard one.
     """
 
     shape: tuple[int, int]
@@ -32,10 +41,14 @@ class KashinLayout:
     bits: int
     basis: BasisSpec
     dtype: str
+    rotation: BasisSpec | None = None
 
 
 class QuantizedTensor(NamedTuple):
     """`W = U + Q1 V Q2^T` with `(U, V) = scale * centroids[code]`, block by block.
+
+    Blocks that were rotated before coding are rotated back, and where there are scales
+    of inputs or outputs, W is multiplied by them last.
 
     A PyTree: passes through `jit`, `vmap`, `scan` and `tree.map`. Its leaves are all
     that is stored.
@@ -47,6 +60,8 @@ class QuantizedTensor(NamedTuple):
       scale: Root-mean-square of every block, in the units of the weight.
       seed: Gives Q1 and Q2.
       layout: Static shapes and names.
+      in_scale: Factor of every row of W, that is of every input; None for none.
+      out_scale: Factor of every column of W, that is of every output.
     """
 
     packed_codes: UInt8[Array, " q"]
@@ -54,6 +69,8 @@ class QuantizedTensor(NamedTuple):
     scale: Float[Array, "r c"]
     seed: UInt32[Array, "2"]
     layout: KashinLayout
+    in_scale: Float[Array, " m"] | None = None
+    out_scale: Float[Array, " n"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,6 +91,22 @@ def derive_basis(tensor: QuantizedTensor) -> KroneckerBasis:
     return make_pair(layout.basis, key_from_seed(tensor.seed), layout.block_shape)
 
 
+def derive_rotation(tensor: QuantizedTensor) -> KroneckerBasis | None:
+    """The bases in which every block was coded; None for the standard ones."""
+    layout = tensor.layout
+    if layout.rotation is None:
+        return None
+    return make_rotation(layout.rotation, tensor.seed, layout.block_shape)
+
+
+def make_rotation(
+    spec: BasisSpec, seed: UInt32[Array, "2"], block_shape: tuple[int, int]
+) -> KroneckerBasis:
+    """The rotation that belongs to a seed, another one than its Q1 and Q2."""
+    key = jax.random.fold_in(key_from_seed(seed), 1)
+    return make_pair(spec, key, block_shape)
+
+
 def decode_with(tensor: QuantizedTensor, basis: KroneckerBasis) -> Float[Array, "m n"]:
     """The matrix in float32, given the bases of `derive_basis`."""
     layout = tensor.layout
@@ -81,10 +114,21 @@ def decode_with(tensor: QuantizedTensor, basis: KroneckerBasis) -> Float[Array, 
     codes = unpack_codes(tensor.packed_codes, bits=layout.bits, count=m * n)
     scale = jnp.repeat(tensor.scale, layout.block_shape[0], axis=0)
     u, v = decode_pairs(tensor, codes.reshape(m, n), scale)
+    rotation = derive_rotation(tensor)
     if layout.block_shape == layout.shape:
-        return u + basis.synthesis(v)
-    blocks = basis.synthesis(to_blocks(v, layout.block_shape))
-    return u + from_blocks(blocks)
+        w = u + basis.synthesis(v)
+        w = w if rotation is None else rotation.synthesis(w)
+    elif rotation is None:
+        w = u + from_blocks(basis.synthesis(to_blocks(v, layout.block_shape)))
+    else:
+        blocks = to_blocks(u, layout.block_shape)
+        blocks = blocks + basis.synthesis(to_blocks(v, layout.block_shape))
+        w = from_blocks(rotation.synthesis(blocks))
+    if tensor.in_scale is not None:
+        w = w * tensor.in_scale.astype(jnp.float32)[:, None]
+    if tensor.out_scale is not None:
+        w = w * tensor.out_scale.astype(jnp.float32)[None, :]
+    return w
 
 
 def decode_pairs(
