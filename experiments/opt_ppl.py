@@ -213,7 +213,7 @@ def _present(
         + (_LIMITED if text.tokens.size == limit else ""),
         f"{text.name}: {text.protocol}.",
         *text.notes,
-        "Kashin rows run through packed layers, the others as decoded matrices. "
+        "The paper's method runs through packed layers, the others decoded. "
         "Sizes are stored bits: codes, centroids, scales, zero points, seeds. "
         "`seconds` is quantization time on this device, compilation included.",
         f"{first['device']}, jax {first['jax_version']}, "

@@ -138,7 +138,7 @@ def _refit(
     return jnp.sort(jnp.stack([one(i) for i in range(levels.shape[0])]))
 
 
-@partial(jax.jit, static_argnames=("bits", "steps", "pass_size"))
+@partial(jax.jit, static_argnames=("bits", "steps", "pass_size", "schedule"))
 def anneal(
     blocks: Float[Array, "k m n"],
     basis: KroneckerBasis,
@@ -146,6 +146,7 @@ def anneal(
     bits: tuple[int, int],
     steps: int,
     pass_size: int = 2**17,
+    schedule: Schedule | None = None,
 ) -> Words:
     """Finds a word for every block, the levels refitted to all blocks together.
 
@@ -157,8 +158,9 @@ def anneal(
       bits: Of u and of v, a key of `SCHEDULES`.
       steps: Of the annealing.
       pass_size: Weights that are annealed at a time, which bounds the memory.
+      schedule: That of `SCHEDULES` when None.
     """
-    schedule = SCHEDULES[bits]
+    schedule = SCHEDULES[bits] if schedule is None else schedule
     levels = (
         jnp.asarray(lloyd_max_levels(2 ** bits[0]), jnp.float32) * schedule.spread[0],
         jnp.asarray(lloyd_max_levels(2 ** bits[1]), jnp.float32) * schedule.spread[1],

@@ -69,7 +69,10 @@ def matmul(
         if size <= max_tile and rows.shape[0] >= WHOLE_DECODE_ROWS:
             y = _product(rows, decode_with(tensor, basis), precision)
         else:
+            rotation = derive_rotation(tensor)
+            rows = _prepared(rows, tensor, rotation)
             y = _two_products(rows, tensor, basis, max_tile, precision)
+            y = _finished(y, tensor, rotation)
     return y.astype(x.dtype).reshape(*x.shape[:-1], tensor.shape[1])
 
 
@@ -91,13 +94,8 @@ def _two_products(
     max_tile: int,
     precision: str | None,
 ) -> Float[Array, "r n"]:
-    if tensor.in_scale is not None:
-        x = x * _row(tensor.in_scale, x)
     layout = tensor.layout
     (m, n), (bm, bn) = layout.shape, layout.block_shape
-    rotation = derive_rotation(tensor)
-    if rotation is not None:
-        x = _by_blocks(rotation.left.analysis, x, bm)
     # Eight rows fill whole bytes at any code width, so tiles are cut between bytes.
     tile = min(max(8, max_tile // n // 8 * 8), -(-m // 8) * 8)
     tiles = -(-m // tile)
@@ -128,9 +126,27 @@ def _two_products(
     zeros = jnp.zeros((x.shape[0], n), jnp.float32)
     parts = (packed, scale, by_tile(x), by_tile(rotated))
     (from_u, from_v), _ = jax.lax.scan(accumulate, (zeros, zeros), parts)
-    y = from_u + _by_blocks(basis.right.synthesis, from_v, bn)
+    return from_u + _by_blocks(basis.right.synthesis, from_v, bn)
+
+
+def _prepared(
+    x: Float[Array, "r m"], tensor: QuantizedTensor, rotation: KroneckerBasis | None
+) -> Float[Array, "r m"]:
+    """Inputs as the blocks of U and V take them."""
+    if tensor.in_scale is not None:
+        x = x * _row(tensor.in_scale, x)
+    if rotation is None:
+        return x
+    return _by_blocks(rotation.left.analysis, x, tensor.layout.block_shape[0])
+
+
+def _finished(
+    y: Float[Array, "r n"], tensor: QuantizedTensor, rotation: KroneckerBasis | None
+) -> Float[Array, "r n"]:
+    """Outputs of the matrix, given those of its blocks."""
     if rotation is not None:
-        y = _by_blocks(rotation.right.synthesis, y, bn)
+        size = tensor.layout.block_shape[1]
+        y = _by_blocks(rotation.right.synthesis, y, size)
     return y if tensor.out_scale is None else y * _row(tensor.out_scale, y)
 
 
