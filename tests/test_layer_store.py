@@ -114,8 +114,9 @@ def test_every_method_and_basis_has_a_file_of_its_own(store, tmp_path):
         for basis in ("hadamard", "hadamard:identity")
     }
     digests = {store._digest(kernel(), config, KEY) for config in configs}
-    # Two of the eight methods have a basis; the two Kashin rows are one computation.
-    assert len(digests) == len(configs) == 9
+    # Nine methods. Two rows of the paper's method are one computation, and that, joint
+    # coding and the rotation have one for each basis: 5 + 3 * 2.
+    assert len(digests) == len(configs) == 11
 
 
 @pytest.mark.parametrize("size", [0, 7, 40, 200, -1])

@@ -8,9 +8,9 @@ entry of u is the mean of its levels under the weights
 then v likewise with h = Q^T (x - u), and T falls. The term with `a`, the repulsion, is
 zero at every word, where c = u, and so changes no minimum; it keeps an entry from
 settling on the level it leans to before the others have been heard. That is worth more
-than a schedule sixteen times as long, or than noise: at 1 + 1 bits and 200 steps the
-mean squared error on a unit Gaussian is .0770 without it and .0698 with it
-(4096 weights per block).
+than a schedule of any length: at 1 + 1 bits and 200 steps the mean squared error on a
+unit Gaussian is .0697 with it and .0776 without, 4096 weights per block
+(`python -m benchmarks.joint`; `docs/joint-coding.md` has the history).
 """
 
 import dataclasses
