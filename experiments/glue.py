@@ -16,8 +16,6 @@ Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctr
 """
 
 import dataclasses
-import itertools
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,8 +42,14 @@ from experiments.flag_values import (
     plain_differences,
     short_model_name,
 )
-from experiments.methods import GLUE_METHODS, METHODS, choose_methods
-from experiments.results import environment_fields, prepare_output, write_results
+from experiments.methods import GLUE_METHODS, METHODS, choose_methods, table_grid
+from experiments.results import (
+    environment_fields,
+    prepare_output,
+    remove_work,
+    start_work,
+    write_results,
+)
 from experiments.tables import Record, aligned_table
 from experiments.text import ASSETS
 from kashin_jax.bases import FAMILIES
@@ -140,8 +144,7 @@ def run(config: GlueConfig) -> int:
         )  # fmt: skip
         name = short_model_name(config.model)
         stem = _stem(config, name, tasks)
-        work = out / "work" / stem
-        work.mkdir(parents=True, exist_ok=True)
+        work = start_work(out, stem)
         identity = {
             "model": name, "max_length": config.max_length, **environment_fields()
         }  # fmt: skip
@@ -149,28 +152,26 @@ def run(config: GlueConfig) -> int:
         bench = GlueBench(tasks=benches, work=work, identity=identity, save=save)
         records = _records(config, bench)
     _present(config, bench, records, left_out, out, stem)
-    shutil.rmtree(work)
-    if not any(work.parent.iterdir()):
-        work.parent.rmdir()
+    remove_work(work)
     return 0
 
 
 def _records(config: GlueConfig, bench: GlueBench) -> list[dict[str, Any]]:
     records = full_precision_records(bench)
     _announce(records)
-    methods = choose_methods(config.methods, GLUE_METHODS)
-    for bits, (name, method) in itertools.product(
-        parse_numbers("bits", config.bits, 1, 8), methods.items()
-    ):
-        bases = parse_bases(config.basis)[: None if method.has_basis else 1]
-        seeds = range(config.seeds if method.is_random else 1)
-        for basis, seed in itertools.product(bases, seeds):
-            row = quantized_records(
-                bench, name, method, bits=bits, basis=basis, seed=seed,
-                rtol=config.rtol, max_steps=config.max_steps,
-            )  # fmt: skip
-            records += row
-            _announce(row)
+    grid = table_grid(
+        parse_numbers("bits", config.bits, 1, 8),
+        choose_methods(config.methods, GLUE_METHODS),
+        parse_bases(config.basis),
+        range(config.seeds),
+    )
+    for one in grid:
+        row = quantized_records(
+            bench, one.name, one.method, bits=one.bits, basis=one.basis, seed=one.seed,
+            rtol=config.rtol, max_steps=config.max_steps,
+        )  # fmt: skip
+        records += row
+        _announce(row)
     return records
 
 

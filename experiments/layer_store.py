@@ -14,6 +14,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float, Key
 
 from experiments.results import atomic_path
+from experiments.tables import Record
 from kashin_jax.quantized import (
     QuantizationReport,
     Quantized,
@@ -53,6 +54,12 @@ class LayerStore:
 
     directory: Path
     environment: dict[str, str]
+
+    @classmethod
+    def of_run(cls, directory: Path, identity: Record) -> "LayerStore":
+        """The store of a run, whose identity has `environment_fields` among others."""
+        fields = ("kashin_jax_version", "jax_version", "device")
+        return cls(directory, {name: identity[name] for name in fields})
 
     def quantize(
         self,

@@ -1,7 +1,9 @@
 """The rows of the perplexity table: the paper's method and its controls."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from kashin_jax import (
     BasisSpec,
@@ -20,8 +22,10 @@ __all__ = [
     "FULL_PRECISION",
     "GLUE_METHODS",
     "METHODS",
+    "GridRow",
     "Method",
     "choose_methods",
+    "table_grid",
 ]
 
 FULL_PRECISION = "full precision"
@@ -149,3 +153,27 @@ def choose_methods(
         for name in dict.fromkeys((*everything, *METHODS))
         if name in chosen
     }
+
+
+class GridRow(NamedTuple):
+    """What a row of a table is made from."""
+
+    bits: int
+    name: str
+    method: Method
+    basis: BasisSpec
+    seed: int
+
+
+def table_grid(
+    widths: Sequence[int],
+    methods: Mapping[str, Method],
+    bases: Sequence[BasisSpec],
+    seeds: Sequence[int],
+) -> Iterator[GridRow]:
+    """The rows of a table in order; bases and seeds only where they matter."""
+    for bits, (name, method) in itertools.product(widths, methods.items()):
+        own_bases = bases[: None if method.has_basis else 1]
+        own_seeds = seeds[: None if method.is_random else 1]
+        for basis, seed in itertools.product(own_bases, own_seeds):
+            yield GridRow(bits, name, method, basis, seed)

@@ -15,8 +15,6 @@ Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctr
 """
 
 import dataclasses
-import itertools
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,12 +31,18 @@ from experiments.flag_values import (
     plain_differences,
     short_model_name,
 )
-from experiments.methods import METHODS, choose_methods
+from experiments.methods import METHODS, choose_methods, table_grid
 from experiments.perplexity_rows import Bench, full_precision_row, quantized_row
 from experiments.plots import plot_perplexity
 from experiments.published import published_perplexity
 from experiments.quantized_layers import checkpoint_sha256
-from experiments.results import environment_fields, prepare_output, write_results
+from experiments.results import (
+    environment_fields,
+    prepare_output,
+    remove_work,
+    start_work,
+    write_results,
+)
 from experiments.tables import PERPLEXITY_COLUMNS, Column, aligned_table, fixed
 from experiments.text import (
     ASSETS,
@@ -122,8 +126,7 @@ def run(config: OptPplConfig) -> int:
         text = _load_text(config, loaded)
         name = short_model_name(config.model)
         stem = _stem(config, name, text)
-        work = out / "work" / stem
-        work.mkdir(parents=True, exist_ok=True)
+        work = start_work(out, stem)
         bench = Bench(
             loaded=loaded,
             text=text,
@@ -134,9 +137,7 @@ def run(config: OptPplConfig) -> int:
         )
         records = _rows(config, bench)
     _present(config, records, text, out, stem)
-    shutil.rmtree(work)
-    if not any(work.parent.iterdir()):
-        work.parent.rmdir()
+    remove_work(work)
     return 0
 
 
@@ -163,22 +164,21 @@ def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:
     full = full_precision_row(bench)
     records = [full]
     _announce(full)
-    for bits, (name, method) in itertools.product(
-        parse_numbers("bits", config.bits, 1, 8), choose_methods(config.methods).items()
-    ):
-        bases = parse_bases(config.basis)[: None if method.has_basis else 1]
-        seeds = parse_numbers("seed", config.seed, 0, 2**31 - 1)
-        for basis, seed in itertools.product(
-            bases, seeds[: None if method.is_random else 1]
-        ):
-            row = quantized_row(
-                bench, name, method, bits=bits, basis=basis, seed=seed,
-                rtol=config.rtol, max_steps=config.max_steps,
-            )  # fmt: skip
-            if row["perplexity"] is not None:
-                row["increase"] = row["perplexity"] - full["perplexity"]
-            records.append(row)
-            _announce(row)
+    grid = table_grid(
+        parse_numbers("bits", config.bits, 1, 8),
+        choose_methods(config.methods),
+        parse_bases(config.basis),
+        parse_numbers("seed", config.seed, 0, 2**31 - 1),
+    )
+    for one in grid:
+        row = quantized_row(
+            bench, one.name, one.method, bits=one.bits, basis=one.basis, seed=one.seed,
+            rtol=config.rtol, max_steps=config.max_steps,
+        )  # fmt: skip
+        if row["perplexity"] is not None:
+            row["increase"] = row["perplexity"] - full["perplexity"]
+        records.append(row)
+        _announce(row)
     return [_with_published(config, record) for record in records]
 
 

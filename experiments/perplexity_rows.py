@@ -63,8 +63,7 @@ class Bench:
     @property
     def store(self) -> LayerStore:
         """Finished layers."""
-        fields = ("kashin_jax_version", "jax_version", "device")
-        return LayerStore(self.work, {name: self.identity[name] for name in fields})
+        return LayerStore.of_run(self.work, self.identity)
 
     def score(self, model: nnx.Module, computation: Record) -> float:
         """Perplexity of the model that `computation` describes; resumes."""

@@ -13,8 +13,6 @@ signal, the same command goes on; 130: Ctrl-C.
 """
 
 import dataclasses
-import itertools
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,8 +48,14 @@ from experiments.flag_values import (
     plain_differences,
     short_model_name,
 )
-from experiments.methods import METHODS, choose_methods
-from experiments.results import environment_fields, prepare_output, write_results
+from experiments.methods import METHODS, choose_methods, table_grid
+from experiments.results import (
+    environment_fields,
+    prepare_output,
+    remove_work,
+    start_work,
+    write_results,
+)
 from experiments.tables import Column, Record, aligned_table, fixed, increase
 from experiments.text import ASSETS
 
@@ -111,8 +115,7 @@ def run(config: RefineConfig) -> int:
     """
     out = prepare_output(config.out)
     stem = _stem(config)
-    work = out / "work" / stem
-    work.mkdir(parents=True, exist_ok=True)
+    work = start_work(out, stem)
     with jax.default_matmul_precision("highest"):
         bench = _bench(config, work)
         records = _before(config, bench)
@@ -122,9 +125,7 @@ def run(config: RefineConfig) -> int:
             return 3
         record |= _after(config, result)
     _present(config, records, out, stem)
-    shutil.rmtree(work)
-    if not any(work.parent.iterdir()):
-        work.parent.rmdir()
+    remove_work(work)
     return 0
 
 
@@ -145,16 +146,19 @@ def _bench(config: RefineConfig, work: Path) -> GlueBench:
 def _before(config: RefineConfig, bench: GlueBench) -> list[dict[str, Any]]:
     """A record per row, with the metrics of the quantized model."""
     rows = [full_precision_records(bench)]
-    (basis,) = parse_bases((config.basis,))
-    for bits, (name, method) in itertools.product(
-        parse_numbers("bits", config.bits, 1, 8), choose_methods(config.methods).items()
-    ):
-        rows.append(
-            quantized_records(
-                bench, name, method, bits=bits, basis=basis, seed=config.seed,
-                rtol=1e-6, max_steps=6000,
-            )
-        )  # fmt: skip
+    grid = table_grid(
+        parse_numbers("bits", config.bits, 1, 8),
+        choose_methods(config.methods),
+        parse_bases((config.basis,)),
+        (config.seed,),
+    )
+    rows += [
+        quantized_records(
+            bench, one.name, one.method, bits=one.bits, basis=one.basis, seed=one.seed,
+            rtol=1e-6, max_steps=6000,
+        )
+        for one in grid
+    ]  # fmt: skip
     records = []
     for row in rows:
         kept = {key: row[0][key] for key in _KEPT}

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ __all__ = [
     "environment_fields",
     "prepare_output",
     "read_jsonl",
+    "remove_work",
+    "start_work",
     "to_json",
     "write_jsonl",
     "write_results",
@@ -53,6 +56,20 @@ def prepare_output(directory: str | Path) -> Path:
             "choose another directory."
         ) from error
     return path
+
+
+def start_work(out: Path, stem: str) -> Path:
+    """The directory of a run's unfinished work, `OUT/work/STEM`, made if it is not."""
+    work = out / "work" / stem
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def remove_work(work: Path) -> None:
+    """Removes what `start_work` made, once the run is finished."""
+    shutil.rmtree(work)
+    if not any(work.parent.iterdir()):
+        work.parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """GLUE's table cut short at any moment: nothing finished is lost or half done."""
 
 import pytest
+from interruptions import Calls, quantize
 from tiny_checkpoint import as_in_tests
 from tiny_classifier import (
     BUCKETS,
@@ -12,37 +13,16 @@ from tiny_classifier import (
     table,
 )
 
-from experiments import layer_store
 from experiments.classification import evaluation
 from experiments.glue import main
 
-__all__ = ["given"]  # fixture
+__all__ = ["given", "quantize"]  # fixtures
 
 METHODS = "--methods=uniform,kashin"
 LAYERS = 2 * len(TASKS_OF_TABLE) * LINEARS["bert"]
 # Full precision and two methods; all examples of a bucket fit into one batch.
 SPLITS = 3 * len(TASKS_OF_TABLE)
 BATCHES = SPLITS * BUCKETS
-
-
-class Calls:
-    """Counts calls of a function and interrupts one of them."""
-
-    def __init__(self, function):
-        self.function, self.count, self.interrupted_at = function, 0, None
-
-    def __call__(self, *args, **kwargs):
-        self.count += 1
-        if self.count == self.interrupted_at:
-            raise KeyboardInterrupt
-        return self.function(*args, **kwargs)
-
-
-@pytest.fixture
-def quantize(monkeypatch):
-    calls = Calls(layer_store.quantize)
-    monkeypatch.setattr(layer_store, "quantize", calls)
-    return calls
 
 
 @pytest.fixture

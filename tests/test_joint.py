@@ -19,8 +19,9 @@ from kashin_jax import (
     quantize,
 )
 from kashin_jax.bases import make_pair
+from kashin_jax.codebooks import assign_scalars
 from kashin_jax.codebooks.gaussian import lloyd_max_levels
-from kashin_jax.coding.anneal import SCHEDULES, anneal, level_mean, nearest_level
+from kashin_jax.coding.anneal import SCHEDULES, anneal, level_mean
 from kashin_jax.coding.joint import joint_block_shape
 from kashin_jax.quantized import derive_basis
 from kashin_jax.quantized.tensor import derive_rotation
@@ -78,7 +79,7 @@ def test_the_mean_of_levels_is_their_weighted_mean(levels, h, temperature):
 def test_cold_means_are_the_nearest_levels():
     levels = jnp.asarray([-1.0, -0.2, 0.3, 2.0])
     h = jnp.asarray([-9.0, -0.7, -0.5, 0.04, 0.06, 1.1, 1.2, 8.0])
-    index = nearest_level(h, levels)
+    index = assign_scalars(h, levels)
     np.testing.assert_array_equal(index, [0, 0, 1, 1, 2, 2, 3, 3])
     cold = level_mean(h, [*levels], jnp.float32(1e-6))
     np.testing.assert_allclose(cold, levels[index], atol=1e-6)
@@ -91,11 +92,11 @@ def test_no_entry_of_u_or_v_can_be_improved_alone(bits):
     words = anneal(x, basis, bits=bits, steps=20)
     v = words.levels_v[words.v]
     h = basis.analysis(x - words.levels_u[words.u])
-    np.testing.assert_array_equal(nearest_level(h, words.levels_v), words.v)
+    np.testing.assert_array_equal(assign_scalars(h, words.levels_v), words.v)
     assert (jnp.diff(words.levels_u) > 0).all()
     assert (jnp.diff(words.levels_v) > 0).all()
     # The last round moved v after u, which therefore is nearly the nearest one.
-    u = nearest_level(x - basis.synthesis(v), words.levels_u)
+    u = assign_scalars(x - basis.synthesis(v), words.levels_u)
     assert float(jnp.mean(u != words.u)) < 0.02
 
 

@@ -7,35 +7,16 @@ import sys
 import time
 
 import pytest
+from interruptions import Calls, quantize
 from tiny_checkpoint import LINEARS, arguments, finished, numbers, row, table, tiny
 
-from experiments import layer_store, perplexity_rows
+from experiments import perplexity_rows
 from experiments.opt_ppl import main
 
-__all__ = ["finished", "tiny"]  # fixtures
+__all__ = ["finished", "quantize", "tiny"]  # fixtures
 
 METHODS = "--methods=kashin,uniform"
 ROWS, BATCHES_PER_ROW = 3, 8
-
-
-class Calls:
-    """Counts calls of a function and interrupts one of them."""
-
-    def __init__(self, function):
-        self.function, self.count, self.interrupted_at = function, 0, None
-
-    def __call__(self, *args, **kwargs):
-        self.count += 1
-        if self.count == self.interrupted_at:
-            raise KeyboardInterrupt
-        return self.function(*args, **kwargs)
-
-
-@pytest.fixture
-def quantize(monkeypatch):
-    calls = Calls(layer_store.quantize)
-    monkeypatch.setattr(layer_store, "quantize", calls)
-    return calls
 
 
 @pytest.fixture

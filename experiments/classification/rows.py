@@ -84,8 +84,7 @@ class GlueBench:
     @property
     def store(self) -> LayerStore:
         """Finished layers."""
-        fields = ("kashin_jax_version", "jax_version", "device")
-        return LayerStore(self.work, {name: self.identity[name] for name in fields})
+        return LayerStore.of_run(self.work, self.identity)
 
     def outputs(
         self, bench: TaskBench, computation: Record, model: SequenceClassifier

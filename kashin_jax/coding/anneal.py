@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from kashin_jax.bases import KroneckerBasis
+from kashin_jax.codebooks import assign_scalars
 from kashin_jax.codebooks.gaussian import lloyd_max_levels
 
-__all__ = ["SCHEDULES", "Schedule", "Words", "anneal", "level_mean", "nearest_level"]
+__all__ = ["SCHEDULES", "Schedule", "Words", "anneal", "level_mean"]
 
 Levels = Sequence[Float[Array, ""]]
 
@@ -112,16 +113,6 @@ def level_mean(
     for weight, level in zip(weights[1:], levels[1:], strict=True):
         total, moment = total + weight, moment + weight * level
     return moment / total
-
-
-def nearest_level(
-    h: Float[Array, "*b"], levels: Float[Array, " k"]
-) -> UInt8[Array, "*b"]:
-    """Index of the nearest of ascending levels."""
-    index = jnp.zeros(h.shape, jnp.uint8)
-    for i in range(levels.shape[0] - 1):
-        index += (h > (levels[i] + levels[i + 1]) / 2).astype(jnp.uint8)
-    return index
 
 
 def _refit(
@@ -224,16 +215,16 @@ def _polished(
 ) -> Words:
     """Rounds, then alternates nearest levels and their means, which never hurts."""
     h = x - basis.synthesis(v)
-    u = nearest_level(h, levels_u)
-    v_index = nearest_level(basis.analysis(x - levels_u[u]), levels_v)
+    u = assign_scalars(h, levels_u)
+    v_index = assign_scalars(basis.analysis(x - levels_u[u]), levels_v)
 
     def round_trip(_: Array, words: Words) -> Words:
         h = x - basis.synthesis(words.levels_v[words.v])
         levels_u = _refit(h, words.u, words.levels_u)
-        u = nearest_level(h, levels_u)
+        u = assign_scalars(h, levels_u)
         h = basis.analysis(x - levels_u[u])
         levels_v = _refit(h, words.v, words.levels_v)
-        return Words(u, nearest_level(h, levels_v), levels_u, levels_v)
+        return Words(u, assign_scalars(h, levels_v), levels_u, levels_v)
 
     first = Words(u, v_index, levels_u, levels_v)
     return jax.lax.fori_loop(0, _POLISH_ROUNDS, round_trip, first)

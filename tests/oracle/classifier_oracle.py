@@ -6,7 +6,7 @@ import tempfile
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from opt_oracle import usual_numerics
+from opt_oracle import usual_numerics, with_large_weights
 
 SMALL = {
     "vocab_size": 61,
@@ -48,23 +48,13 @@ PADDINGS = {"none": 0, "right": 5}
 def random_model(variant: str, seed: int):
     """A small model with weights large enough that every part of it matters."""
     import transformers
-    from flax import traverse_util
 
     kind, fields = VARIANTS[variant]
     config = getattr(transformers, f"{kind}Config")(**fields)
     with usual_numerics():
         make = getattr(transformers, f"Flax{kind}ForSequenceClassification")
         model = make(config, seed=seed)
-    rng = np.random.RandomState(seed)
-    flat = traverse_util.flatten_dict(model.params)
-    for path in sorted(flat):
-        noise = rng.normal(size=flat[path].shape)
-        spread = 0.3 if path[-1] in ("bias", "scale") else 2 / np.sqrt(noise.shape[0])
-        spread = 1.0 if path[-1] == "embedding" else spread
-        value = (path[-1] == "scale") + spread * noise
-        flat[path] = jnp.asarray(value, jnp.float32)
-    model.params = traverse_util.unflatten_dict(flat)
-    return model
+    return with_large_weights(model, seed)
 
 
 def pretrained_model(directory: pathlib.Path, kind: str = "Bert"):

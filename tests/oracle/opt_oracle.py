@@ -40,12 +40,18 @@ def usual_numerics():
 
 def random_model(variant: str, seed: int):
     """A small model with weights large enough that every part of it matters."""
-    from flax import traverse_util
     from transformers import FlaxOPTForCausalLM, OPTConfig
 
     config = OPTConfig(**SMALL, **VARIANTS[variant])
     with usual_numerics():
         model = FlaxOPTForCausalLM(config, seed=seed)
+    return with_large_weights(model, seed)
+
+
+def with_large_weights(model, seed: int):
+    """The model with other random weights, large enough that every part matters."""
+    from flax import traverse_util
+
     rng = np.random.RandomState(seed)
     flat = traverse_util.flatten_dict(model.params)
     for path in sorted(flat):
