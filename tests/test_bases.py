@@ -1,6 +1,6 @@
 """Orthogonal bases: exact inverses, right distribution of entries, stable seeds."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,14 @@ from kashin_jax.bases import (
     seed_from_key,
 )
 from kashin_jax.bases.hadamard import hadamard_factors, paley_matrix
-from tests.oracle_numpy import dense_basis
+from tests.oracle_bases import dense_basis
 
-RANDOM = ["sign-dct", "hadamard", "haar"]
-LENGTHS = [1, 2, 3, 12, 31, 40, 43, 384]
-WIDTHS = [768, 1536, 3072, 11008]
+RANDOM = [name for name in FAMILIES if name not in ("identity", "dct")]
+# A few reflections leave nearly all directions alone.
+WEAK = ("identity", "householder", "householder8")
+MIXING = [name for name in FAMILIES if name not in WEAK]
+LENGTHS = [1, 2, 3, 12, 40, 43, 384]
+WIDTHS = [768, 11008]
 
 
 def close(actual, desired, atol=1e-5):
@@ -40,11 +43,18 @@ def both(basis, x):
     return basis.analysis(x), basis.synthesis(x)
 
 
+@partial(jax.jit, static_argnames="family")
+def made_and_both(family, key, x):
+    """In one program: most of the time of these tests is compilation."""
+    basis = make_basis(family, key, x.shape[-1])
+    return basis, *both(basis, x)
+
+
 @lru_cache
 def matrices(family, n):
     """The basis, Q and Q^T: the transforms of all unit vectors."""
-    basis = make_basis(family, jax.random.key(n), n)
-    analysis, synthesis = both(basis, jnp.eye(n))
+    basis, *images = made_and_both(family, jax.random.key(n), jnp.eye(n))
+    analysis, synthesis = images
     return basis, np.asarray(synthesis).T, np.asarray(analysis).T
 
 
@@ -68,8 +78,8 @@ def test_fast_transforms_agree_with_dense_matrices_of_other_libraries(family, n)
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "haar"])
 @pytest.mark.parametrize("n", WIDTHS)
 def test_every_basis_preserves_the_norm(family, n):
-    basis, x = make_basis(family, jax.random.key(n), n), normal(n, 2, n)
-    y, z = both(basis, x)
+    x = normal(n, 2, n)
+    basis, y, z = made_and_both(family, jax.random.key(n), x)
     assert y.dtype == z.dtype == x.dtype
     close(both(basis, y)[1], x, 2e-5)
     for moved in (y, z):
@@ -77,23 +87,26 @@ def test_every_basis_preserves_the_norm(family, n):
         close(ratio, 1.0, 3e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     family=st.sampled_from(list(FAMILIES)),
-    n=st.sampled_from([1, 2, 5, 28, 60]),
+    n=st.sampled_from([1, 2, 31, 768]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_analysis_is_linear_and_the_adjoint_of_synthesis(family, n, seed):
-    basis = make_basis(family, jax.random.key(seed), n)
+def test_analysis_is_linear_an_isometry_and_the_adjoint_of_synthesis(family, n, seed):
     x, y = np.random.default_rng(seed).standard_normal((2, n)).astype(np.float32)
     rows = np.stack([x, y, 2 * x - 3 * y])
-    analysed, synthesised = map(np.asarray, both(basis, jnp.asarray(rows)))
-    close(analysed[0] @ y, x @ synthesised[1], 1e-5 * n)
-    close(analysed[2], 2 * analysed[0] - 3 * analysed[1], 3e-5)
+    _, *images = made_and_both(family, jax.random.key(seed), jnp.asarray(rows))
+    analysed, synthesised = map(np.asarray, images)
+    close(analysed[0] @ y, x @ synthesised[1], 2e-6 * np.linalg.norm(x) * n**0.5 + 1e-5)
+    close(analysed[2], 2 * analysed[0] - 3 * analysed[1], 5e-5)
+    for moved in (analysed, synthesised):
+        norms = np.linalg.norm(moved, axis=1)
+        np.testing.assert_allclose(norms, np.linalg.norm(rows, axis=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("axis", [0, 1, -1, -2])
+@pytest.mark.parametrize("axis", [0, 1, -1])
 def test_every_axis_of_an_array_can_be_transformed(family, axis):
     x = normal(3, 12, 12, 12)
     basis = make_basis(family, jax.random.key(0), 12)
@@ -129,18 +142,18 @@ def first_columns(n):
     return columns
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "identity"])
+@pytest.mark.parametrize("family", MIXING)
 @pytest.mark.parametrize("n", [40, 43, 384])
-def test_no_basis_is_the_identity(family, n):
+def test_no_mixing_basis_is_near_the_identity(family, n):
     _, q, _ = matrices(family, n)
     assert np.linalg.norm(q - np.eye(n)) > 0.7 * np.sqrt(n)
     assert np.linalg.norm(q + np.eye(n)) > 0.7 * np.sqrt(n)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "identity"])
-def test_every_basis_spreads_a_gaussian_vector(family):
+@pytest.mark.parametrize("family", MIXING)
+def test_every_mixing_basis_spreads_a_gaussian_vector(family):
     x = normal(5, 768)
-    y = make_basis(family, jax.random.key(2), 768).analysis(x)
+    y = made_and_both(family, jax.random.key(2), x)[1]
     assert abs(float(jnp.mean(jnp.abs(y)) / jnp.sqrt(jnp.mean(y**2))) - 0.798) < 0.03
     assert abs(float(jnp.vdot(x, y) / jnp.vdot(x, x))) < 0.15
 
@@ -148,18 +161,17 @@ def test_every_basis_spreads_a_gaussian_vector(family):
 @pytest.mark.parametrize("family", RANDOM)
 def test_a_key_fixes_the_basis_and_another_key_changes_it(family):
     x = normal(0, 60)
-    make = lambda seed: np.asarray(
-        make_basis(family, jax.random.key(seed), 60).analysis(x)
-    )
+    make = lambda seed: np.asarray(made_and_both(family, jax.random.key(seed), x)[1])
     assert np.array_equal(make(1), make(1))
-    assert np.linalg.norm(make(1) - make(2)) > 0.5 * np.linalg.norm(make(1))
+    difference = np.linalg.norm(make(1) - make(2)) / np.linalg.norm(make(1))
+    assert difference > (0.05 if family in WEAK else 0.5)
 
 
 @pytest.mark.parametrize("family", RANDOM)
 def test_the_two_sides_of_a_pair_differ(family):
     pair = make_pair(BasisSpec(family, family), jax.random.key(0), (48, 48))
     left, right = (both(side, jnp.eye(48))[0] for side in pair)
-    assert np.linalg.norm(left - right) > 0.5 * np.sqrt(48)
+    assert np.linalg.norm(left - right) > (1 if family in WEAK else 0.5 * np.sqrt(48))
 
 
 @pytest.mark.parametrize("text", ["hadamard", "haar:identity", "identity:sign-dct"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kashin_jax.bases import FAMILIES, BasisSpec, make_basis, make_pair
+from kashin_jax.bases import BasisSpec, make_basis, make_pair
 from kashin_jax.decomposition import kashin_decompose
 from tests import problems
 from tests.oracle_numpy import dense_basis, greedy_matrix, greedy_vector
@@ -24,6 +24,10 @@ def pair_for(m, n, text="haar", seed=0):
     return make_pair(BasisSpec.parse(text), jax.random.key(seed), (m, n))
 
 
+# The algorithm knows nothing of the family; the oracle has these as matrices.
+OLDEST = ["identity", "dct", "sign-dct", "hadamard", "haar"]
+
+
 def remainder(x, basis, result):
     """What the factors miss, relative to the block, in float64."""
     x = np.asarray(x, np.float64)
@@ -32,7 +36,7 @@ def remainder(x, basis, result):
     return np.linalg.norm(missed) / np.linalg.norm(x)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OLDEST)
 @pytest.mark.parametrize("n", [60, 129])
 def test_the_vector_form_is_the_papers_algorithm(family, n):
     basis = make_basis(family, jax.random.key(n), n)
@@ -46,7 +50,7 @@ def test_the_vector_form_is_the_papers_algorithm(family, n):
     np.testing.assert_allclose(result.residual, np.linalg.norm(residual), rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OLDEST)
 @pytest.mark.parametrize("other", ["identity", None])
 def test_the_matrix_form_is_the_papers_algorithm(family, other):
     m, n = 24, 40

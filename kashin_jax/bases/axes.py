@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
-__all__ = ["along", "multiply_along", "multiply_kronecker_along"]
+__all__ = ["along", "fibres", "multiply_along", "multiply_kronecker_along"]
 
 
 def along(
@@ -22,6 +22,19 @@ def along(
     shape = [1] * x.ndim
     shape[axis] = diagonal.shape[0]
     return diagonal.astype(x.dtype).reshape(shape)
+
+
+def fibres(
+    x: Float[Array, "*shape"], n: int, axis: int
+) -> Float[Array, "before {n} after"]:
+    """`x` as [before, n, after], with `axis` in the middle; a reshape alone.
+
+    Raises:
+      ValueError: If `axis` is not `n` long.
+    """
+    _check_length(n, x, axis)
+    axis %= x.ndim
+    return x.reshape(math.prod(x.shape[:axis]), n, math.prod(x.shape[axis + 1 :]))
 
 
 def multiply_along(

@@ -9,9 +9,16 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, Key, UInt32
+from jaxtyping import Array, Float, Int8, Int32, Key, UInt32
 
-__all__ = ["Basis", "draw_signs", "key_from_seed", "seed_from_key"]
+__all__ = [
+    "Basis",
+    "dense",
+    "draw_permutation",
+    "draw_signs",
+    "key_from_seed",
+    "seed_from_key",
+]
 
 # Stored seeds must never follow a global default. (One that JAX reads when it lowers a
 # program cannot be pinned here: seeds mean what they mean under
@@ -35,6 +42,17 @@ class Basis(Protocol):
     ) -> Float[Array, "*shape"]: ...
 
 
+def dense(basis: Basis, n: int) -> Float[Array, "{n} {n}"]:
+    """Q itself, in float32: for tests and figures, as it takes O(n^2) memory.
+
+    Raises:
+      ValueError: If `n < 1`, or the basis is made for another length.
+    """
+    if n < 1:
+        raise ValueError(f"A basis needs `n` of at least 1. Got n={n}.")
+    return basis.synthesis(jnp.eye(n, dtype=jnp.float32), axis=0)
+
+
 def seed_from_key(key: Key[Array, ""]) -> UInt32[Array, "2"]:
     """Draws the 64 stored bits from a key of any PRNG implementation."""
     return jax.random.bits(key, (2,), jnp.uint32)
@@ -53,3 +71,12 @@ def draw_signs(key: Key[Array, ""], n: int) -> Int8[Array, " n"]:
     """
     is_plus = jax.random.bernoulli(key, jnp.float32(0.5), (n,))
     return jnp.where(is_plus, 1, -1).astype(jnp.int8)
+
+
+def draw_permutation(key: Key[Array, ""], n: int) -> Int32[Array, " {n}"]:
+    """A random order of 0..n-1, the same with and without `jax_enable_x64`.
+
+    Sorts 32 random bits each; equal ones, n^2 / 2^33 pairs, keep their order.
+    """
+    bits = jax.random.bits(key, (n,), jnp.uint32)
+    return jnp.argsort(bits, stable=True).astype(jnp.int32)

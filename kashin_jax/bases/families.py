@@ -1,24 +1,31 @@
 """The families of bases by name, and specs that rebuild a pair from a seed.
 
 Adding a family takes one file with a NamedTuple and a `make_...(key, n)`, and one line
-in `FAMILIES`.
+each in `FAMILIES` and in `costs.FLOPS`.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import jax
 from jaxtyping import Array, Key
 
 from kashin_jax.bases.basis import Basis
+from kashin_jax.bases.butterfly import make_butterfly, make_butterfly3
 from kashin_jax.bases.dct import make_dct, make_sign_dct
+from kashin_jax.bases.givens import make_givens
 from kashin_jax.bases.haar import make_haar
 from kashin_jax.bases.hadamard import make_hadamard
+from kashin_jax.bases.householder import make_householder
 from kashin_jax.bases.identity import make_identity
 from kashin_jax.bases.kronecker import KroneckerBasis
 
-__all__ = ["FAMILIES", "BasisSpec", "make_basis", "make_pair"]
+__all__ = ["FAMILIES", "REFLECTORS", "BasisSpec", "make_basis", "make_pair"]
+
+REFLECTORS = 8
+"""Of the family `householder8`."""
 
 FAMILIES: Mapping[str, Callable[[Key[Array, ""], int], Basis]] = MappingProxyType(
     {
@@ -27,6 +34,11 @@ FAMILIES: Mapping[str, Callable[[Key[Array, ""], int], Basis]] = MappingProxyTyp
         "sign-dct": make_sign_dct,
         "hadamard": make_hadamard,
         "haar": make_haar,
+        "householder": make_householder,
+        "householder8": partial(make_householder, reflectors=REFLECTORS),
+        "givens": make_givens,
+        "butterfly": make_butterfly,
+        "butterfly3": make_butterfly3,
     }
 )
 
