@@ -20,7 +20,7 @@ class AffineCode(NamedTuple):
     Attributes:
       codes: `[groups, size, out]`, rows of the last group padded.
       scale: Step of every group.
-      zero: Code that stands for 0; whole for `rtn_code`.
+      zero: Code that stands for 0; whole for `rtn_code` only.
     """
 
     codes: UInt8[Array, "g s n"]

@@ -1,5 +1,6 @@
-"""Codebooks of scalars: k-means per tensor, and NF4 in groups."""
+"""Codebooks of scalars: k-means per tensor or output channel, and NF4 in groups."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,13 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from kashin_jax.codebooks import assign_scalars, fit_scalars
 
-__all__ = ["NF4_LEVELS", "ScalarCode", "kmeans_code", "nf4_code"]
+__all__ = [
+    "NF4_LEVELS",
+    "ScalarCode",
+    "channel_kmeans_code",
+    "kmeans_code",
+    "nf4_code",
+]
 
 # Quantiles of a normal variable, -1, 0 and 1 among them: Dettmers et al., "QLoRA"
 # (2023), arXiv 2305.14314, appendix E.
@@ -41,12 +48,13 @@ class ScalarCode(NamedTuple):
 
     Attributes:
       codes: Index of a level for every entry.
-      levels: Ascending levels.
+      levels: Ascending levels; one column for every output channel where each has its
+        own.
       scale: Of every group; of shape `[1, 1, 1]` per tensor.
     """
 
     codes: UInt8[Array, "*shape"]
-    levels: Float[Array, " k"]
+    levels: Float[Array, " k"] | Float[Array, "k n"]
     scale: Float[Array, "g 1 n"]
 
 
@@ -74,6 +82,43 @@ def kmeans_code(
     )
     codes = assign_scalars(flat, book.levels).reshape(x.shape)
     return ScalarCode(codes, book.levels, scale)
+
+
+@partial(jax.jit, static_argnames=("bits", "num_restarts", "rtol", "max_steps"))
+def channel_kmeans_code(
+    x: Float[Array, "m n"],
+    key: Key[Array, ""],
+    *,
+    bits: int,
+    num_restarts: int = 4,
+    rtol: float = 1e-5,
+    max_steps: int = 1000,
+) -> ScalarCode:
+    """A codebook of `2**bits` fp16 levels for every output channel, each fitted alone.
+
+    Levels are for a matrix of unit root-mean-square, and rounded before the codes are
+    chosen.
+    """
+    flat, scale = _unit_rms(x)
+
+    def fit(
+        column: Float[Array, " m"], column_key: Key[Array, ""]
+    ) -> tuple[UInt8[Array, " m"], Float[Array, " k"]]:
+        book = fit_scalars(
+            column_key,
+            column,
+            2**bits,
+            num_restarts=num_restarts,
+            rtol=rtol,
+            max_steps=max_steps,
+        )
+        levels = book.levels.astype(jnp.float16).astype(jnp.float32)
+        return assign_scalars(column, levels), levels
+
+    keys = jax.random.split(key, x.shape[1])
+    fit_all = jax.vmap(fit, in_axes=(1, 0), out_axes=1)
+    codes, levels = fit_all(flat.reshape(x.shape), keys)
+    return ScalarCode(codes, levels, scale)
 
 
 @jax.jit

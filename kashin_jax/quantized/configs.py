@@ -12,11 +12,15 @@ from kashin_jax.coding.joint import JointConfig
 from kashin_jax.coding.kashin import KashinConfig
 
 __all__ = [
+    "DEFAULT_CONFIG",
+    "ChannelKMeansConfig",
+    "HQQConfig",
     "KMeansConfig",
     "NF4Config",
     "QuantizerConfig",
     "RTNConfig",
     "RotatedKMeansConfig",
+    "RotatedRTNConfig",
     "UniformConfig",
 ]
 
@@ -55,6 +59,34 @@ class RTNConfig(_BitsConfig):
     """
 
     group_size: int | None = 128
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotatedRTNConfig(RTNConfig):
+    """`Q1^T W Q2`, then round-to-nearest: what rotations alone bring to plain grids.
+
+    Attributes:
+      bits: Code width, of the zero points too.
+      group_size: Rotated weights of one column that share a step; None for all.
+      basis: The rotation, with the seed of the Kashin row: the same matrices.
+    """
+
+    group_size: int | None = 64
+    basis: BasisSpec = BasisSpec("hadamard", "hadamard")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HQQConfig(_BitsConfig):
+    """Half-quadratic quantization: fp16 step and fitted fp16 zero point per group.
+
+    Attributes:
+      bits: Code width.
+      group_size: Weights of one output channel that share step and zero point.
+    """
+
+    group_size: int = 64
 
 
 @jax.tree_util.register_static
@@ -102,12 +134,31 @@ class RotatedKMeansConfig(KMeansConfig):
     basis: BasisSpec = BasisSpec("hadamard", "hadamard")
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChannelKMeansConfig(_BitsConfig):
+    """A codebook of `2**bits` fp16 levels per output channel, one float32 scale.
+
+    Attributes:
+      bits: Code width.
+      num_restarts: k-means++ starts beside the two fixed ones.
+    """
+
+    num_restarts: int = 4
+
+
 QuantizerConfig = (
     KashinConfig
     | JointConfig
     | UniformConfig
     | RTNConfig
+    | RotatedRTNConfig
+    | HQQConfig
     | NF4Config
     | KMeansConfig
     | RotatedKMeansConfig
+    | ChannelKMeansConfig
 )
+
+DEFAULT_CONFIG = JointConfig()
+"""Joint coding at 4 bits; the 2024 paper's method is `KashinConfig`."""

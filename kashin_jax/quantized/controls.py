@@ -51,19 +51,21 @@ class GroupLayout:
 
 
 class AffineTensor(NamedTuple):
-    """`W = scale * (code - zero)` in every group.
+    """`W = Q1 (scale * (code - zero)) Q2^T` in every group, the rotation optional.
 
     Attributes:
       packed_codes: Codes of all weights, row-major.
       scale: fp16 per group and output channel, or one float32.
-      zero: Packed whole numbers of `bits` bits per group, or one float32.
+      zero: Per group, packed whole numbers of `bits` bits or fp16; or one float32.
       layout: Static part.
+      seed: Gives Q1 and Q2; None without rotation.
     """
 
     packed_codes: UInt8[Array, " q"]
     scale: Float[Array, "g 1 c"]
-    zero: UInt8[Array, " z"] | Float[Array, "1 1 1"]
+    zero: UInt8[Array, " z"] | Float[Array, "g 1 c"]
     layout: GroupLayout
+    seed: UInt32[Array, "2"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,11 +80,10 @@ class AffineTensor(NamedTuple):
         zero = self.zero
         if zero.dtype == jnp.uint8:
             codes = unpack_codes(zero, bits=self.layout.bits, count=self.scale.size)
-            zero = codes.reshape(self.scale.shape).astype(jnp.float32)
+            zero = codes.reshape(self.scale.shape)
         codes = self.layout.unpack(self.packed_codes).astype(jnp.float32)
-        return ungroup_rows(
-            self.scale.astype(jnp.float32) * (codes - zero), self.shape[0]
-        )
+        scaled = self.scale.astype(jnp.float32) * (codes - zero.astype(jnp.float32))
+        return _rotate_back(scaled, self.seed, self.layout)
 
 
 class CodebookTensor(NamedTuple):
@@ -90,14 +91,15 @@ class CodebookTensor(NamedTuple):
 
     Attributes:
       packed_codes: Codes of all weights, row-major.
-      levels: Learned levels; None for NF4, whose 16 are fixed and not stored.
+      levels: Learned levels: float32 for the whole matrix, or fp16 with a column for
+        every output channel. None for NF4, whose 16 are fixed and not stored.
       scale: fp16 per group and output channel, or one float32.
       seed: Gives Q1 and Q2; None without rotation.
       layout: Static part.
     """
 
     packed_codes: UInt8[Array, " q"]
-    levels: Float[Array, " k"] | None
+    levels: Float[Array, " k"] | Float[Array, "k n"] | None
     scale: Float[Array, "g 1 c"]
     seed: UInt32[Array, "2"] | None
     layout: GroupLayout
@@ -113,10 +115,21 @@ class CodebookTensor(NamedTuple):
     def decode(self) -> Float[Array, "m n"]:
         """The matrix in float32."""
         levels = jnp.asarray(NF4_LEVELS) if self.levels is None else self.levels
-        values = levels.at[self.layout.unpack(self.packed_codes)].get(mode="clip")
+        codes = self.layout.unpack(self.packed_codes)
+        if levels.ndim == 1:
+            values = levels.at[codes].get(mode="clip")
+        else:
+            per_channel = levels.astype(jnp.float32)[None]
+            values = jnp.take_along_axis(per_channel, codes, axis=1, mode="clip")
         scaled = self.scale.astype(jnp.float32) * values
-        rotated = ungroup_rows(scaled, self.shape[0])
-        if self.seed is None or self.layout.basis is None:
-            return rotated
-        pair = make_pair(self.layout.basis, key_from_seed(self.seed), self.shape)
-        return pair.synthesis(rotated)
+        return _rotate_back(scaled, self.seed, self.layout)
+
+
+def _rotate_back(
+    groups: Float[Array, "g s n"], seed: UInt32[Array, "2"] | None, layout: GroupLayout
+) -> Float[Array, "m n"]:
+    rotated = ungroup_rows(groups, layout.shape[0])
+    if seed is None or layout.basis is None:
+        return rotated
+    pair = make_pair(layout.basis, key_from_seed(seed), layout.shape)
+    return pair.synthesis(rotated)

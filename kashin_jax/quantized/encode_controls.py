@@ -1,0 +1,122 @@
+"""From a matrix to the packed tensor of a control."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt32
+
+from kashin_jax.bases import BasisSpec, key_from_seed, make_pair, seed_from_key
+from kashin_jax.coding.affine import group_rows, minmax_code, rtn_code, ungroup_rows
+from kashin_jax.coding.hqq import hqq_code
+from kashin_jax.coding.scalar import channel_kmeans_code, kmeans_code, nf4_code
+from kashin_jax.packing import pack_codes
+from kashin_jax.quantized.configs import (
+    ChannelKMeansConfig,
+    HQQConfig,
+    KMeansConfig,
+    NF4Config,
+    QuantizerConfig,
+    RotatedKMeansConfig,
+    RotatedRTNConfig,
+    RTNConfig,
+    UniformConfig,
+)
+from kashin_jax.quantized.controls import AffineTensor, CodebookTensor, GroupLayout
+
+__all__ = ["encode_control"]
+
+
+def encode_control(
+    x: Float[Array, "m n"],
+    seed_key: Key[Array, ""],
+    codebook_key: Key[Array, ""],
+    config: QuantizerConfig,
+    dtype: str,
+) -> AffineTensor | CodebookTensor:
+    """Codes a float32 matrix that had type `dtype`; `seed_key` gives the rotation.
+
+    Raises:
+      TypeError: If `config` is no control's.
+    """
+    seed, basis = None, None
+    if isinstance(config, RotatedRTNConfig | RotatedKMeansConfig):
+        seed, basis = seed_from_key(seed_key), config.basis
+        x = _rotate(x, seed, basis)
+    match config:
+        case RTNConfig():
+            size: int | None = config.group_size or x.shape[0]
+        case HQQConfig() | NF4Config():
+            size = config.group_size
+        case UniformConfig() | KMeansConfig() | ChannelKMeansConfig():
+            size = None
+        case _:
+            raise TypeError(f"`config` is no quantizer's: {type(config).__name__}.")
+    layout = GroupLayout(
+        shape=(x.shape[0], x.shape[1]),
+        group_size=size,
+        bits=config.bits,
+        basis=basis,
+        dtype=dtype,
+    )
+    if isinstance(config, RTNConfig | HQQConfig | UniformConfig):
+        return _encode_affine(x, seed, config, layout)
+    return _encode_codebook(x, seed, codebook_key, config, layout)
+
+
+def _encode_affine(
+    x: Float[Array, "m n"],
+    seed: UInt32[Array, "2"] | None,
+    config: RTNConfig | HQQConfig | UniformConfig,
+    layout: GroupLayout,
+) -> AffineTensor:
+    bits = config.bits
+    groups = group_rows(x, layout.group_size or x.shape[0])
+    match config:
+        case RTNConfig():
+            code = rtn_code(groups, bits)
+            zero = pack_codes(code.zero.astype(jnp.uint8).reshape(-1), bits=bits)
+            scale = code.scale.astype(jnp.float16)
+        case HQQConfig():
+            code = hqq_code(x, bits=bits, group_size=config.group_size)
+            scale, zero = (part.astype(jnp.float16) for part in (code.scale, code.zero))
+        case UniformConfig():
+            code = minmax_code(groups, bits)
+            scale, zero = code.scale, code.zero
+    return AffineTensor(_pack(code.codes, layout), scale, zero, layout, seed)
+
+
+def _encode_codebook(
+    x: Float[Array, "m n"],
+    seed: UInt32[Array, "2"] | None,
+    key: Key[Array, ""],
+    config: NF4Config | KMeansConfig | ChannelKMeansConfig,
+    layout: GroupLayout,
+) -> CodebookTensor:
+    match config:
+        case NF4Config():
+            code = nf4_code(group_rows(x, config.group_size))
+            levels, scale = None, code.scale.astype(jnp.float16)
+        case KMeansConfig():
+            code = kmeans_code(
+                x, key, bits=config.bits, num_restarts=config.num_restarts
+            )
+            levels, scale = code.levels, code.scale
+        case ChannelKMeansConfig():
+            code = channel_kmeans_code(
+                x, key, bits=config.bits, num_restarts=config.num_restarts
+            )
+            levels, scale = code.levels.astype(jnp.float16), code.scale
+    return CodebookTensor(_pack(code.codes, layout), levels, scale, seed, layout)
+
+
+def _pack(codes: Array, layout: GroupLayout) -> Array:
+    rows = ungroup_rows(codes, layout.shape[0])
+    return pack_codes(rows.reshape(-1), bits=layout.bits)
+
+
+@partial(jax.jit, static_argnames="basis")
+def _rotate(
+    x: Float[Array, "m n"], seed: UInt32[Array, "2"], basis: BasisSpec
+) -> Float[Array, "m n"]:
+    return make_pair(basis, key_from_seed(seed), (x.shape[0], x.shape[1])).analysis(x)
