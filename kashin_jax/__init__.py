@@ -13,6 +13,8 @@ from kashin_jax.decomposition import KashinDecomposition as KashinDecomposition
 from kashin_jax.decomposition import kashin_decompose as kashin_decompose
 from kashin_jax.layers import KashinLinear as KashinLinear
 from kashin_jax.layers import quantize_model as quantize_model
+from kashin_jax.quantized import ChannelKMeansConfig as ChannelKMeansConfig
+from kashin_jax.quantized import HQQConfig as HQQConfig
 from kashin_jax.quantized import JointConfig as JointConfig
 from kashin_jax.quantized import KashinConfig as KashinConfig
 from kashin_jax.quantized import KMeansConfig as KMeansConfig
@@ -20,6 +22,7 @@ from kashin_jax.quantized import NF4Config as NF4Config
 from kashin_jax.quantized import QuantizationReport as QuantizationReport
 from kashin_jax.quantized import QuantizedTensor as QuantizedTensor
 from kashin_jax.quantized import RotatedKMeansConfig as RotatedKMeansConfig
+from kashin_jax.quantized import RotatedRTNConfig as RotatedRTNConfig
 from kashin_jax.quantized import RTNConfig as RTNConfig
 from kashin_jax.quantized import UniformConfig as UniformConfig
 from kashin_jax.quantized import bits_per_weight as bits_per_weight
@@ -31,6 +34,8 @@ from kashin_jax.quantized import stored_bits as stored_bits
 
 __all__ = [
     "BasisSpec",
+    "ChannelKMeansConfig",
+    "HQQConfig",
     "JointConfig",
     "KMeansConfig",
     "KashinConfig",
@@ -42,6 +47,7 @@ __all__ = [
     "QuantizedTensor",
     "RTNConfig",
     "RotatedKMeansConfig",
+    "RotatedRTNConfig",
     "UniformConfig",
     "bits_per_weight",
     "dequantize",

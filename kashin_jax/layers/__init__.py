@@ -1,5 +1,6 @@
 """Flax layers that hold packed kernels, and models made of them."""
 
+from kashin_jax.layers.allocation import allocate_widths as allocate_widths
 from kashin_jax.layers.linear import DerivedBasis as DerivedBasis
 from kashin_jax.layers.linear import KashinLinear as KashinLinear
 from kashin_jax.layers.linear import PackedKernel as PackedKernel
@@ -15,6 +16,7 @@ __all__ = [
     "KashinLinear",
     "PackedKernel",
     "QuantizedModel",
+    "allocate_widths",
     "default_select",
     "path_key",
     "quantize_model",

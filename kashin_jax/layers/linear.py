@@ -7,7 +7,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from kashin_jax.quantized import Quantized, QuantizedTensor, derive_basis, matmul
+from kashin_jax.quantized import (
+    Quantized,
+    QuantizedTensor,
+    derive_basis,
+    derive_rotation,
+    matmul,
+)
 
 __all__ = ["DerivedBasis", "KashinLinear", "PackedKernel"]
 
@@ -29,6 +35,7 @@ class KashinLinear(nnx.Module):
     Attributes:
       kernel: The packed matrix.
       basis: Q1 and Q2 of a `QuantizedTensor`; None for the controls.
+      rotation: The bases in which its blocks were coded; None for the standard ones.
       bias: As in the layer that this one replaces, or None.
     """
 
@@ -52,22 +59,29 @@ class KashinLinear(nnx.Module):
         self.dtype = dtype
         self.precision = precision
         self.kernel = PackedKernel(tensor)
-        self.basis = nnx.data(
-            DerivedBasis(derive_basis(tensor))
-            if isinstance(tensor, QuantizedTensor)
-            else None
-        )
+        basis = rotation = None
+        if isinstance(tensor, QuantizedTensor):
+            basis, rotation = derive_basis(tensor), derive_rotation(tensor)
+        self.basis = nnx.data(None if basis is None else DerivedBasis(basis))
+        self.rotation = nnx.data(None if rotation is None else DerivedBasis(rotation))
         self.bias = nnx.data(bias)
 
     def __call__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b n"]:
         tensor = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         basis = None if self.basis is None else self.basis.get_value()
+        rotation = None if self.rotation is None else self.rotation.get_value()
         dtype = self.dtype
         if dtype is None:
             others = () if bias is None else (bias.dtype,)
             dtype = jnp.result_type(x.dtype, tensor.dtype, *others)
-        y = matmul(x.astype(dtype), tensor, basis=basis, precision=self.precision)
+        y = matmul(
+            x.astype(dtype),
+            tensor,
+            basis=basis,
+            rotation=rotation,
+            precision=self.precision,
+        )
         if bias is not None:
             y = y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from kashin_jax.layers.linear import KashinLinear
 from kashin_jax.quantized import (
+    DEFAULT_CONFIG,
     QuantizationReport,
     Quantized,
     QuantizerConfig,
@@ -53,7 +54,7 @@ def default_select(path: str) -> bool:
 
 def quantize_model(
     model: Model,
-    config: QuantizerConfig,
+    config: QuantizerConfig = DEFAULT_CONFIG,
     key: Key[Array, ""] | None = None,
     *,
     select: Select = default_select,

@@ -5,10 +5,14 @@ from jaxtyping import Array, Float
 
 from kashin_jax.coding.joint import JointConfig as JointConfig
 from kashin_jax.coding.kashin import KashinConfig as KashinConfig
+from kashin_jax.quantized.configs import DEFAULT_CONFIG as DEFAULT_CONFIG
+from kashin_jax.quantized.configs import ChannelKMeansConfig as ChannelKMeansConfig
+from kashin_jax.quantized.configs import HQQConfig as HQQConfig
 from kashin_jax.quantized.configs import KMeansConfig as KMeansConfig
 from kashin_jax.quantized.configs import NF4Config as NF4Config
 from kashin_jax.quantized.configs import QuantizerConfig as QuantizerConfig
 from kashin_jax.quantized.configs import RotatedKMeansConfig as RotatedKMeansConfig
+from kashin_jax.quantized.configs import RotatedRTNConfig as RotatedRTNConfig
 from kashin_jax.quantized.configs import RTNConfig as RTNConfig
 from kashin_jax.quantized.configs import UniformConfig as UniformConfig
 from kashin_jax.quantized.controls import AffineTensor as AffineTensor
@@ -23,10 +27,14 @@ from kashin_jax.quantized.quantize import quantize as quantize
 from kashin_jax.quantized.quantize import require_finite as require_finite
 from kashin_jax.quantized.tensor import QuantizedTensor as QuantizedTensor
 from kashin_jax.quantized.tensor import derive_basis as derive_basis
+from kashin_jax.quantized.tensor import derive_rotation as derive_rotation
 
 __all__ = [
+    "DEFAULT_CONFIG",
     "AffineTensor",
+    "ChannelKMeansConfig",
     "CodebookTensor",
+    "HQQConfig",
     "JointConfig",
     "KMeansConfig",
     "KashinConfig",
@@ -37,10 +45,12 @@ __all__ = [
     "QuantizerConfig",
     "RTNConfig",
     "RotatedKMeansConfig",
+    "RotatedRTNConfig",
     "UniformConfig",
     "bits_per_weight",
     "dequantize",
     "derive_basis",
+    "derive_rotation",
     "encode",
     "matmul",
     "quantize",

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from kashin_jax.bases import KroneckerBasis
-from kashin_jax.packing import packed_size, unpack_codes
+from kashin_jax.packing import packed_size
 from kashin_jax.quantized.layout import Quantized
 from kashin_jax.quantized.tensor import (
     QuantizedTensor,
@@ -16,6 +16,7 @@ from kashin_jax.quantized.tensor import (
     decode_with,
     derive_basis,
     derive_rotation,
+    unpack_rows,
 )
 
 __all__ = ["MAX_TILE", "matmul"]
@@ -33,6 +34,7 @@ def matmul(
     tensor: Quantized,
     *,
     basis: KroneckerBasis | None = None,
+    rotation: KroneckerBasis | None = None,
     max_tile: int = MAX_TILE,
     precision: str | None = None,
 ) -> Float[Array, "*b n"]:
@@ -46,6 +48,7 @@ def matmul(
       x: Activations, any batch axes.
       tensor: The matrix.
       basis: `derive_basis(tensor)` where the caller keeps it; derived when None.
+      rotation: `derive_rotation(tensor)`, in the same way.
       max_tile: Most weights decoded at a time.
       precision: Of the products, as for `jnp.matmul`.
 
@@ -67,9 +70,9 @@ def matmul(
     else:
         basis = derive_basis(tensor) if basis is None else basis
         if size <= max_tile and rows.shape[0] >= WHOLE_DECODE_ROWS:
-            y = _product(rows, decode_with(tensor, basis), precision)
+            y = _product(rows, decode_with(tensor, basis, rotation), precision)
         else:
-            rotation = derive_rotation(tensor)
+            rotation = derive_rotation(tensor) if rotation is None else rotation
             rows = _prepared(rows, tensor, rotation)
             y = _two_products(rows, tensor, basis, max_tile, precision)
             y = _finished(y, tensor, rotation)
@@ -96,13 +99,22 @@ def _two_products(
 ) -> Float[Array, "r n"]:
     layout = tensor.layout
     (m, n), (bm, bn) = layout.shape, layout.block_shape
-    # Eight rows fill whole bytes at any code width, so tiles are cut between bytes.
-    tile = min(max(8, max_tile // n // 8 * 8), -(-m // 8) * 8)
+    # Eight rows fill whole bytes at any code width, so tiles are cut between bytes;
+    # sixteen where every second row has another width.
+    step = 8 if layout.coarse_bits is None else 16
+    tile = min(max(step, max_tile // n // step * step), -(-m // step) * step)
     tiles = -(-m // tile)
     short = tiles * tile - m
-    tile_bytes = packed_size(tile * n, layout.bits)
-    fill = tiles * tile_bytes - tensor.packed_codes.shape[0]
-    packed = jnp.pad(tensor.packed_codes, (0, fill)).reshape(tiles, tile_bytes)
+
+    def cut(packed: UInt8[Array, " q"], count: int, bits: int) -> UInt8[Array, "t s"]:
+        size = packed_size(count, bits)
+        padded = jnp.pad(packed, (0, tiles * size - packed.shape[0]))
+        return padded.reshape(tiles, size)
+
+    packed = cut(tensor.packed_codes, tile * n * 8 // step, layout.fine_bits)
+    coarse = None
+    if tensor.packed_coarse is not None and layout.coarse_bits is not None:
+        coarse = cut(tensor.packed_coarse, tile * n // 2, layout.coarse_bits)
     scale = jnp.repeat(tensor.scale, bm, axis=0)
     scale = jnp.pad(scale, ((0, short), (0, 0))).reshape(tiles, tile, -1)
 
@@ -113,18 +125,19 @@ def _two_products(
     rotated = _by_blocks(basis.left.analysis, x, bm)
 
     def accumulate(
-        sums: tuple[Array, Array], part: tuple[Array, Array, Array, Array]
+        sums: tuple[Array, Array],
+        part: tuple[Array, Array | None, Array, Array, Array],
     ) -> tuple[tuple[Array, Array], None]:
-        codes, scales, x_tile, rotated_tile = part
-        codes = unpack_codes(codes, bits=layout.bits, count=tile * n)
-        u, v = decode_pairs(tensor, codes.reshape(tile, n), scales)
+        packed, coarse, scales, x_tile, rotated_tile = part
+        codes = unpack_rows(packed, coarse, layout, tile)
+        u, v = decode_pairs(tensor, codes, scales)
         return (
             sums[0] + _product(x_tile, u, precision),
             sums[1] + _product(rotated_tile, v, precision),
         ), None
 
     zeros = jnp.zeros((x.shape[0], n), jnp.float32)
-    parts = (packed, scale, by_tile(x), by_tile(rotated))
+    parts = (packed, coarse, scale, by_tile(x), by_tile(rotated))
     (from_u, from_v), _ = jax.lax.scan(accumulate, (zeros, zeros), parts)
     return from_u + _by_blocks(basis.right.synthesis, from_v, bn)
 

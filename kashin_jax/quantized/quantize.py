@@ -1,32 +1,27 @@
 """`quantize`: one matrix to packed codes by any method, with a report."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, Num, UInt32
+from jaxtyping import Array, Float, Key, Num
 
-from kashin_jax.bases import BasisSpec, key_from_seed, make_pair, seed_from_key
-from kashin_jax.coding.affine import group_rows, minmax_code, rtn_code, ungroup_rows
+from kashin_jax.bases import key_from_seed, make_pair, seed_from_key
 from kashin_jax.coding.blocks import resolve_block_shape
 from kashin_jax.coding.joint import JointConfig, joint_block_shape, joint_code
 from kashin_jax.coding.kashin import KashinCode, KashinConfig, kashin_code
-from kashin_jax.coding.scalar import kmeans_code, nf4_code
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.packing import pack_codes
-from kashin_jax.quantized.configs import (
-    KMeansConfig,
-    NF4Config,
-    QuantizerConfig,
-    RotatedKMeansConfig,
-    RTNConfig,
-    UniformConfig,
-)
-from kashin_jax.quantized.controls import AffineTensor, CodebookTensor, GroupLayout
+from kashin_jax.quantized.configs import DEFAULT_CONFIG, QuantizerConfig
+from kashin_jax.quantized.encode_controls import encode_control
 from kashin_jax.quantized.layout import Quantized
-from kashin_jax.quantized.tensor import KashinLayout, QuantizedTensor, make_rotation
+from kashin_jax.quantized.tensor import (
+    KashinLayout,
+    QuantizedTensor,
+    make_rotation,
+    pack_rows,
+)
 
 __all__ = ["QuantizationReport", "encode", "quantize", "require_finite"]
 
@@ -47,10 +42,11 @@ class QuantizationReport(NamedTuple):
 
 def quantize(
     weight: Num[Array | np.ndarray, "m n"],
-    config: QuantizerConfig,
-    key: Key[Array, ""],
+    config: QuantizerConfig = DEFAULT_CONFIG,
+    key: Key[Array, ""] | None = None,
     *,
     path: str = "weight",
+    importance: Num[Array | np.ndarray, " k"] | None = None,
 ) -> tuple[Any, QuantizationReport]:
     """Quantizes one matrix: checks it on the host, then runs `encode`.
 
@@ -60,15 +56,19 @@ def quantize(
     Args:
       weight: Kernel in Flax order `[in, out]`, of a floating type.
       config: The method and its static choices.
-      key: Seeds the bases and the codebook.
+      key: Seeds the bases and the codebook; `jax.random.key(0)` when None.
       path: Name of the matrix in error messages.
+      importance: Weight of every input in the error that a `JointConfig` lowers, say
+        the mean square of what the input takes; None takes no side.
 
     Returns:
       The packed matrix (a `QuantizedTensor` for a `KashinConfig`) and the report.
 
     Raises:
-      TypeError: If `weight` is not floating point.
-      ValueError: If its shape does not suit the method.
+      TypeError: If `weight` is not floating point, or the method has no use for
+        `importance`.
+      ValueError: If its shape does not suit the method, or `importance` does not suit
+        the matrix.
       NonFiniteError: If it holds NaN or infinity, or is too large to be stored.
     """
     weight = jnp.asarray(weight)  # NumPy's float64 too: the layout records the type
@@ -79,7 +79,9 @@ def quantize(
     except ValueError as error:
         raise ValueError(f"`{path}`: {error}") from None
     require_finite(weight, path)
-    tensor, report = encode(weight, key, config)
+    weights = _checked_importance(importance, weight.shape[0], config, path)
+    key = jax.random.key(0) if key is None else key
+    tensor, report = encode(weight, key, config, weights)
     if not jnp.isfinite(report.relative_squared_error):
         is_kashin = isinstance(config, KashinConfig | JointConfig)
         raise NonFiniteError(
@@ -100,16 +102,45 @@ def require_finite(weight: Num[Array, "*shape"], path: str) -> None:
         )
 
 
+def _checked_importance(
+    importance: Num[Array | np.ndarray, " k"] | None,
+    inputs: int,
+    config: QuantizerConfig,
+    path: str,
+) -> Float[Array, " m"] | None:
+    if importance is None:
+        return None
+    if not isinstance(config, JointConfig):
+        raise TypeError(
+            f"`{path}`: {type(config).__name__} has no use for `importance`; leave it "
+            "out, or take JointConfig."
+        )
+    if importance.shape != (inputs,):
+        raise ValueError(
+            f"`{path}`: `importance` has shape {importance.shape}, but the matrix has "
+            f"{inputs} inputs; give one number for each."
+        )
+    weights = jnp.asarray(importance, jnp.float32)
+    if not jnp.all(jnp.isfinite(weights) & (weights >= 0)):
+        raise ValueError(
+            f"`{path}`: `importance` holds NaN, infinite or negative numbers."
+        )
+    if not jnp.any(weights > 0):
+        raise ValueError(f"`{path}`: `importance` is zero for every input.")
+    return weights
+
+
 def encode(
-    weight: Float[Array, "m n"], key: Key[Array, ""], config: QuantizerConfig
+    weight: Float[Array, "m n"],
+    key: Key[Array, ""],
+    config: QuantizerConfig,
+    importance: Float[Array, " m"] | None = None,
 ) -> tuple[Any, QuantizationReport]:
     """The pure core of `quantize`: no checks of values, works under `jit` and `vmap`.
 
     Its stages are compiled one by one, so that each has the memory to itself.
     """
     seed_key, codebook_key = jax.random.split(key)
-    x = weight.astype(jnp.float32)
-    dtype = weight.dtype.name
     decomposition = None
     tensor: Quantized
     match config:
@@ -118,15 +149,11 @@ def encode(
             decomposition = code._asdict()
             del decomposition["codes"], decomposition["centroids"]
         case JointConfig():
-            tensor = _encode_joint(weight, seed_key, config)
-        case RTNConfig() | UniformConfig():
-            tensor = _encode_affine(x, config, dtype)
-        case NF4Config():
-            tensor = _encode_nf4(x, config, dtype)
-        case KMeansConfig():
-            tensor = _encode_kmeans(x, seed_key, codebook_key, config, dtype)
+            tensor = _encode_joint(weight, seed_key, config, importance)
         case _:
-            raise TypeError(f"`config` is no quantizer's: {type(config).__name__}.")
+            x = weight.astype(jnp.float32)
+            dtype = weight.dtype.name
+            tensor = encode_control(x, seed_key, codebook_key, config, dtype)
     error = _relative_squared_error(weight, tensor)
     return tensor, QuantizationReport(error, decomposition)
 
@@ -153,7 +180,10 @@ def _encode_kashin(
 
 
 def _encode_joint(
-    weight: Float[Array, "m n"], seed_key: Key[Array, ""], config: JointConfig
+    weight: Float[Array, "m n"],
+    seed_key: Key[Array, ""],
+    config: JointConfig,
+    importance: Float[Array, " m"] | None,
 ) -> QuantizedTensor:
     shape = _shape(weight)
     block_shape = resolve_block_shape(shape, joint_block_shape(shape, config))
@@ -161,7 +191,7 @@ def _encode_joint(
     basis = make_pair(config.basis, key_from_seed(seed), block_shape)
     spec = config.basis if config.rotation else None
     rotation = None if spec is None else make_rotation(spec, seed, block_shape)
-    code = joint_code(weight, basis, rotation, config, block_shape)
+    code = joint_code(weight, basis, rotation, config, block_shape, importance)
     layout = KashinLayout(
         shape=shape,
         block_shape=block_shape,
@@ -170,15 +200,11 @@ def _encode_joint(
         dtype=weight.dtype.name,
         rotation=spec,
     )
+    packed, coarse = pack_rows(code.codes, layout)
     return QuantizedTensor(
-        pack_codes(code.codes.reshape(-1), bits=config.bits),
-        code.centroids,
-        code.scale,
-        seed,
-        layout,
-        code.in_scale,
-        code.out_scale,
-    )
+        packed, code.centroids, code.scale, seed, layout,
+        code.in_scale, code.out_scale, coarse,
+    )  # fmt: skip
 
 
 def _block_shape(
@@ -189,70 +215,8 @@ def _block_shape(
     return config.block_shape if isinstance(config, KashinConfig) else None
 
 
-def _encode_affine(
-    x: Float[Array, "m n"], config: RTNConfig | UniformConfig, dtype: str
-) -> AffineTensor:
-    size = (config.group_size or x.shape[0]) if isinstance(config, RTNConfig) else None
-    layout = GroupLayout(
-        shape=_shape(x), group_size=size, bits=config.bits, dtype=dtype
-    )
-    groups = group_rows(x, size or x.shape[0])
-    if isinstance(config, RTNConfig):
-        code = rtn_code(groups, config.bits)
-        zero = pack_codes(code.zero.astype(jnp.uint8).reshape(-1), bits=config.bits)
-        scale = code.scale.astype(jnp.float16)
-    else:
-        code = minmax_code(groups, config.bits)
-        scale, zero = code.scale, code.zero
-    packed = _pack_groups(code.codes, x.shape[0], config.bits)
-    return AffineTensor(packed, scale, zero, layout)
-
-
-def _encode_nf4(
-    x: Float[Array, "m n"], config: NF4Config, dtype: str
-) -> CodebookTensor:
-    code = nf4_code(group_rows(x, config.group_size))
-    layout = GroupLayout(
-        shape=_shape(x), group_size=config.group_size, bits=4, dtype=dtype
-    )
-    packed = _pack_groups(code.codes, x.shape[0], 4)
-    return CodebookTensor(packed, None, code.scale.astype(jnp.float16), None, layout)
-
-
-def _encode_kmeans(
-    x: Float[Array, "m n"],
-    seed_key: Key[Array, ""],
-    codebook_key: Key[Array, ""],
-    config: KMeansConfig,
-    dtype: str,
-) -> CodebookTensor:
-    seed, basis = None, None
-    if isinstance(config, RotatedKMeansConfig):
-        seed, basis = seed_from_key(seed_key), config.basis
-        x = _rotate(x, seed, basis)
-    code = kmeans_code(
-        x, codebook_key, bits=config.bits, num_restarts=config.num_restarts
-    )
-    layout = GroupLayout(
-        shape=_shape(x), group_size=None, bits=config.bits, basis=basis, dtype=dtype
-    )
-    packed = pack_codes(code.codes.reshape(-1), bits=config.bits)
-    return CodebookTensor(packed, code.levels, code.scale, seed, layout)
-
-
 def _shape(x: Float[Array, "m n"]) -> tuple[int, int]:
     return x.shape[0], x.shape[1]
-
-
-def _pack_groups(codes: Array, rows: int, bits: int) -> Array:
-    return pack_codes(ungroup_rows(codes, rows).reshape(-1), bits=bits)
-
-
-@partial(jax.jit, static_argnames="basis")
-def _rotate(
-    x: Float[Array, "m n"], seed: UInt32[Array, "2"], basis: BasisSpec
-) -> Float[Array, "m n"]:
-    return make_pair(basis, key_from_seed(seed), _shape(x)).analysis(x)
 
 
 @jax.jit

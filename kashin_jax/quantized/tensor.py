@@ -1,6 +1,7 @@
 """`QuantizedTensor`: a matrix as packed Kashin codes, and how it is decoded."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, UInt8, UInt32
 
 from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.coding.blocks import from_blocks, to_blocks
-from kashin_jax.packing import unpack_codes
+from kashin_jax.packing import pack_codes, unpack_codes
 
 __all__ = [
     "KashinLayout",
@@ -18,6 +19,8 @@ __all__ = [
     "derive_basis",
     "derive_rotation",
     "make_rotation",
+    "pack_rows",
+    "unpack_rows",
 ]
 
 
@@ -29,7 +32,8 @@ class KashinLayout:
     Attributes:
       shape: Of the matrix, `[in, out]` for a Flax kernel.
       block_shape: Of the blocks, each with one scale; divides `shape`.
-      bits: Width of a code.
+      bits: Width of a code. Half a bit more than a whole number means that the codes of
+        rows of odd index are one bit narrower than the others.
       basis: Families of Q1 and Q2; with the stored seed they give the matrices.
       dtype: Name of the type that the matrix had.
       rotation: Families of the bases in which every block was coded, drawn from the
@@ -38,10 +42,20 @@ class KashinLayout:
 
     shape: tuple[int, int]
     block_shape: tuple[int, int]
-    bits: int
+    bits: int | float
     basis: BasisSpec
     dtype: str
     rotation: BasisSpec | None = None
+
+    @property
+    def fine_bits(self) -> int:
+        """Width of the codes of rows of even index."""
+        return math.ceil(self.bits)
+
+    @property
+    def coarse_bits(self) -> int | None:
+        """Width of the codes of rows of odd index, if it is another one."""
+        return None if self.bits == self.fine_bits else self.fine_bits - 1
 
 
 class QuantizedTensor(NamedTuple):
@@ -54,7 +68,8 @@ class QuantizedTensor(NamedTuple):
     that is stored.
 
     Attributes:
-      packed_codes: Codes of all weights in row-major order, see `packing`.
+      packed_codes: Codes of all weights in row-major order, see `packing`; without the
+        rows of `packed_coarse`.
       centroids: Row `c` is the pair (u, v) that code `c` stands for, for blocks of
         unit root-mean-square.
       scale: Root-mean-square of every block, in the units of the weight.
@@ -62,6 +77,8 @@ class QuantizedTensor(NamedTuple):
       layout: Static shapes and names.
       in_scale: Factor of every row of W, that is of every input; None for none.
       out_scale: Factor of every column of W, that is of every output.
+      packed_coarse: Codes of the rows of odd index where they are one bit narrower,
+        counted from the first centroid that is theirs; None where they are not.
     """
 
     packed_codes: UInt8[Array, " q"]
@@ -71,6 +88,7 @@ class QuantizedTensor(NamedTuple):
     layout: KashinLayout
     in_scale: Float[Array, " m"] | None = None
     out_scale: Float[Array, " n"] | None = None
+    packed_coarse: UInt8[Array, " qc"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,14 +125,21 @@ def make_rotation(
     return make_pair(spec, key, block_shape)
 
 
-def decode_with(tensor: QuantizedTensor, basis: KroneckerBasis) -> Float[Array, "m n"]:
-    """The matrix in float32, given the bases of `derive_basis`."""
+def decode_with(
+    tensor: QuantizedTensor,
+    basis: KroneckerBasis,
+    rotation: KroneckerBasis | None = None,
+) -> Float[Array, "m n"]:
+    """The matrix in float32, given the bases of `derive_basis`.
+
+    And those of `derive_rotation`, which are derived when None.
+    """
     layout = tensor.layout
-    m, n = layout.shape
-    codes = unpack_codes(tensor.packed_codes, bits=layout.bits, count=m * n)
+    m = layout.shape[0]
+    codes = unpack_rows(tensor.packed_codes, tensor.packed_coarse, layout, m)
     scale = jnp.repeat(tensor.scale, layout.block_shape[0], axis=0)
-    u, v = decode_pairs(tensor, codes.reshape(m, n), scale)
-    rotation = derive_rotation(tensor)
+    u, v = decode_pairs(tensor, codes, scale)
+    rotation = derive_rotation(tensor) if rotation is None else rotation
     if layout.block_shape == layout.shape:
         w = u + basis.synthesis(v)
         w = w if rotation is None else rotation.synthesis(w)
@@ -129,6 +154,38 @@ def decode_with(tensor: QuantizedTensor, basis: KroneckerBasis) -> Float[Array, 
     if tensor.out_scale is not None:
         w = w * tensor.out_scale.astype(jnp.float32)[None, :]
     return w
+
+
+def pack_rows(
+    codes: UInt8[Array, "m n"], layout: KashinLayout
+) -> tuple[UInt8[Array, " q"], UInt8[Array, " qc"] | None]:
+    """Packed codes: all, or those of rows of even and of odd index."""
+    bits, coarse_bits = layout.fine_bits, layout.coarse_bits
+    if coarse_bits is None:
+        return pack_codes(codes.reshape(-1), bits=bits), None
+    fine = pack_codes(codes[0::2].reshape(-1), bits=bits)
+    coarse = codes[1::2] - 2**bits
+    return fine, pack_codes(coarse.reshape(-1), bits=coarse_bits)
+
+
+def unpack_rows(
+    packed: UInt8[Array, " q"],
+    coarse: UInt8[Array, " qc"] | None,
+    layout: KashinLayout,
+    rows: int,
+) -> UInt8[Array, "r n"]:
+    """Codes of some rows, the first of even index; inverts `pack_rows`.
+
+    Raises:
+      ValueError: If a stream is not as long as the codes need.
+    """
+    bits, coarse_bits, n = layout.fine_bits, layout.coarse_bits, layout.shape[1]
+    if coarse_bits is None or coarse is None:
+        return unpack_codes(packed, bits=bits, count=rows * n).reshape(rows, n)
+    even = unpack_codes(packed, bits=bits, count=rows // 2 * n)
+    odd = unpack_codes(coarse, bits=coarse_bits, count=rows // 2 * n) + 2**bits
+    both = jnp.stack([even.reshape(-1, n), odd.reshape(-1, n)], axis=1)
+    return both.reshape(rows, n)
 
 
 def decode_pairs(
