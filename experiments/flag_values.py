@@ -15,6 +15,7 @@ __all__ = [
     "flag_text",
     "parse_bases",
     "parse_numbers",
+    "parse_widths",
     "plain_differences",
     "short_model_name",
 ]
@@ -28,6 +29,24 @@ def parse_numbers(name: str, texts: tuple[str, ...], low: int, high: int) -> lis
                 f"`--{name}` must list whole numbers in [{low}, {high}]. Got {text!r}."
             )
     return sorted({int(text) for text in texts})
+
+
+def parse_widths(
+    name: str, texts: tuple[str, ...], low: int, high: int
+) -> list[int | float]:
+    """Code widths in [low, high], such as 2, 2.5 and 2.7: sorted, each once.
+
+    Up to three decimals; whole widths are ints. UsageError names the flag.
+    """
+    for text in texts:
+        is_number = re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,3})?", text, re.ASCII)
+        if not is_number or not low <= float(text) <= high:
+            raise UsageError(
+                f"`--{name}` must list numbers in [{low}, {high}], with three decimals "
+                f"at most. Got {text!r}."
+            )
+    widths = {float(text) for text in texts}
+    return [int(w) if w.is_integer() else w for w in sorted(widths)]
 
 
 def parse_bases(texts: tuple[str, ...]) -> list[BasisSpec]:

@@ -38,7 +38,7 @@ from experiments.flag_values import (
     file_stem,
     flag_text,
     parse_bases,
-    parse_numbers,
+    parse_widths,
     plain_differences,
     short_model_name,
 )
@@ -116,7 +116,7 @@ class GlueConfig:
     def __post_init__(self) -> None:
         check_flags(self)
         choose_methods(self.methods)
-        parse_numbers("bits", self.bits, 1, 8)
+        parse_widths("bits", self.bits, 1, 8)
         parse_bases(self.basis)
         if self.tasks:
             choose_tasks(self.tasks)
@@ -160,7 +160,7 @@ def _records(config: GlueConfig, bench: GlueBench) -> list[dict[str, Any]]:
     records = full_precision_records(bench)
     _announce(records)
     grid = table_grid(
-        parse_numbers("bits", config.bits, 1, 8),
+        parse_widths("bits", config.bits, 1, 8),
         choose_methods(config.methods, GLUE_METHODS),
         parse_bases(config.basis),
         range(config.seeds),

@@ -7,14 +7,18 @@ from typing import NamedTuple
 
 from kashin_jax import (
     BasisSpec,
+    ChannelKMeansConfig,
+    HQQConfig,
     JointConfig,
     KashinConfig,
     KMeansConfig,
     NF4Config,
     RotatedKMeansConfig,
+    RotatedRTNConfig,
     RTNConfig,
     UniformConfig,
 )
+from kashin_jax.coding.schedules import SPLITS
 from kashin_jax.errors import UsageError
 from kashin_jax.quantized import QuantizerConfig
 
@@ -24,13 +28,17 @@ __all__ = [
     "METHODS",
     "GridRow",
     "Method",
+    "Width",
     "choose_methods",
+    "joint_config",
     "table_grid",
 ]
 
 FULL_PRECISION = "full precision"
 
-MakeConfig = Callable[[int, BasisSpec, float, int], QuantizerConfig]
+Width = int | float
+
+MakeConfig = Callable[[Width, BasisSpec, float, int], QuantizerConfig]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,8 @@ class Method:
       has_basis: Whether the basis matters, so that each basis is a row.
       is_random: Whether the seed matters, so that each seed is a row.
       keeps_failures: Whether layers that do not converge stay in full precision.
+      mixes_widths: Whether a width between its own is met as a budget of stored bits,
+        by widths that differ from layer to layer.
     """
 
     make: MakeConfig
@@ -51,12 +61,31 @@ class Method:
     has_basis: bool = False
     is_random: bool = False
     keeps_failures: bool = False
+    mixes_widths: bool = False
+
+    def is_budget(self, bits: Width) -> bool:
+        """Whether `bits` is met by mixing widths."""
+        own = sorted(SPLITS)
+        return self.mixes_widths and own[0] <= bits <= own[-1] and bits not in own
+
+
+def _whole(bits: Width) -> int:
+    if bits != int(bits):
+        raise ValueError(
+            f"This method exists at whole numbers of bits only. Got bits={bits}."
+        )
+    return int(bits)
 
 
 def _kashin(
-    bits: int, basis: BasisSpec, rtol: float, max_steps: int
+    bits: Width, basis: BasisSpec, rtol: float, max_steps: int
 ) -> QuantizerConfig:
-    return KashinConfig(bits=bits, basis=basis, rtol=rtol, max_steps=max_steps)
+    return KashinConfig(bits=_whole(bits), basis=basis, rtol=rtol, max_steps=max_steps)
+
+
+def joint_config(bits: Width, basis: BasisSpec, *_: object) -> JointConfig:
+    """What the rows of joint coding use."""
+    return JointConfig(bits=bits, basis=basis)
 
 
 METHODS: Mapping[str, Method] = {
@@ -77,39 +106,61 @@ METHODS: Mapping[str, Method] = {
         keeps_failures=True,
     ),
     "kashin-joint": Method(
-        make=lambda bits, basis, *_: JointConfig(bits=bits, basis=basis),
-        note="Both factors searched for together, b - 1 bits for u and 1 for v, blocks "
-        "of about 64 x 64: one codebook per matrix, a float32 scale per block, an fp16 "
-        "scale per input and per output, a 64-bit seed.",
+        make=joint_config,
+        note="Both factors searched for together, the bits of a code shared by u and "
+        "v, blocks of about 64 x 64: one codebook per matrix, a float32 scale per "
+        "block, an fp16 scale per input and per output, a 64-bit seed.",
         has_basis=True,
         is_random=True,
+        mixes_widths=True,
     ),
     "uniform": Method(
-        make=lambda bits, *_: UniformConfig(bits=bits),
+        make=lambda bits, *_: UniformConfig(bits=_whole(bits)),
         note="Per-tensor min-max grid, one float32 step and offset per matrix.",
     ),
     "k-means": Method(
-        make=lambda bits, *_: KMeansConfig(bits=bits),
+        make=lambda bits, *_: KMeansConfig(bits=_whole(bits)),
         note="Per-tensor 1-D k-means, 2^b float32 levels and one float32 scale per "
         "matrix.",
         is_random=True,
     ),
     "rtn-channel": Method(
-        make=lambda bits, *_: RTNConfig(bits=bits, group_size=None),
+        make=lambda bits, *_: RTNConfig(bits=_whole(bits), group_size=None),
         note="Round-to-nearest, asymmetric, fp16 step and b-bit zero point per output "
         "channel.",
     ),
     "rtn-g128": Method(
-        make=lambda bits, *_: RTNConfig(bits=bits, group_size=128),
+        make=lambda bits, *_: RTNConfig(bits=_whole(bits), group_size=128),
         note="Round-to-nearest, asymmetric, fp16 step and b-bit zero point per group "
         "of 128.",
     ),
     "nf4-g64": Method(
-        make=lambda bits, *_: NF4Config(bits=bits),
+        make=lambda bits, *_: NF4Config(bits=_whole(bits)),
         note="NF4, fp16 scale per group of 64, no double quantization.",
     ),
+    "hqq-g64": Method(
+        make=lambda bits, *_: HQQConfig(bits=_whole(bits)),
+        note="HQQ: the zero point fitted by half-quadratic steps, fp16 step and fp16 "
+        "zero point per group of 64.",
+    ),
+    "rotate-rtn-g64": Method(
+        make=lambda bits, basis, *_: RotatedRTNConfig(bits=_whole(bits), basis=basis),
+        note="The Kashin row's bases as a rotation, then round-to-nearest, asymmetric "
+        "(RTN + Hadamard): fp16 step and b-bit zero point per group of 64, a 64-bit "
+        "seed per matrix.",
+        has_basis=True,
+        is_random=True,
+    ),
+    "k-means-channel": Method(
+        make=lambda bits, *_: ChannelKMeansConfig(bits=_whole(bits)),
+        note="1-D k-means per output channel: 2^b fp16 levels per channel, one float32 "
+        "scale per matrix.",
+        is_random=True,
+    ),
     "rotate-k-means": Method(
-        make=lambda bits, basis, *_: RotatedKMeansConfig(bits=bits, basis=basis),
+        make=lambda bits, basis, *_: RotatedKMeansConfig(
+            bits=_whole(bits), basis=basis
+        ),
         note="The Kashin row's bases as a rotation, then per-tensor 1-D k-means: "
         "2^b float32 levels, one float32 scale and a 64-bit seed per matrix.",
         has_basis=True,
@@ -158,7 +209,7 @@ def choose_methods(
 class GridRow(NamedTuple):
     """What a row of a table is made from."""
 
-    bits: int
+    bits: Width
     name: str
     method: Method
     basis: BasisSpec
@@ -166,7 +217,7 @@ class GridRow(NamedTuple):
 
 
 def table_grid(
-    widths: Sequence[int],
+    widths: Sequence[Width],
     methods: Mapping[str, Method],
     bases: Sequence[BasisSpec],
     seeds: Sequence[int],

@@ -22,12 +22,18 @@ from typing import Any
 import jax
 
 from experiments.cli import check_flags, flag, run_program
+from experiments.comparison import (
+    COMPARISON_TITLE,
+    comparison_tables,
+    with_comparison,
+)
 from experiments.flag_values import (
     command_line,
     file_stem,
     flag_text,
     parse_bases,
     parse_numbers,
+    parse_widths,
     plain_differences,
     short_model_name,
 )
@@ -74,7 +80,9 @@ class OptPplConfig:
       UsageError: If a value cannot work; the message names the flag.
     """
 
-    bits: tuple[str, ...] = flag(("4",), "Code widths, 1 to 8, as a list.", _GIVEN)
+    bits: tuple[str, ...] = flag(
+        ("4",), "Code widths, 1 to 8, as a list; 2.7, say, is a total budget.", _GIVEN
+    )
     model: str = flag(str(EMBEDDED), "OPT checkpoint: directory or hub id.", _GIVEN)
     dataset: str = flag("wikitext2", f"One of {', '.join(DATASETS)}.", _DATASET)
     text_file: str = flag("", "Score this UTF-8 text instead of a data set.")
@@ -106,7 +114,7 @@ class OptPplConfig:
         check_flags(self)
         choose_methods(self.methods)
         parse_max_tokens(self.max_tokens)
-        parse_numbers("bits", self.bits, 1, 8)
+        parse_widths("bits", self.bits, 1, 8)
         parse_numbers("seed", self.seed, 0, 2**31 - 1)
         parse_bases(self.basis)
 
@@ -165,7 +173,7 @@ def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:
     records = [full]
     _announce(full)
     grid = table_grid(
-        parse_numbers("bits", config.bits, 1, 8),
+        parse_widths("bits", config.bits, 1, 8),
         choose_methods(config.methods),
         parse_bases(config.basis),
         parse_numbers("seed", config.seed, 0, 2**31 - 1),
@@ -179,7 +187,7 @@ def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:
             row["increase"] = row["perplexity"] - full["perplexity"]
         records.append(row)
         _announce(row)
-    return [_with_published(config, record) for record in records]
+    return with_comparison([_with_published(config, record) for record in records])
 
 
 def _announce(row: dict[str, Any]) -> None:
@@ -213,13 +221,18 @@ def _present(
         + (_LIMITED if text.tokens.size == limit else ""),
         f"{text.name}: {text.protocol}.",
         *text.notes,
-        "The paper's method runs through packed layers, the others decoded. "
+        "Kashin coding runs through packed layers, the other methods decoded. "
         "Sizes are stored bits: codes, centroids, scales, zero points, seeds. "
         "`seconds` is quantization time on this device, compilation included.",
         f"{first['device']}, jax {first['jax_version']}, "
         f"kashin_jax {first['kashin_jax_version']}.",
     ]
     print("\n".join(facts) + "\n\n" + aligned_table(records, columns))
+    compared, compared_markdown = comparison_tables(records)
+    appendix = ""
+    if compared:
+        print(f"\n{COMPARISON_TITLE}:\n{compared}")
+        appendix = f"## {COMPARISON_TITLE}\n\n{compared_markdown}"
     title = f"{first['model']}: perplexity on {text.name}"
     written = write_results(
         out,
@@ -229,6 +242,7 @@ def _present(
         title=title,
         command=command_line("opt_ppl", config, always=("bits",)),
         facts=facts,
+        appendix=appendix,
     )
     picture = out / f"{stem}.png"
     plot_perplexity(records, picture, title=title)

@@ -4,39 +4,42 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from experiments.layer_store import LayerStore, StoredLayer
-from experiments.methods import FULL_PRECISION, Method
+from experiments.methods import FULL_PRECISION, Method, Width, joint_config
+from experiments.mixed_widths import MIXED_NOTE, mixed_widths, probe
 from experiments.partial import PartialScores, score_resumably
 from experiments.quantized_layers import (
     decoded_kernels,
     loss_fields,
+    quantize_each,
     quantize_layers,
     size_fields,
     stored_width,
     unconverged,
 )
+from experiments.sensitivity import LENGTH, WINDOWS, layer_sensitivities
 from experiments.tables import Record
 from experiments.text import EvaluationText
-from kashin_jax import BasisSpec, KashinConfig
+from kashin_jax import BasisSpec, JointConfig, KashinConfig
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.evaluation import perplexity, window_nll
 from kashin_jax.layers import quantize_model, replace_kernels, selected_kernels
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.quantized import QuantizerConfig
 
-__all__ = ["Bench", "full_precision_row", "quantized_row"]
+__all__ = ["Bench", "full_precision_row", "mixed_name", "quantized_row"]
 
 
 # Every record has every field, so that a reader of the file needs no special cases.
 _ABSENT = dict.fromkeys((
     "stored_bits_per_weight", "model_bits_per_weight", "perplexity", "increase",
-    "relative_error", "converged_share", "quantize_seconds", "seed", "basis",
+    "relative_error", "converged_share", "quantize_seconds", "seed", "basis", "widths",
 ))  # fmt: skip
 
 
@@ -109,7 +112,7 @@ def quantized_row(
     name: str,
     method: Method,
     *,
-    bits: int,
+    bits: Width,
     basis: BasisSpec,
     seed: int,
     rtol: float,
@@ -117,60 +120,111 @@ def quantized_row(
 ) -> dict[str, Any]:
     """One row; a method that does not exist at this width gives dashes and the reason.
 
+    A method that mixes widths takes one that it has not as a total budget.
+
     Raises:
       ValueError: If a layer cannot be quantized; the message names its path.
     """
     row = {
-        "method": name,
+        "method": mixed_name(name) if method.is_budget(bits) else name,
         "bits": bits,
         **_ABSENT,
         "basis": str(basis) if method.has_basis else None,
         "seed": seed if method.is_random else None,
         **bench.identity,
     }
-    try:
-        config = method.make(bits, basis, rtol, max_steps)
-    except ValueError as reason:
-        return {**row, "note": str(reason)}
-    key = jax.random.key(seed)
     kernels = selected_kernels(bench.loaded.model)
     try:
-        layers = quantize_layers(
-            bench.store, kernels, config, key, f"{name}, {bits} bits"
+        plan = _plan(bench, method, kernels, bits, basis, seed, rtol, max_steps)
+    except ValueError as reason:
+        return {**row, "note": str(reason)}
+    label = f"{row['method']}, {bits} bits"
+    try:
+        layers = quantize_each(
+            bench.store, kernels, plan.configs, jax.random.key(seed), label
         )
     except NonFiniteError as reason:
         # The checkpoint is finite, so it is this method whose scales overflow.
         return {**row, "note": str(reason)}
     kept = unconverged(layers) if method.keeps_failures else frozenset()
-    model = _quantized_model(bench, config, key, layers, kept)
-    computation = {"config": repr(config), "seed": seed, "kept": sorted(kept)}
+    config = next(iter(plan.configs.values()))
+    model = _quantized_model(bench, config, layers, kept)
+    computation = {"config": plan.identity, "seed": seed, "kept": sorted(kept)}
     width = stored_width(bench.loaded.stored_dtype)
     return {
         **row,
         **size_fields(bench.loaded.model, width, layers, kept),
         "perplexity": bench.score(model, computation),
         **loss_fields(config, layers, kept),
-        "note": method.note,
+        "widths": plan.widths,
+        "note": plan.note,
     }
+
+
+def mixed_name(name: str) -> str:
+    """What the rows of a method are called whose layers differ in width."""
+    return f"{name}-mixed"
+
+
+class _Plan(NamedTuple):
+    # How each layer is coded; what tells it from other plans; widths if they differ.
+    configs: dict[str, QuantizerConfig]
+    identity: str
+    widths: dict[str, Width] | None
+    note: str
+
+
+def _plan(
+    bench: Bench,
+    method: Method,
+    kernels: Mapping[str, Array],
+    bits: Width,
+    basis: BasisSpec,
+    seed: int,
+    rtol: float,
+    max_steps: int,
+) -> _Plan:
+    """Raises ValueError, with the reason, where the method does not exist."""
+    if not method.is_budget(bits):
+        config = method.make(bits, basis, rtol, max_steps)
+        same = dict.fromkeys(kernels, config)
+        return _Plan(same, repr(config), None, method.note)
+    felt = _sensitivities(bench, kernels, probe(basis), seed)
+    widths = mixed_widths(kernels, felt, basis, bits)
+    configs: dict[str, QuantizerConfig] = {
+        path: joint_config(width, basis) for path, width in widths.items()
+    }
+    return _Plan(configs, repr(configs), widths, MIXED_NOTE)
+
+
+def _sensitivities(
+    bench: Bench, kernels: Mapping[str, Array], config: JointConfig, seed: int
+) -> dict[str, float]:
+    key = jax.random.key(seed)
+    layers = quantize_layers(bench.store, kernels, config, key, "sensitivity, coding")
+    fingerprint = {
+        **bench.identity, "weights_sha256": bench.weights_sha256, "seed": seed,
+        "sensitivity": [repr(config), WINDOWS, LENGTH],
+    }  # fmt: skip
+    store = PartialScores.in_directory(bench.work, fingerprint)
+    return layer_sensitivities(bench.loaded.model, layers, key, store)
 
 
 def _quantized_model(
     bench: Bench,
     config: QuantizerConfig,
-    key: Key[Array, ""],
     layers: Mapping[str, StoredLayer],
     kept: frozenset[str],
 ) -> nnx.Module:
     """Packed layers for Kashin; decoded kernels in the dense model for the controls."""
     model = bench.loaded.model
-    if not isinstance(config, KashinConfig):
+    if not isinstance(config, KashinConfig | JointConfig):
         return replace_kernels(model, decoded_kernels(layers))
     if len(kept) == len(layers):
         return model
     return quantize_model(
         model,
         config,
-        key,
         select=lambda path: path in layers and path not in kept,
         quantize_layer=lambda path, _: (layers[path].tensor, layers[path].report),
     ).model

@@ -2,11 +2,12 @@
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.results import atomic_path
+from experiments.seed_means import SeedMean, seed_means
 from experiments.tables import Record, fixed
 
 __all__ = ["COLOURS", "plot_perplexity"]
@@ -26,16 +27,11 @@ _LOG_FROM = 1.6
 _LINE_INCHES = 0.17
 
 
-class _Point(NamedTuple):
-    bits: float
-    perplexity: float
-
-
 class _Series(NamedTuple):
     label: str
     style: dict[str, Any]
-    near: list[_Point]
-    far: list[_Point]
+    near: list[SeedMean]
+    far: list[SeedMean]
 
 
 def plot_perplexity(
@@ -47,12 +43,15 @@ def plot_perplexity(
 ) -> None:
     """Draws perplexity against the bits that a quantized weight really takes.
 
-    One marker per method (per basis, where a method comes with several), full precision
-    as a dashed line. Rows without a perplexity are left out. Models that are off the
-    scale, or not finite, stand in a strip above the axes, each with its value.
+    One curve per method (per basis, where a method comes with several) through the
+    means over seeds, with a bar of a standard deviation to both sides where there are
+    several; full precision as a dashed line. Rows without a perplexity are left out.
+    Models that are off the scale, or not finite, stand in a strip above the axes, each
+    with its value.
 
     Args:
-      records: With `method`, `perplexity`, `stored_bits_per_weight`, perhaps `basis`.
+      records: With `method`, `perplexity`, `stored_bits_per_weight`, perhaps `bits`
+        and `basis`.
       path: A PNG file, replaced in one step.
       baseline: The method drawn as a line.
       title: Above the figure.
@@ -61,9 +60,9 @@ def plot_perplexity(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [record for record in records if record.get("perplexity") is not None]
-    reference = [r["perplexity"] for r in shown if r["method"] == baseline][:1]
-    series = _split(_grouped([r for r in shown if r["method"] != baseline]))
+    means = seed_means(records)
+    reference = [mean.perplexity for mean in means if mean.method == baseline][:1]
+    series = _split(_grouped([mean for mean in means if mean.method != baseline]))
     off_scale = [one for one in series if one.far]
     heights = [_LINE_INCHES * (len(off_scale) + 2 if off_scale else 0.1), 3.8]
     figure = Figure(figsize=(7.6, 0.4 + sum(heights)), dpi=200, layout="constrained")
@@ -75,7 +74,12 @@ def plot_perplexity(
         axes.axhline(value, color="#404040", lw=1, ls=(0, (5, 3)), label=label)
     for one in series:
         # Without a near point the series still has its entry in the legend.
-        axes.plot(*_coordinates(one.near), label=one.label, **one.style)
+        axes.errorbar(
+            [mean.stored_bits for mean in one.near],
+            [mean.perplexity for mean in one.near],
+            [mean.spread for mean in one.near],
+            label=one.label, elinewidth=1, capsize=2, **one.style,
+        )  # fmt: skip
     _scale(axes, [*reference, *(p.perplexity for one in series for p in one.near)])
     _decorate(axes)
     strip.set_title(title, loc="left", fontsize=10)
@@ -83,27 +87,22 @@ def plot_perplexity(
         figure.savefig(temporary, bbox_inches="tight", pad_inches=0.08)
 
 
-def _grouped(records: Iterable[Record]) -> dict[str, list[Record]]:
-    records = list(records)
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        method, basis = record["method"], record.get("basis")
-        bases = {r.get("basis") for r in records if r["method"] == method}
-        label = f"{method}, {basis}" if len(bases) > 1 else method
-        groups.setdefault(label, []).append(record)
-    return groups
-
-
-def _split(groups: dict[str, list[Record]]) -> list[_Series]:
-    points = {
-        label: sorted(
-            _Point(r["stored_bits_per_weight"], r["perplexity"]) for r in rows
-        )
-        for label, rows in groups.items()
+def _grouped(means: Sequence[SeedMean]) -> dict[str, list[SeedMean]]:
+    groups: dict[str, list[SeedMean]] = {}
+    for mean in means:
+        bases = {other.basis for other in means if other.method == mean.method}
+        label = f"{mean.method}, {mean.basis}" if len(bases) > 1 else mean.method
+        groups.setdefault(label, []).append(mean)
+    return {
+        label: sorted(group, key=lambda mean: mean.stored_bits)
+        for label, group in groups.items()
     }
-    everything = [p for rows in points.values() for p in rows]
+
+
+def _split(groups: dict[str, list[SeedMean]]) -> list[_Series]:
+    everything = [mean for rows in groups.values() for mean in rows]
     series = []
-    for index, (label, rows) in enumerate(points.items()):
+    for index, (label, rows) in enumerate(groups.items()):
         style = {
             "color": COLOURS[index % len(COLOURS)],
             "marker": _MARKERS[index % len(_MARKERS)],
@@ -120,17 +119,13 @@ def _split(groups: dict[str, list[Record]]) -> list[_Series]:
     return series
 
 
-def _is_near(point: _Point, everything: Sequence[_Point]) -> bool:
+def _is_near(point: SeedMean, everything: Sequence[SeedMean]) -> bool:
     finite = [p for p in everything if math.isfinite(p.perplexity)]
-    same_width = [p for p in finite if abs(p.bits - point.bits) < 0.5]
+    same_width = [p for p in finite if abs(p.stored_bits - point.stored_bits) < 0.5]
     if not math.isfinite(point.perplexity):
         return False
     best, best_at_width = (min(p.perplexity for p in ps) for ps in (finite, same_width))
     return point.perplexity <= min(_FAR * best, _FAR_AT_WIDTH * best_at_width)
-
-
-def _coordinates(points: Sequence[_Point]) -> tuple[list[float], list[float]]:
-    return [p.bits for p in points], [p.perplexity for p in points]
 
 
 def _draw_strip(strip: Any, series: Sequence[_Series]) -> None:
@@ -144,10 +139,10 @@ def _draw_strip(strip: Any, series: Sequence[_Series]) -> None:
         )
     for row, one in enumerate(series):
         style = one.style | {"linewidth": 0, "markersize": 5}
-        strip.plot([p.bits for p in one.far], [row] * len(one.far), **style)
+        strip.plot([p.stored_bits for p in one.far], [row] * len(one.far), **style)
         for point in one.far:
             strip.annotate(
-                f"↑ {point.perplexity:.4g}", (point.bits, row), va="center",
+                f"↑ {point.perplexity:.4g}", (point.stored_bits, row), va="center",
                 xytext=(5, 0), textcoords="offset points", fontsize=7,
                 color=one.style["color"],
             )  # fmt: skip

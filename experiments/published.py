@@ -8,13 +8,13 @@ GLUE: Table 3 of the 2024 paper (arXiv 2404.09737), single runs on the authors' 
 fine-tuned checkpoints, which are not public: closeness can only be expected for those.
 """
 
-from experiments.methods import FULL_PRECISION
+from experiments.methods import FULL_PRECISION, Width
 from kashin_jax.models.classifier import ClassifierConfig
 
 __all__ = ["published_glue", "published_perplexity"]
 
 _SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b")
-_GPTQ_WIKITEXT2: dict[tuple[str, int], tuple[float | None, ...]] = {
+_GPTQ_WIKITEXT2: dict[tuple[str, Width], tuple[float | None, ...]] = {
     (FULL_PRECISION, 16): (27.65, 22.00, 14.62, 12.47, 10.86),
     ("rtn-channel", 4): (37.28, 25.94, 48.17, 16.92, 12.10),
     ("rtn-g128", 4): (30.47, None, 15.29, 13.02, 11.15),
@@ -24,7 +24,12 @@ _GPTQ_WIKITEXT2: dict[tuple[str, int], tuple[float | None, ...]] = {
 
 
 def published_perplexity(
-    model: str, dataset: str, context: int, tokens_limited: bool, method: str, bits: int
+    model: str,
+    dataset: str,
+    context: int,
+    tokens_limited: bool,
+    method: str,
+    bits: Width,
 ) -> float | None:
     """The published value, or None where there is none for exactly this protocol."""
     size = model.rsplit("/", 1)[-1].removeprefix("opt-")
@@ -80,7 +85,7 @@ _BASE_SIZES = {
 
 
 def published_glue(
-    config: ClassifierConfig, method: str, bits: int, task: str, metric: str
+    config: ClassifierConfig, method: str, bits: Width, task: str, metric: str
 ) -> float | None:
     """Table 3's value in percent, or None where the model or the row is not in it.
 

@@ -21,6 +21,7 @@ __all__ = [
     "checkpoint_sha256",
     "decoded_kernels",
     "loss_fields",
+    "quantize_each",
     "quantize_layers",
     "size_fields",
     "stored_width",
@@ -44,16 +45,27 @@ def quantize_layers(
     Args:
       store: Keeps finished layers.
       kernels: By path.
-      config: The method.
+      config: The method, the same for all.
       key: Root key.
       label: What the progress bar says.
 
     Raises:
       NonFiniteError: If scales of the method overflow; names the path.
     """
+    return quantize_each(store, kernels, dict.fromkeys(kernels, config), key, label)
+
+
+def quantize_each(
+    store: LayerStore,
+    kernels: Mapping[str, Float[Array, "m n"]],
+    configs: Mapping[str, QuantizerConfig],
+    key: Key[Array, ""],
+    label: str,
+) -> dict[str, StoredLayer]:
+    """As `quantize_layers`, with a method for each path."""
     progress = tqdm(kernels.items(), desc=label, unit="layer", disable=None)
     return {
-        path: store.quantize(path, kernel, config, path_key(key, path))
+        path: store.quantize(path, kernel, configs[path], path_key(key, path))
         for path, kernel in progress
     }
 

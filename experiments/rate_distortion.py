@@ -1,47 +1,40 @@
 """Weight error against stored bits, for every method, beside the Shannon curve.
 
     python -m experiments.rate_distortion --bits=2,3,4
-    python -m experiments.rate_distortion --source=student_t3 --effort=max
+    python -m experiments.rate_distortion --source=student_t3 --effort=fast,default,max
     python -m experiments.rate_distortion --source=model.safetensors --methods=all
 
 A source is one random matrix of variance 1 (gaussian, student_t3, or outlier_columns:
 Gaussian, one output in 256 being 30 times as strong), or a safetensors file in torch's
 order, of which every floating matrix with sides of at least 64 is quantized. No model
-runs. It prints one row per method and width and writes STEM.jsonl, STEM.md and STEM.png
-to `--out`.
+runs. kashin-joint has a row per effort, without the `unshrink` that trades error for
+perplexity. It prints one row per method and width and writes STEM.jsonl, STEM.md and
+STEM.png to `--out`.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
 
 import dataclasses
 import itertools
-import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Array, Float, Key
-from tqdm import tqdm
 
 from experiments.cli import GIVEN, Allowed, check_flags, flag, run_program
 from experiments.flag_values import (
     command_line,
     file_stem,
     flag_text,
-    parse_numbers,
+    parse_widths,
     plain_differences,
 )
-from experiments.methods import METHODS, Method, choose_methods
+from experiments.methods import METHODS, choose_methods
 from experiments.rate_distortion_plot import plot_rate_distortion
-from experiments.results import (
-    environment_fields,
-    prepare_output,
-    write_results,
-)
+from experiments.rate_distortion_rows import JOINT, rate_row, won_matrices
+from experiments.results import prepare_output, write_results
 from experiments.tables import Column, Record, aligned_table, fixed, increase
 from experiments.weight_sources import (
     MIN_SIDE,
@@ -50,19 +43,14 @@ from experiments.weight_sources import (
     WeightSource,
     load_source,
 )
-from kashin_jax import BasisSpec, JointConfig, quantize, stored_bits
 from kashin_jax.coding.joint import EFFORTS
-from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.layers import path_key
-from kashin_jax.quantized import QuantizerConfig
+from kashin_jax.errors import UsageError
 
 __all__ = ["RateDistortionConfig", "main", "run"]
 
 # The authors' variant differs in what a model does with layers that did not converge.
 RATE_METHODS = tuple(name for name in METHODS if name != "kashin-authors")
 
-_RTOL = 1e-6
-_MAX_STEPS = 200
 _MIN_WEIGHTS = ROWS * MIN_SIDE
 _SUFFIX = ".safetensors"
 _SOURCE: Allowed = (
@@ -90,9 +78,9 @@ class RateDistortionConfig:
     source: str = flag(
         "gaussian", f"One of {', '.join(SYNTHETIC)}, or FILE{_SUFFIX}.", _SOURCE
     )
-    effort: str = flag(
-        "default", f"Of kashin-joint: one of {', '.join(EFFORTS)}.",
-        (lambda x: x in EFFORTS, f"one of {', '.join(EFFORTS)}"),
+    effort: tuple[str, ...] = flag(
+        ("default",), f"Of kashin-joint, a row for each: {', '.join(EFFORTS)}.",
+        (lambda x: x and set(x) <= set(EFFORTS), f"a list of {', '.join(EFFORTS)}"),
     )  # fmt: skip
     weights: int = flag(
         2**20, f"Entries of a synthetic source, a multiple of {ROWS}.", _WEIGHTS
@@ -105,7 +93,7 @@ class RateDistortionConfig:
 
     def __post_init__(self) -> None:
         check_flags(self)
-        parse_numbers("bits", self.bits, 1, 8)
+        parse_widths("bits", self.bits, 1, 8)
         chosen = choose_methods(self.methods, RATE_METHODS)
         if not chosen or not chosen.keys() <= set(RATE_METHODS):
             raise UsageError(
@@ -142,86 +130,21 @@ def _records(
     records = []
     methods = choose_methods(config.methods, RATE_METHODS)
     for bits, (name, method) in itertools.product(
-        parse_numbers("bits", config.bits, 1, 8), methods.items()
+        parse_widths("bits", config.bits, 1, 8), methods.items()
     ):
-        row = _row(config, source, name, method, bits)
-        records.append(row)
-        error = row["relative_error"]
-        value = "-" if error is None else f"{error:.5f}"
-        print(f"{name}, {bits} bits: {value}", file=sys.stderr)
+        for effort in config.effort if name == JOINT else [None]:
+            row = rate_row(source, name, method, bits, seed=config.seed, effort=effort)
+            records.append(row)
+            error = row["relative_error"]
+            value = "-" if error is None else f"{error:.5f}"
+            print(f"{name}, {bits} bits: {value}", file=sys.stderr)
     return records
-
-
-# Every record has every field, so that a reader of the file needs no special cases.
-_ABSENT = dict.fromkeys((
-    "stored_bits_per_weight", "mse", "relative_error", "shannon", "gap_db", "seconds",
-    "weights_per_second",
-))  # fmt: skip
-
-
-def _row(
-    config: RateDistortionConfig,
-    source: WeightSource,
-    name: str,
-    method: Method,
-    bits: int,
-) -> dict[str, Any]:
-    """One row; a method that does not exist here gives dashes and the reason."""
-    row = {
-        "method": name, "bits": bits, **_ABSENT, "effort": None, "source": source.name,
-        "weights": source.size, "seed": config.seed, **environment_fields(),
-    }  # fmt: skip
-    try:
-        quantizer = method.make(bits, BasisSpec.parse("hadamard"), _RTOL, _MAX_STEPS)
-        if isinstance(quantizer, JointConfig):
-            quantizer = dataclasses.replace(quantizer, effort=config.effort)
-            row["effort"] = config.effort
-    except ValueError as reason:
-        return {**row, "note": str(reason)}
-    try:
-        measured = _measured(source, quantizer, jax.random.key(config.seed))
-    except NonFiniteError as reason:
-        # The source is finite, so it is this method whose scales overflow.
-        return {**row, "note": str(reason)}
-    return {**row, **measured, "note": method.note}
-
-
-def _measured(
-    source: WeightSource, quantizer: QuantizerConfig, key: Key[Array, ""]
-) -> dict[str, float | None]:
-    stored, lost, energy, seconds = 0, 0.0, 0.0, 0.0
-    for name, matrix in tqdm(
-        source.matrices.items(), unit="matrix", disable=None, leave=False
-    ):
-        start = time.perf_counter()
-        tensor, report = jax.block_until_ready(
-            quantize(matrix, quantizer, path_key(key, name), path=name)
-        )
-        seconds += time.perf_counter() - start
-        stored += stored_bits(tensor)
-        own = _energy(matrix)
-        energy += own
-        lost += own * float(report.relative_squared_error)
-    rate, relative = stored / source.size, lost / energy
-    shannon = 4.0**-rate
-    return {
-        "stored_bits_per_weight": rate,
-        "mse": lost / source.size,
-        "relative_error": relative,
-        "shannon": shannon,
-        "gap_db": 10 * math.log10(relative / shannon) if relative else None,
-        "seconds": seconds,
-        "weights_per_second": source.size / seconds,
-    }
-
-
-def _energy(matrix: Float[np.ndarray, "m n"]) -> float:
-    return float(np.sum(np.square(matrix, dtype=np.float64)))
 
 
 _COLUMNS = (
     Column("method", "method"),
     Column("bits", "bits"),
+    Column("effort", "effort", lambda effort: effort or "-"),
     Column("stored_bits_per_weight", "bits/weight", fixed(3)),
     Column("mse", "mse", "{:.4g}".format),
     Column("relative_error", "rel. sq. error", fixed(5)),
@@ -241,13 +164,13 @@ def _present(
     first, count = records[0], len(source.matrices)
     facts = [
         f"Source {source.name}, {source.size:,} weights in {count} "
-        f"{'matrix' if count == 1 else 'matrices'}; seed {config.seed}; kashin-joint "
-        f"at effort {config.effort}.",
+        f"{'matrix' if count == 1 else 'matrices'}; seed {config.seed}.",
         "Shannon: least relative error of a Gaussian source at the stored bits, "
         "4^-bits. Other sources of equal variance are easier, and codes may fall below "
         "it. The gap is that of the relative squared error, all matrices together.",
         "Sizes are stored bits: codes, centroids, scales, zero points, seeds. Seconds "
         "of quantization on this device, compilation included.",
+        *won_matrices(records),
         f"{first['device']}, jax {first['jax_version']}, kashin_jax "
         f"{first['kashin_jax_version']}.",
     ]

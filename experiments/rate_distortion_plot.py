@@ -53,14 +53,17 @@ def plot_rate_distortion(records: Sequence[Record], path: Path, *, title: str) -
 
 
 def _draw_methods(axes: Any, records: Sequence[Record]) -> None:
-    for index, name in enumerate(dict.fromkeys(r["method"] for r in records)):
-        points = sorted(
-            (r["stored_bits_per_weight"], r["relative_error"])
-            for r in records
-            if r["method"] == name
-        )
+    efforts = {r["effort"] for r in records if r["effort"]}
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        label = record["method"]
+        if record["effort"] and len(efforts) > 1:
+            label = f"{label}, {record['effort']}"
+        point = record["stored_bits_per_weight"], record["relative_error"]
+        series.setdefault(label, []).append(point)
+    for index, (label, points) in enumerate(series.items()):
         axes.plot(
-            *zip(*points, strict=True), label=name, lw=1, markersize=7,
+            *zip(*sorted(points), strict=True), label=label, lw=1, markersize=6,
             color=COLOURS[index % len(COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
             markeredgecolor="white", markeredgewidth=0.7,

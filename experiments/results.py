@@ -195,6 +195,7 @@ def write_results(
     command: str,
     facts: Sequence[str] = (),
     rows: Sequence[Record] | None = None,
+    appendix: str = "",
 ) -> WrittenResults:
     """Writes `STEM.jsonl`, all fields, and `STEM.md`, the table as a reader sees it.
 
@@ -207,6 +208,7 @@ def write_results(
       command: What reproduces the table, shown below the heading.
       facts: Sentences such as the protocol, shown as a list above the table.
       rows: Of the Markdown table; the records when None.
+      appendix: Markdown shown below the table.
 
     Returns:
       The paths of the two files, each replaced in one step.
@@ -216,6 +218,8 @@ def write_results(
     if facts:
         parts.append("\n".join(f"- {fact}" for fact in facts))
     parts.append(markdown_table(records if rows is None else rows, columns))
+    if appendix:
+        parts.append(appendix)
     write_jsonl(paths.jsonl, records)
     with atomic_path(paths.markdown) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from kashin_jax.bases.learn import (
     with_angles,
 )
 from tests.oracle_bases import dense_basis
+from tests.tiny_checkpoint import make_checkpoint
 
 ADAM = optax.adam(0.05)
 LEVELS = jnp.array([-1.51, -0.4528, 0.4528, 1.51])
@@ -125,17 +126,19 @@ def test_a_basis_without_angles_and_too_few_steps_are_refused():
 
 
 def test_the_experiment_counts_what_learned_angles_cost(tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    make_checkpoint(model)
     layer = "decoder/layers/1/self_attn/k_proj"
     flags = [f"--layers={layer}", "--families=butterfly", "--losses=error", "--steps=6"]
-    assert main([*flags, f"--out={tmp_path}"]) == 0
-    files = {path.suffix: path for path in tmp_path.iterdir()}
+    assert main([*flags, f"--model={model}", f"--out={out}"]) == 0
+    files = {path.suffix: path for path in out.iterdir()}
     [record] = map(json.loads, files[".jsonl"].read_text().splitlines())
     assert (record["layer"], record["angles"], record["weights"]) == (
         layer,
-        766,
-        384**2,
+        126,
+        64**2,
     )
-    assert record["angle_bits_per_weight"] == 16 * 766 / 384**2
+    assert record["angle_bits_per_weight"] == 16 * 126 / 64**2
     gain = 10 * np.log10(record["error_random"] / record["error_learned"])
     assert record["gain_db"] == pytest.approx(gain) and gain > 0
     overhead = 20 * np.log10(2) * record["angle_bits_per_weight"]

@@ -12,6 +12,7 @@ from experiments.flag_values import (
     flag_text,
     parse_bases,
     parse_numbers,
+    parse_widths,
     plain_differences,
     short_model_name,
 )
@@ -35,6 +36,22 @@ def test_other_numbers_are_refused_with_flag_and_bounds(text):
     with pytest.raises(UsageError) as caught:
         parse_numbers("bits", ("4", text), 1, 8)
     assert str(caught.value).startswith("`--bits` must list whole numbers in [1, 8].")
+    assert repr(text) in str(caught.value)
+
+
+def test_widths_are_numbers_sorted_and_come_once():
+    found = parse_widths("bits", ("3", "2.5", "2.70", "3.0", "8", "2.7"), 1, 8)
+    assert found == [2.5, 2.7, 3, 8]
+    assert [type(width) for width in found] == [float, float, int, int]
+
+
+@pytest.mark.parametrize(
+    "text", ["0.999", "8.001", "-2.5", "2.5555", "2.", ".5", "1e0", "nan", "x", "", "٣"]
+)
+def test_other_widths_are_refused_with_flag_and_bounds(text):
+    with pytest.raises(UsageError) as caught:
+        parse_widths("bits", ("4", text), 1, 8)
+    assert str(caught.value).startswith("`--bits` must list numbers in [1, 8]")
     assert repr(text) in str(caught.value)
 
 

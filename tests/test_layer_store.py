@@ -114,9 +114,9 @@ def test_every_method_and_basis_has_a_file_of_its_own(store, tmp_path):
         for basis in ("hadamard", "hadamard:identity")
     }
     digests = {store._digest(kernel(), config, KEY) for config in configs}
-    # Nine methods. Two rows of the paper's method are one computation, and that, joint
-    # coding and the rotation have one for each basis: 5 + 3 * 2.
-    assert len(digests) == len(configs) == 11
+    # Twelve methods. Two rows of the paper's method are one computation, and that,
+    # joint coding and the two rotations have one for each basis: 7 + 4 * 2.
+    assert len(digests) == len(configs) == 15
 
 
 @pytest.mark.parametrize("size", [0, 7, 40, 200, -1])

@@ -49,6 +49,26 @@ def test_a_method_exists_at_a_width_or_says_why_not(name, bits):
         assert make(bits, HADAMARD, 1e-3, 9).bits == bits
 
 
+@pytest.mark.parametrize("bits", [1.5, 2.5, 2.7, 3.25, 4.5])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_width_that_is_not_whole_exists_where_codes_have_it(name, bits):
+    make = METHODS[name].make
+    if name == "kashin-joint" and bits in (2.5, 4.5):
+        assert make(bits, HADAMARD, 1e-3, 9).bits == bits
+    else:
+        with pytest.raises(ValueError, match=f"bits={bits}"):
+            make(bits, HADAMARD, 1e-3, 9)
+
+
+def test_only_joint_coding_takes_widths_between_its_own_as_budgets():
+    widths = (1.9, 2, 2.1, 2.5, 2.7, 3, 4.999, 5, 5.1)
+    budgets = {
+        name: [w for w in widths if m.is_budget(w)] for name, m in METHODS.items()
+    }
+    assert budgets.pop("kashin-joint") == [2.1, 2.7, 4.999]
+    assert not any(budgets.values())
+
+
 def test_the_flags_reach_the_kashin_coder():
     for name in ("kashin", "kashin-authors"):
         assert METHODS[name].make(3, HAAR, 1e-3, 9) == KashinConfig(
@@ -82,7 +102,8 @@ def test_notes_state_group_size_and_type_of_the_scales():
         if name != "kashin-authors":
             assert "float32" in method.note or "fp16" in method.note
     assert "128" in METHODS["rtn-g128"].note
-    assert "64" in METHODS["nf4-g64"].note
+    for name in ("nf4-g64", "hqq-g64", "rotate-rtn-g64"):
+        assert "per group of 64" in METHODS[name].note
 
 
 def published(model="facebook/opt-125m", **changes):

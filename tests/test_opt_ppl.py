@@ -31,6 +31,7 @@ SCHEMA = {
     "relative_error", "converged_share", "quantize_seconds", "seed", "basis", "model",
     "dataset", "protocol", "context", "stride", "bos", "tokens", "text_sha256",
     "kashin_jax_version", "jax_version", "device", "increase", "note",
+    "widths", "joint_perplexity",
 }  # fmt: skip
 
 

@@ -32,11 +32,15 @@ WEIGHTS = SIDE * SIDE
 OVERHEAD = {
     "kashin": 16 * 2 * 32 + 32 + 64,
     "kashin-authors": 16 * 2 * 32 + 32 + 64,
+    "kashin-joint": 16 * 2 * 32 + 32 + 64 + 2 * 16 * SIDE,
     "uniform": 2 * 32,
     "k-means": 16 * 32 + 32,
     "rtn-channel": SIDE * (16 + 4),
     "rtn-g128": SIDE * (16 + 4),
     "nf4-g64": SIDE * 16,
+    "hqq-g64": SIDE * (16 + 16),
+    "rotate-rtn-g64": SIDE * (16 + 4) + 64,
+    "k-means-channel": SIDE * 16 * 16 + 32,
     "rotate-k-means": 16 * 32 + 32 + 64,
 }
 

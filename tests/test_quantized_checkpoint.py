@@ -17,7 +17,10 @@ from kashin_jax.errors import CheckpointError, NonFiniteError
 from kashin_jax.layers import replace_kernels, selected_kernels
 from kashin_jax.models.classifier_loading import load_classifier
 
-NAMES = ["kashin", "uniform", "k-means", "rtn-g128", "nf4-g64", "rotate-k-means"]
+NAMES = [
+    "kashin", "uniform", "k-means", "rtn-g128", "nf4-g64", "hqq-g64", "rotate-rtn-g64",
+    "k-means-channel", "rotate-k-means",
+]  # fmt: skip
 CODES = "bert.pooler.dense.weight.packed_codes"
 
 

@@ -18,7 +18,7 @@ from experiments.classification.kept import remembered, save_row
 from experiments.classification.metrics import flip_rate, log_loss
 from experiments.classification.tasks import Task
 from experiments.layer_store import LayerStore
-from experiments.methods import FULL_PRECISION, Method
+from experiments.methods import FULL_PRECISION, Method, Width
 from experiments.published import published_glue
 from experiments.quantized_layers import (
     decoded_kernels,
@@ -181,7 +181,7 @@ def quantized_records(
     name: str,
     method: Method,
     *,
-    bits: int,
+    bits: Width,
     basis: BasisSpec,
     seed: int,
     rtol: float,
