@@ -1,8 +1,8 @@
 """Kashin quantization of neural-network weights in JAX.
 
-Layers of the library, imported downwards only: `bases`, `decomposition`, `codebooks`,
-`coding`, `packing`, `quantized`, `layers`, `models`. This module has the public names
-that need no model.
+Layers of the library, imported downwards only: `bases`, `decomposition`, `theory`,
+`codebooks`, `coding`, `packing`, `quantized`, `layers`, `models`. This module has the
+public names that need no model.
 """
 
 from kashin_jax.bases import BasisSpec as BasisSpec

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     "bases",
     "decomposition",
+    "theory",
     "codebooks",
     "coding",
     "packing",

@@ -19,6 +19,7 @@ PACKAGES = [
     "kashin_jax.layers",
     "kashin_jax.models",
     "kashin_jax.quantized",
+    "kashin_jax.theory",
 ]
 
 
