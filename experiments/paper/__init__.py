@@ -1,0 +1,1 @@
+"""The figures of arXiv 2404.09737, from real weights: `python -m experiments.paper`."""

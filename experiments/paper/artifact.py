@@ -1,0 +1,76 @@
+"""What one name of `--only` makes, and how it comes to the disk."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.results import (
+    atomic_path,
+    environment_fields,
+    write_jsonl,
+    write_results,
+)
+from experiments.tables import Column, Record
+
+__all__ = ["Artifact", "write_artifact"]
+
+
+class Artifact(NamedTuple):
+    """Numbers, with a picture or a table of them or both.
+
+    Attributes:
+      title: What is shown.
+      records: The numbers, one JSON line each.
+      figure: A matplotlib figure; None for a table alone.
+      columns: Of the Markdown table; none for a figure alone.
+      facts: Sentences to print, and to set above the table.
+    """
+
+    title: str
+    records: Sequence[Record]
+    figure: Any = None
+    columns: Sequence[Column] = ()
+    facts: Sequence[str] = ()
+
+
+def write_artifact(
+    artifact: Artifact, out: Path, stem: str, command: str
+) -> list[Path]:
+    """Writes STEM.png, STEM.svg, STEM.jsonl and STEM.md, as far as there are such.
+
+    Each file is replaced in one step, the numbers after the pictures.
+
+    Args:
+      artifact: What was made.
+      out: An existing directory.
+      stem: File name without suffix.
+      command: What makes it again, shown in the Markdown file.
+    """
+    written = []
+    if artifact.figure is not None:
+        pictures = [out / f"{stem}.png", out / f"{stem}.svg"]
+        for path in pictures:
+            _save(artifact.figure, path)
+        written += pictures
+    records = [{**record, **environment_fields()} for record in artifact.records]
+    if artifact.columns:
+        written += write_results(
+            out, stem, records, artifact.columns, title=artifact.title,
+            facts=artifact.facts, command=command,
+        )  # fmt: skip
+    else:
+        write_jsonl(out / f"{stem}.jsonl", records)
+        written.append(out / f"{stem}.jsonl")
+    return written
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import rc_context
+
+    # Equal pictures are equal files: no date, and no random names inside an SVG.
+    is_svg = path.suffix == ".svg"
+    with rc_context({"svg.hashsalt": path.stem}), atomic_path(path) as temporary:
+        figure.savefig(
+            temporary, bbox_inches="tight", pad_inches=0.08,
+            metadata={"Date": None} if is_svg else None,
+        )  # fmt: skip
