@@ -1,5 +1,6 @@
 """Strict numerics for every test: no silent promotion of dtypes or ranks."""
 
+import gc
 import signal
 
 import jax
@@ -12,6 +13,17 @@ def strict_numerics():
     """Promotion that a reader cannot see is an error while a test runs."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_dropped():
+    """A compiled program keeps memory maps, of which Linux allows a process 65,530.
+
+    The whole suite compiles more in one worker, and a worker out of maps is killed.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="session")

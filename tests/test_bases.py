@@ -25,7 +25,7 @@ RANDOM = [name for name in FAMILIES if name not in ("identity", "dct")]
 # A few reflections leave nearly all directions alone.
 WEAK = ("identity", "householder", "householder8")
 MIXING = [name for name in FAMILIES if name not in WEAK]
-LENGTHS = [1, 2, 3, 12, 40, 43, 384]
+LENGTHS = [1, 2, 3, 40, 43, 384]
 WIDTHS = [768, 11008]
 
 

@@ -53,9 +53,18 @@ def complaint(tmp_path, capsys):
         ("--tasks=sst2,snli,ax", "Got ax, snli."),
         ("--methods=gptq", "`--methods` has no `gptq`. Choose all or from: kashin"),
         ("--methods=", "`--methods` is empty. Choose from: kashin"),
-        ("--bits=0", "`--bits` must list whole numbers in [1, 8]. Got '0'"),
-        ("--bits=4,9", "`--bits` must list whole numbers in [1, 8]. Got '9'"),
-        ("--bits=four", "`--bits` must list whole numbers in [1, 8]. Got 'four'"),
+        (
+            "--bits=0",
+            "with three decimals at most. Got '0'",
+        ),
+        (
+            "--bits=4,9",
+            "with three decimals at most. Got '9'",
+        ),
+        (
+            "--bits=four",
+            "with three decimals at most. Got 'four'",
+        ),
         ("--bits=", "`--bits` must be given"),
         ("--seeds=0", "`--seeds` must be at least 1. Got 0"),
         ("--seeds=0,1", "--seeds=0,1"),

@@ -278,13 +278,13 @@ def unpacked(tensor):
 
 
 @pytest.mark.parametrize(
-    ("bits", "shape"),
+    ("bits", "shape", "balance"),
     [
-        (3, (128, 64)), (4, (24, 40)), (5, (7, 13)), (3, (1, 9)), (2, (15, 1)),
-        (2.5, (128, 64)), (3.5, (24, 41)), (4.5, (130, 7)), (2.5, (2, 1)),
+        (3, (128, 64), 1.0), (4, (24, 40), 0.0), (5, (7, 13), 1.0), (3, (1, 9), 0.0),
+        (2, (15, 1), 1.0), (2.5, (128, 64), 1.0), (3.5, (24, 41), 0.0),
+        (4.5, (130, 7), 1.0), (2.5, (2, 1), 0.0),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("balance", [0.0, 1.0])
 def test_decoding_and_products_are_those_of_plain_numpy(bits, shape, balance):
     config = JointConfig(bits=bits, balance=balance, rotation=bool(balance), **FAST)
     tensor, _ = quantize(problems.gaussian(*shape), config, KEY)

@@ -17,7 +17,7 @@ def test_the_library_example_runs_as_it_stands():
     exec(compile(code, "README.md", "exec"), names)
     assert names["y"].shape == (8, 1536)
     assert names["dense"].shape == (384, 1536)
-    assert 4 < names["bits_per_weight"](names["packed"]) < 4.01
+    assert 4 < names["bits_per_weight"](names["packed"]) < 4.07
     assert names["logits"].shape == (8, 10)
     assert len(names["reports"]) == 2
 
