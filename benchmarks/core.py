@@ -23,6 +23,7 @@ from experiments.cli import check_flags, flag, run_program
 from experiments.results import environment_fields, prepare_output, write_jsonl
 from experiments.tables import Column, aligned_table, fixed
 from experiments.text import ASSETS
+from experiments.timing import median_seconds
 from kashin_jax import (
     BasisSpec,
     KashinConfig,
@@ -65,16 +66,6 @@ class BenchConfig:
         check_flags(self)
 
 
-def _seconds(run: Callable[[], Any], repeats: int) -> float:
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def _decomposition(config: BenchConfig) -> list[Row]:
     """A 768 x 768 Gaussian matrix to 1e-6."""
     x = jax.random.normal(jax.random.key(0), (768, 768))
@@ -88,7 +79,7 @@ def _decomposition(config: BenchConfig) -> list[Row]:
             "steps": int(result.num_steps),
             "residual": float(result.residual),
             "max_u": float(jnp.max(jnp.abs(result.u))),
-            "seconds": _seconds(partial(run, x, basis), config.repeats),
+            "seconds": median_seconds(partial(run, x, basis), config.repeats),
         })  # fmt: skip
     return rows
 
@@ -120,7 +111,7 @@ def _model(config: BenchConfig) -> list[Row]:
             "converged": sum(bool(r[-1].all()) for r in results),
             "matrices": len(results),
             "most_steps": max(int(r[-2].max()) for r in results),
-            "seconds": _seconds(run, config.repeats),
+            "seconds": median_seconds(run, config.repeats),
         })  # fmt: skip
     return rows
 
@@ -202,10 +193,12 @@ def _matmul(config: BenchConfig) -> list[Row]:
             x = jax.random.normal(jax.random.key(2), (count, shape[0]))
             packed = jax.jit(lambda x, q: matmul(x, q))
             streamed = jax.jit(lambda x, q: matmul(x, q, max_tile=2**16))
-            plain = _seconds(partial(jax.jit(jnp.matmul), x, dense), config.repeats)
+            plain = median_seconds(
+                partial(jax.jit(jnp.matmul), x, dense), config.repeats
+            )
             row = {"shape": str(shape), "rows": count, "dense_ms": 1e3 * plain}
             for name, run in (("packed", packed), ("tiles", streamed)):
-                seconds = _seconds(partial(run, x, tensor), config.repeats)
+                seconds = median_seconds(partial(run, x, tensor), config.repeats)
                 row |= {f"{name}_ms": 1e3 * seconds, f"{name}_ratio": seconds / plain}
             rows.append(row)
     return rows

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.methods import FULL_PRECISION
+from experiments.methods import FULL_PRECISION, JOINT
 from experiments.seed_means import SeedMean, seed_means
 from experiments.tables import (
     Column,
@@ -21,7 +21,6 @@ from experiments.tables import (
 
 __all__ = [
     "COMPARISON_TITLE",
-    "JOINT",
     "comparison_rows",
     "comparison_tables",
     "interpolated",
@@ -29,7 +28,6 @@ __all__ = [
 ]
 
 COMPARISON_TITLE = "Joint coding at the stored bits of each rival"
-JOINT = "kashin-joint"
 _FIELD = "joint_perplexity"
 
 _COLUMNS = (

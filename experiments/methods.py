@@ -25,6 +25,7 @@ from kashin_jax.quantized import QuantizerConfig
 __all__ = [
     "FULL_PRECISION",
     "GLUE_METHODS",
+    "JOINT",
     "METHODS",
     "GridRow",
     "Method",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 FULL_PRECISION = "full precision"
+JOINT = "kashin-joint"
 
 Width = int | float
 
@@ -105,7 +107,7 @@ METHODS: Mapping[str, Method] = {
         is_random=True,
         keeps_failures=True,
     ),
-    "kashin-joint": Method(
+    JOINT: Method(
         make=joint_config,
         note="Both factors searched for together, the bits of a code shared by u and "
         "v, blocks of about 64 x 64: one codebook per matrix, a float32 scale per "

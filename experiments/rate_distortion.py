@@ -31,9 +31,9 @@ from experiments.flag_values import (
     parse_widths,
     plain_differences,
 )
-from experiments.methods import METHODS, choose_methods
+from experiments.methods import JOINT, METHODS, choose_methods
 from experiments.rate_distortion_plot import plot_rate_distortion
-from experiments.rate_distortion_rows import JOINT, rate_row, won_matrices
+from experiments.rate_distortion_rows import rate_row, won_matrices
 from experiments.results import prepare_output, write_results
 from experiments.tables import Column, Record, aligned_table, fixed, increase
 from experiments.weight_sources import (

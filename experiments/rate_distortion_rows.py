@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from experiments.methods import Method
+from experiments.methods import JOINT, Method
 from experiments.results import environment_fields
 from experiments.tables import Record
 from experiments.weight_sources import WeightSource
@@ -20,9 +20,7 @@ from kashin_jax.errors import NonFiniteError
 from kashin_jax.layers import path_key
 from kashin_jax.quantized import QuantizerConfig
 
-__all__ = ["JOINT", "rate_row", "won_matrices"]
-
-JOINT = "kashin-joint"
+__all__ = ["rate_row", "won_matrices"]
 
 _RTOL = 1e-6
 _MAX_STEPS = 200

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["Frame", "KashinDecomposition", "kashin_decompose"]
+__all__ = [
+    "Frame",
+    "KashinDecomposition",
+    "at_unit_rms",
+    "check_limits",
+    "kashin_decompose",
+    "peak_and_rms",
+]
 
 
 @runtime_checkable
@@ -83,16 +90,13 @@ def kashin_decompose(
 
     Source: Merkulov et al. (2024), arXiv 2404.09737, vector and matrix algorithms.
     """
-    if not rtol > 0:
-        raise ValueError(f"`rtol` must be positive. Got rtol={rtol}.")
-    if max_steps < 1:
-        raise ValueError(f"`max_steps` must be at least 1. Got {max_steps}.")
-    peak, rms = _peak_and_rms(x)
+    check_limits(rtol, max_steps)
+    peak, rms = peak_and_rms(x)
     threshold = rtol * jnp.sqrt(jnp.float32(max(x.size, 1)))
 
     def target() -> Float[Array, "*shape"]:
         # Formed anew wherever it is used: one copy of the block less in memory.
-        return _at_unit_rms(x, peak, rms)
+        return at_unit_rms(x, peak, rms)
 
     def true_residual(u: Array, v: Array) -> Array:
         return target() - u - basis.synthesis(v)
@@ -136,7 +140,15 @@ def _greedy_step(state: _Greedy, basis: Frame) -> _Greedy:
     )
 
 
-def _peak_and_rms(
+def check_limits(rtol: float, max_steps: int, *, least: int = 1) -> None:
+    """Raises ValueError if a tolerance or a number of steps cannot work."""
+    if not rtol > 0:
+        raise ValueError(f"`rtol` must be positive. Got rtol={rtol}.")
+    if max_steps < least:
+        raise ValueError(f"`max_steps` must be at least {least}. Got {max_steps}.")
+
+
+def peak_and_rms(
     x: Float[Array, "*shape"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The largest entry, and the root-mean-square in units of it.
@@ -149,9 +161,10 @@ def _peak_and_rms(
     return peak, rms
 
 
-def _at_unit_rms(
+def at_unit_rms(
     x: Float[Array, "*shape"], peak: Float[Array, ""], rms: Float[Array, ""]
 ) -> Float[Array, "*shape"]:
+    """The block in float32, divided by what `peak_and_rms` found; zero stays zero."""
     unit = x.astype(jnp.float32) / jnp.where(peak > 0, peak, 1.0)
     return unit / jnp.where(rms > 0, rms, 1.0)
 

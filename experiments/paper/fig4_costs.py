@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +16,7 @@ from experiments.paper.artifact import Artifact
 from experiments.paper.fig4_drawing import draw
 from experiments.paper.setting import Setting
 from experiments.tables import Record
+from experiments.timing import median_seconds
 from kashin_jax import (
     BasisSpec,
     KroneckerBasis,
@@ -30,7 +29,7 @@ from kashin_jax.bases.basis import dense
 from kashin_jax.bases.haar import HaarBasis
 from kashin_jax.decomposition import Frame
 
-__all__ = ["Sizes", "fitted_slopes", "make", "measure", "median_seconds"]
+__all__ = ["Sizes", "fitted_slopes", "make", "measure"]
 
 DENSE = "haar"
 # Never reached: the number of steps is the same for all.
@@ -87,17 +86,6 @@ def measure(
         seconds = median_seconds(case(), sizes.repeats) / sizes.steps
         records.append({**record, "seconds": seconds, "repeats": sizes.repeats})
     return records
-
-
-def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call; a first one, which compiles, does not count."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 # What is timed is made when its turn comes: a dense basis takes up to a gigabyte.

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kashin_jax.bases import KroneckerBasis
+from kashin_jax.bases import KroneckerBasis, dense
 from kashin_jax.coding.schedules import Plan, Schedule, Split, schedule_for
 from kashin_jax.coding.words import (
     Levels,
@@ -106,7 +106,7 @@ def anneal(
     )
 
     def first(x: Float[Array, "m n"]) -> tuple[Array, Array]:
-        v = _soft_v(x, basis=basis, schedule=schedule, steps=steps)
+        v = _soft_v(x, basis, levels, schedule.plan(steps))
         return nearest_codes(x, v, levels, basis)
 
     u, v = in_passes(first, blocks, pass_size)
@@ -117,29 +117,23 @@ def _mirrored(levels: tuple[float, ...]) -> Float[Array, " k"]:
     return jnp.asarray([-c for c in reversed(levels)] + [*levels], jnp.float32)
 
 
-def _row_levels(schedule: Schedule, rows: int) -> LevelList:
+def _row_levels(levels: Levels, rows: int) -> LevelList:
     """The levels of u; where rows differ, each an array of one value per row.
 
     A coarse level stands twice, which doubles all weights and moves no mean.
     """
-    fine = _mirrored(schedule.levels_u)
-    if not schedule.levels_coarse:
-        return [*fine]
-    coarse = jnp.repeat(_mirrored(schedule.levels_coarse), 2)
+    if levels.coarse is None:
+        return [*levels.u]
+    coarse = jnp.repeat(levels.coarse, 2)
     is_coarse = coarse_rows(rows)
-    return [jnp.where(is_coarse, c, f) for f, c in zip(fine, coarse, strict=True)]
+    return [jnp.where(is_coarse, c, f) for f, c in zip(levels.u, coarse, strict=True)]
 
 
 def _soft_v(
-    x: Float[Array, "m n"],
-    *,
-    basis: KroneckerBasis,
-    schedule: Schedule,
-    steps: int,
+    x: Float[Array, "m n"], basis: KroneckerBasis, levels: Levels, plan: Plan
 ) -> Float[Array, "m n"]:
     """The v of one block at the end of the annealing."""
-    of_u = _row_levels(schedule, x.shape[0])
-    of_v = [*_mirrored(schedule.levels_v)]
+    of_u, of_v = _row_levels(levels, x.shape[0]), [*levels.v]
     analysis, synthesis = _transforms(basis, (x.shape[0], x.shape[1]))
 
     def mean(
@@ -165,8 +159,8 @@ def _soft_v(
 
     # Zero would be a saddle for symmetric x; a little of x itself is not.
     start = (0.02 * x, jnp.zeros_like(x))
-    plan = Plan(*(jnp.asarray(values, jnp.float32) for values in schedule.plan(steps)))
-    (_, v), _ = jax.lax.scan(step, start, plan)
+    course = Plan(*(jnp.asarray(values, jnp.float32) for values in plan))
+    (_, v), _ = jax.lax.scan(step, start, course)
     return v
 
 
@@ -176,8 +170,7 @@ def _transforms(
     """Analysis and synthesis of one block, as fast as the search may have them."""
     if max(shape) > _DENSE_SIDE:
         return basis.analysis, basis.synthesis
-    left = basis.left.synthesis(jnp.eye(shape[0]), axis=0)
-    right = basis.right.synthesis(jnp.eye(shape[1]), axis=0)
+    left, right = dense(basis.left, shape[0]), dense(basis.right, shape[1])
     # A mean of levels needs no more digits than TF32 has: .07172 of mean squared error
     # with it and with float32, 16.8 M weights; the last rounds are exact again.
     product = partial(jnp.matmul, precision=jax.lax.Precision.DEFAULT)

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kashin_jax.decomposition import Frame
+from kashin_jax.decomposition import Frame, check_limits
 from kashin_jax.theory.solution import (
     FrameSolution,
-    check_limits,
     remainder,
     solved,
     unit_block,

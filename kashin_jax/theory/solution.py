@@ -10,11 +10,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kashin_jax.decomposition import Frame
+from kashin_jax.decomposition import Frame, at_unit_rms, peak_and_rms
 
 __all__ = [
     "FrameSolution",
-    "check_limits",
     "remainder",
     "root_mean_square",
     "sign_step",
@@ -53,14 +52,9 @@ def root_mean_square(x: Float[Array, "*shape"]) -> Float[Array, ""]:
 def unit_block(
     x: Float[Array, "*shape"],
 ) -> tuple[Float[Array, "*shape"], Float[Array, ""]]:
-    """The block in float32 at unit root-mean-square, and what it was divided by.
-
-    Through the largest entry, as squares of 1e30 and 1e-30 leave float32.
-    """
-    peak = jnp.max(jnp.abs(x)).astype(jnp.float32)
-    unit = x.astype(jnp.float32) / jnp.where(peak > 0, peak, 1.0)
-    rms = root_mean_square(unit)
-    return unit / jnp.where(rms > 0, rms, 1.0), peak * rms
+    """The block in float32 at unit root-mean-square, and what it was divided by."""
+    peak, rms = peak_and_rms(x)
+    return at_unit_rms(x, peak, rms), peak * rms
 
 
 def remainder(
@@ -98,11 +92,3 @@ def solved(
         num_steps=num_steps,
         converged=converged,
     )
-
-
-def check_limits(rtol: float, max_steps: int, *, least: int = 1) -> None:
-    """Raises ValueError if a tolerance or a number of steps cannot work."""
-    if not rtol > 0:
-        raise ValueError(f"`rtol` must be positive. Got rtol={rtol}.")
-    if max_steps < least:
-        raise ValueError(f"`max_steps` must be at least {least}. Got {max_steps}.")
