@@ -29,6 +29,7 @@ from kashin_jax.coding.words import (
     in_passes,
     nearest_codes,
     polished,
+    polished_codes,
 )
 
 __all__ = ["anneal", "level_mean"]
@@ -80,6 +81,7 @@ def anneal(
     steps: int,
     pass_size: int | None = None,
     schedule: Schedule | None = None,
+    levels: Levels | None = None,
 ) -> Words:
     """Finds a word for every block, the levels refitted to all blocks together.
 
@@ -93,24 +95,27 @@ def anneal(
       pass_size: Weights that are annealed at a time, which bounds the memory; None
         takes what suits the device.
       schedule: That of `schedule_for` when None.
+      levels: Of the words, where they are known; refitted to the blocks when None.
     """
     schedule = schedule_for(split, steps) if schedule is None else schedule
     if pass_size is None:
         is_cpu = jax.default_backend() == "cpu"
         pass_size = _CPU_PASS if is_cpu else _ACCELERATOR_PASS
     coarse = schedule.levels_coarse
-    levels = Levels(
+    searched = Levels(
         u=_mirrored(schedule.levels_u),
         v=_mirrored(schedule.levels_v),
         coarse=_mirrored(coarse) if coarse else None,
     )
 
     def first(x: Float[Array, "m n"]) -> tuple[Array, Array]:
-        v = _soft_v(x, basis, levels, schedule.plan(steps))
-        return nearest_codes(x, v, levels, basis)
+        v = _soft_v(x, basis, searched, schedule.plan(steps))
+        return nearest_codes(x, v, searched if levels is None else levels, basis)
 
     u, v = in_passes(first, blocks, pass_size)
-    return polished(blocks, Words(u, v, levels), basis, pass_size)
+    if levels is None:
+        return polished(blocks, Words(u, v, searched), basis, pass_size)
+    return polished_codes(blocks, Words(u, v, levels), basis, pass_size)
 
 
 def _mirrored(levels: tuple[float, ...]) -> Float[Array, " k"]:

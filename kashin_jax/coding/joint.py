@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float16, UInt8
+from jaxtyping import Array, Float, Float16, Int, UInt8
 
 from kashin_jax.bases import BasisSpec, KroneckerBasis
 from kashin_jax.coding.anneal import anneal
 from kashin_jax.coding.blocks import from_blocks, to_blocks
+from kashin_jax.coding.scales import as_half, expansion, input_scale, relative_rms
 from kashin_jax.coding.schedules import SPLITS, Split
 from kashin_jax.coding.words import Levels, Words, coarse_rows, decode_words
 
@@ -21,6 +22,10 @@ EFFORTS = {"fast": 50, "default": 200, "max": 1600}
 """Steps of the annealing; the error falls little from `default` on."""
 
 _BLOCK_SIDE = 64
+
+# Weights coded at a time, and weights that levels are fitted to where there are more.
+# The coder takes up to 7 times its part beside the matrix, half a GB at most.
+_PART, _SAMPLE = 2**24, 2**22
 
 
 @jax.tree_util.register_static
@@ -130,7 +135,16 @@ def _near_divisor(size: int, step: int) -> int:
     return min(divisors, key=lambda d: abs(math.log(d / _BLOCK_SIDE)))
 
 
-@partial(jax.jit, static_argnames=("config", "block_shape"))
+class _Part(NamedTuple):
+    """The code of some columns of a matrix."""
+
+    codes: UInt8[Array, "m p"]
+    scale: Float[Array, "r q"]
+    out_scale: Float[Array, " p"]
+    levels: Levels
+
+
+@partial(jax.jit, static_argnames=("config", "block_shape", "part_size"))
 def joint_code(
     weight: Float[Array, "m n"],
     basis: KroneckerBasis,
@@ -138,8 +152,13 @@ def joint_code(
     config: JointConfig,
     block_shape: tuple[int, int],
     importance: Float[Array, " m"] | None = None,
+    *,
+    part_size: int = _PART,
 ) -> JointCode:
     """Balances inputs and outputs, and searches the words of all blocks.
+
+    A huge matrix is coded in parts of whole outputs, with levels fitted to blocks from
+    all of it, so that the memory beside it is bounded.
 
     Args:
       weight: Matrix of any scale, `[in, out]`; must be finite.
@@ -150,16 +169,66 @@ def joint_code(
       importance: Weight of every input in the error, the mean square of what the input
         takes, say. The scales of inputs then are those of least weighted error, and
         `balance` is not used.
+      part_size: Weights coded at a time, one column of blocks at least.
     """
+    (m, n), width = weight.shape, block_shape[1]
     peak = jnp.max(jnp.abs(weight)).astype(jnp.float32)
     # Squares of 1e30 leave float32, and fp16 scales are relative.
     x = weight.astype(jnp.float32) / jnp.where(peak > 0, peak, 1.0)
     # Outputs first: a few strong ones would otherwise decide what inputs weigh.
-    out_scale = _relative_rms(x, axis=0, power=1.0)
-    x = x / out_scale[None, :]
-    in_scale = _input_scale(x, config.balance, importance)
-    if in_scale is not None:
-        x = x / in_scale[:, None]
+    out_scale = relative_rms(x, axis=0, power=1.0)
+    in_scale = input_scale(x / out_scale[None, :], config.balance, importance)
+
+    def coded(
+        w: Float[Array, "m p"], scale: Float[Array, " p"], levels: Levels | None = None
+    ) -> _Part:
+        y = w.astype(jnp.float32) / jnp.where(peak > 0, peak, 1.0) / scale[None, :]
+        y = y if in_scale is None else y / in_scale[:, None]
+        return _code_part(
+            y, basis, rotation, config, block_shape, in_scale, scale, levels
+        )
+
+    taken = _most_columns(m, n, width, part_size)
+    if taken == n:
+        whole = coded(weight, out_scale)
+        parts, levels = jax.tree.map(lambda leaf: leaf[None], whole), whole.levels
+    else:
+        sampled = _most_columns(m, n, width, min(part_size, _SAMPLE))
+        columns = jnp.arange(n).reshape(sampled // width, -1, width)[:, 0].reshape(-1)
+        levels = coded(weight[:, columns], out_scale[columns]).levels
+
+        def some(start: Int[Array, ""]) -> _Part:
+            w = jax.lax.dynamic_slice_in_dim(weight, start, taken, axis=1)
+            scale = jax.lax.dynamic_slice_in_dim(out_scale, start, taken)
+            return coded(w, scale, levels)
+
+        parts = jax.lax.map(some, jnp.arange(0, n, taken))
+    return JointCode(
+        codes=jnp.moveaxis(parts.codes, 0, 1).reshape(m, n),
+        centroids=_all_pairs(levels),
+        scale=jnp.moveaxis(parts.scale, 0, 1).reshape(m // block_shape[0], -1) * peak,
+        in_scale=None if in_scale is None else in_scale.astype(jnp.float16),
+        out_scale=parts.out_scale.reshape(-1).astype(jnp.float16),
+    )
+
+
+def _most_columns(m: int, n: int, width: int, part_size: int) -> int:
+    """The most columns, whole blocks that divide the matrix, of so many weights."""
+    counts = [k for k in range(1, n // width + 1) if n // width % k == 0]
+    fitting = [k for k in counts if k * width * m <= part_size]
+    return width * max(fitting, default=1)
+
+
+def _code_part(
+    x: Float[Array, "m p"],
+    basis: KroneckerBasis,
+    rotation: KroneckerBasis | None,
+    config: JointConfig,
+    block_shape: tuple[int, int],
+    in_scale: Float[Array, " m"] | None,
+    out_scale: Float[Array, " p"],
+    levels: Levels | None,
+) -> _Part:
     blocks = to_blocks(x, block_shape)
     if rotation is not None:
         blocks = rotation.analysis(blocks)
@@ -170,34 +239,17 @@ def joint_code(
         basis,
         split=config.split,
         steps=EFFORTS[config.effort],
+        levels=levels,
     )
     if config.expansion:
         coded = (
             decode_words(words, basis).reshape(blocks.shape) * scale[..., None, None]
         )
         coded = coded if rotation is None else rotation.synthesis(coded)
-        gain = _expansion(x, from_blocks(coded), in_scale) ** config.expansion
-        out_scale = _as_half(out_scale * gain)
-    return JointCode(
-        codes=from_blocks(_pair_codes(words, config.split).reshape(blocks.shape)),
-        centroids=_all_pairs(words.levels),
-        scale=scale * peak,
-        in_scale=None if in_scale is None else in_scale.astype(jnp.float16),
-        out_scale=out_scale.astype(jnp.float16),
-    )
-
-
-def _expansion(
-    x: Float[Array, "m n"],
-    coded: Float[Array, "m n"],
-    in_scale: Float[Array, " m"] | None,
-) -> Float[Array, " n"]:
-    """<w, w> / <w, w_q> of every output; 1 where that is no number from 1/2 to 2."""
-    rows = jnp.ones(x.shape[0]) if in_scale is None else jnp.square(in_scale)
-    whole = jnp.einsum("m,mn,mn->n", rows, x, x, precision="highest")
-    kept = jnp.einsum("m,mn,mn->n", rows, x, coded, precision="highest")
-    ratio = whole / jnp.where(kept > 0, kept, 1.0)
-    return jnp.where((kept > 0) & (ratio > 0.5) & (ratio < 2), ratio, 1.0)
+        gain = expansion(x, from_blocks(coded), in_scale) ** config.expansion
+        out_scale = as_half(out_scale * gain)
+    codes = from_blocks(_pair_codes(words, config.split).reshape(blocks.shape))
+    return _Part(codes, scale, out_scale, words.levels)
 
 
 def _pair_codes(words: Words, split: Split) -> UInt8[Array, "k m n"]:
@@ -215,41 +267,3 @@ def _all_pairs(levels: Levels) -> Float[Array, "k 2"]:
         both = jnp.meshgrid(table, levels.v, indexing="ij")
         pairs.append(jnp.stack([pair.reshape(-1) for pair in both], axis=1))
     return jnp.concatenate(pairs)
-
-
-def _input_scale(
-    x: Float[Array, "m n"], balance: float, importance: Float[Array, " m"] | None
-) -> Float[Array, " m"] | None:
-    """What inputs are divided by before coding.
-
-    A block's error is spread evenly over its inputs, whatever their variances r^2, so
-    the weighted error is about (sum d s^2) (sum r^2 / s^2) for importances d and scales
-    s; least, by Cauchy and Schwarz, at s^4 = r^2 / d. Without importances `balance`
-    chooses the power of r; 1/2 is the one of equal importances.
-    """
-    if importance is not None:
-        root = _relative_rms(x, axis=1, power=0.5)
-        quarter = jnp.sqrt(jnp.sqrt(importance.astype(jnp.float32)))
-        mean = jnp.mean(quarter)
-        # An input that nobody listens to is not let grow without bound.
-        relative = jnp.maximum(quarter / jnp.where(mean > 0, mean, 1.0), 1e-2)
-        return _as_half(root / relative)
-    return _relative_rms(x, axis=1, power=balance) if balance else None
-
-
-def _relative_rms(
-    x: Float[Array, "m n"], *, axis: int, power: float
-) -> Float[Array, " k"]:
-    """Root-mean-square along an axis to a power, over its mean; 1 for zero lines.
-
-    Rounded to half precision, as it will be stored.
-    """
-    rms = jnp.sqrt(jnp.mean(jnp.square(x), axis=axis)) ** power
-    mean = jnp.mean(rms)
-    relative = rms / jnp.where(mean > 0, mean, 1.0)
-    return _as_half(jnp.where(rms > 0, relative, 1.0))
-
-
-def _as_half(scale: Float[Array, " k"]) -> Float[Array, " k"]:
-    # What half precision cannot hold as a normal number is left to the block's scale.
-    return jnp.clip(scale, 1e-4, 6e4).astype(jnp.float16).astype(jnp.float32)

@@ -22,6 +22,7 @@ __all__ = [
     "in_passes",
     "nearest_codes",
     "polished",
+    "polished_codes",
 ]
 
 _ROUNDS = 12
@@ -103,6 +104,25 @@ def polished(
         return _better_v(x, words, basis, pass_size)
 
     return jax.lax.fori_loop(0, _ROUNDS, round_trip, words)
+
+
+def polished_codes(
+    x: Float[Array, "k m n"], words: Words, basis: KroneckerBasis, pass_size: int
+) -> Words:
+    """Alternates nearest levels of u and of v, whose values stay."""
+    levels = words.levels
+
+    def block(parts: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, v = parts
+        u, v = nearest_codes(x, levels.v[v], levels, basis)
+        return jax.lax.fori_loop(
+            1, _ROUNDS,
+            lambda _, codes: nearest_codes(x, levels.v[codes[1]], levels, basis),
+            (u, v),
+        )  # fmt: skip
+
+    u, v = in_passes(block, (x, words.v), pass_size)
+    return words._replace(u=u, v=v)
 
 
 # A block's sums leave a pass instead of masks of the size of the matrix, and fields are

@@ -19,11 +19,15 @@ from kashin_jax.quantized.layout import Quantized
 from kashin_jax.quantized.tensor import (
     KashinLayout,
     QuantizedTensor,
+    cut_rows,
     make_rotation,
     pack_rows,
 )
 
 __all__ = ["QuantizationReport", "encode", "quantize", "require_finite"]
+
+# Weights decoded at a time to measure what was lost, 64 MiB as float32.
+_BAND = 2**24
 
 
 class QuantizationReport(NamedTuple):
@@ -224,9 +228,36 @@ def _relative_squared_error(
     weight: Float[Array, "m n"], tensor: Quantized
 ) -> Float[Array, ""]:
     # In units of the largest entry: squares of 1e30 leave float32.
-    x = weight.astype(jnp.float32)
-    peak = jnp.max(jnp.abs(x))
+    peak = jnp.max(jnp.abs(weight)).astype(jnp.float32)
     unit = jnp.where(peak > 0, peak, 1.0)
-    total = jnp.sum(jnp.square(x / unit))
-    lost = jnp.sum(jnp.square((x - tensor.decode()) / unit))
+
+    def sums(part: tuple[Array, Quantized]) -> tuple[Array, Array]:
+        x = part[0].astype(jnp.float32)
+        return (
+            jnp.sum(jnp.square(x / unit)),
+            jnp.sum(jnp.square((x - part[1].decode()) / unit)),
+        )
+
+    bands = _band_count(tensor)
+    if bands == 1 or not isinstance(tensor, QuantizedTensor):
+        total, lost = sums((weight, tensor))
+    else:
+        x = weight.reshape(bands, -1, weight.shape[1])
+        parts = jax.lax.map(sums, (x, cut_rows(tensor, bands)))
+        total, lost = jax.tree.map(jnp.sum, parts)
     return lost / jnp.where(total > 0, total, 1.0)
+
+
+def _band_count(tensor: Quantized) -> int:
+    """Fewest bands of rows, of whole blocks and bytes, that are decoded at a time."""
+    if not isinstance(tensor, QuantizedTensor):
+        return 1
+    (m, n), height = tensor.shape, tensor.layout.block_shape[0]
+    blocks = m // height
+    fitting = [
+        k
+        for k in range(1, blocks + 1)
+        if blocks % k == 0 and (k == 1 or m // k % 16 == 0)
+    ]
+    small = [k for k in fitting if m * n // k <= _BAND]
+    return min(small, default=max(fitting))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from kashin_jax.packing import pack_codes, unpack_codes
 __all__ = [
     "KashinLayout",
     "QuantizedTensor",
+    "cut_rows",
     "decode_pairs",
     "derive_basis",
     "derive_rotation",
@@ -101,6 +102,30 @@ class QuantizedTensor(NamedTuple):
     def decode(self) -> Float[Array, "m n"]:
         """The matrix in float32."""
         return decode_with(self, derive_basis(self))
+
+
+def cut_rows(tensor: QuantizedTensor, bands: int) -> QuantizedTensor:
+    """The same matrix as a stack of bands of equal height, for `vmap` or `lax.map`.
+
+    Args:
+      tensor: Of `m` rows.
+      bands: Divides the blocks along `m`; `m / bands` must be a multiple of 16, so that
+        bands end between bytes at any width.
+    """
+    layout = tensor.layout
+    m, n = layout.shape
+
+    def rows(leaf: Any) -> Any:
+        return None if leaf is None else leaf.reshape(bands, -1, *leaf.shape[1:])
+
+    def shared(leaf: Any) -> Any:
+        return None if leaf is None else jnp.broadcast_to(leaf, (bands, *leaf.shape))
+
+    return QuantizedTensor(
+        rows(tensor.packed_codes), shared(tensor.centroids), rows(tensor.scale),
+        shared(tensor.seed), dataclasses.replace(layout, shape=(m // bands, n)),
+        rows(tensor.in_scale), shared(tensor.out_scale), rows(tensor.packed_coarse),
+    )  # fmt: skip
 
 
 def derive_basis(tensor: QuantizedTensor) -> KroneckerBasis:

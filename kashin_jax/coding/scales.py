@@ -1,0 +1,57 @@
+"""Scales of inputs and outputs, as they are stored: in half precision."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+__all__ = ["as_half", "expansion", "input_scale", "relative_rms"]
+
+
+def input_scale(
+    x: Float[Array, "m n"], balance: float, importance: Float[Array, " m"] | None
+) -> Float[Array, " m"] | None:
+    """What inputs are divided by before coding.
+
+    A block's error is spread evenly over its inputs, whatever their variances r^2, so
+    the weighted error is about (sum d s^2) (sum r^2 / s^2) for importances d and scales
+    s; least, by Cauchy and Schwarz, at s^4 = r^2 / d. Without importances `balance`
+    chooses the power of r; 1/2 is the one of equal importances.
+    """
+    if importance is not None:
+        root = relative_rms(x, axis=1, power=0.5)
+        quarter = jnp.sqrt(jnp.sqrt(importance.astype(jnp.float32)))
+        mean = jnp.mean(quarter)
+        # An input that nobody listens to is not let grow without bound.
+        relative = jnp.maximum(quarter / jnp.where(mean > 0, mean, 1.0), 1e-2)
+        return as_half(root / relative)
+    return relative_rms(x, axis=1, power=balance) if balance else None
+
+
+def relative_rms(
+    x: Float[Array, "m n"], *, axis: int, power: float
+) -> Float[Array, " k"]:
+    """Root-mean-square along an axis to a power, over its mean; 1 for zero lines.
+
+    Rounded to half precision, as it will be stored.
+    """
+    rms = jnp.sqrt(jnp.mean(jnp.square(x), axis=axis)) ** power
+    mean = jnp.mean(rms)
+    relative = rms / jnp.where(mean > 0, mean, 1.0)
+    return as_half(jnp.where(rms > 0, relative, 1.0))
+
+
+def as_half(scale: Float[Array, " k"]) -> Float[Array, " k"]:
+    # What half precision cannot hold as a normal number is left to the block's scale.
+    return jnp.clip(scale, 1e-4, 6e4).astype(jnp.float16).astype(jnp.float32)
+
+
+def expansion(
+    x: Float[Array, "m n"],
+    coded: Float[Array, "m n"],
+    in_scale: Float[Array, " m"] | None,
+) -> Float[Array, " n"]:
+    """<w, w> / <w, w_q> of every output; 1 where that is no number from 1/2 to 2."""
+    rows = jnp.ones(x.shape[0]) if in_scale is None else jnp.square(in_scale)
+    whole = jnp.einsum("m,mn,mn->n", rows, x, x, precision="highest")
+    kept = jnp.einsum("m,mn,mn->n", rows, x, coded, precision="highest")
+    ratio = whole / jnp.where(kept > 0, kept, 1.0)
+    return jnp.where((kept > 0) & (ratio > 0.5) & (ratio < 2), ratio, 1.0)
