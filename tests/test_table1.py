@@ -6,7 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.paper import program, table1_ratios
+from experiments.paper.registry import PARTS
+from experiments.results import read_jsonl
 from experiments.table1 import Table1Config, main
+from experiments.table1_rows import measure_row
 from kashin_jax.bases import FAMILIES, make_basis
 from kashin_jax.theory import eigenvector_ratios
 
@@ -53,7 +57,8 @@ def test_hadamard_of_order_16_is_bounded_by_its_comb(table):
 
 
 def test_eigenvectors_are_those_of_the_bases_of_the_seeds(table):
-    keys = jax.random.split(jax.random.key(0), 2)
+    bases_key, _ = jax.random.split(jax.random.key(0))
+    keys = jax.random.split(bases_key, 2)
     found = [eigenvector_ratios(make_basis("hadamard", k, 16), 16) for k in keys]
     record = table[0]["hadamard", 16]
     means = [f.ratios.mean() for f in found]
@@ -73,13 +78,49 @@ def test_rates_agree_with_the_bound_that_predicts_them(table):
 
 def test_table_and_figure_are_written(table):
     _, files = table
-    assert set(files) == {".jsonl", ".md", ".png"}
+    assert set(files) == {".jsonl", ".md", ".png", ".svg"}
     assert files[".png"].read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in files[".svg"].read_text()
     text = files[".md"].read_text()
     command = "python -m experiments.table1 --sizes=32,16 --bases=hadamard,identity"
     assert command in text
     assert "The numbers of the paper's Table 1 are not known to us" in text
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 6
+
+
+def test_the_paper_part_has_the_same_numbers(table, tmp_path, monkeypatch):
+    whole = table1_ratios.table1
+
+    def small(key):
+        families = ("identity", "hadamard")
+        return whole(
+            key, families=families, sizes=(16, 32), seeds=2, starts=2, steps=60
+        )
+
+    monkeypatch.setattr(table1_ratios, "table1", small)
+    assert not PARTS["table1"].needs_model
+    assert program.main(["--only=table1", f"--out={tmp_path}"]) == 0
+    names = {f"table1.{end}" for end in ("png", "svg", "jsonl", "md")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    text = (tmp_path / "table1.md").read_text()
+    assert "python -m experiments.paper --only=table1" in text
+    records = read_jsonl(tmp_path / "table1.jsonl")
+    expected = list(table[0].values())
+    for record, other in zip(records, expected, strict=True):
+        assert set(record) == FIELDS
+        assert (record["family"], record["n"]) == (other["family"], other["n"])
+        for field in ("eigenvector_minimum", "constant_bound", "worst_rate"):
+            np.testing.assert_allclose(record[field], other[field], rtol=1e-3)
+
+
+def test_another_key_draws_other_bases_and_vectors():
+    found = [
+        measure_row(jax.random.key(seed), "haar", 8, seeds=1, starts=1, steps=1)[
+            "gaussian_rate"
+        ]
+        for seed in (0, 1)
+    ]
+    assert found[0] != found[1]
 
 
 def test_by_default_every_family_is_in_the_table():

@@ -1,1 +1,1 @@
-"""The figures of arXiv 2404.09737, from real weights: `python -m experiments.paper`."""
+"""The figures and Table 1 of arXiv 2404.09737: `python -m experiments.paper`."""

@@ -1,11 +1,11 @@
-"""The figures of arXiv 2404.09737, from real weights, with the numbers behind them.
+"""The figures and Table 1 of arXiv 2404.09737, from real weights, with their numbers.
 
     python -m experiments.paper
     python -m experiments.paper --only=fig3,fig5
     python -m experiments.paper --only=fig3,fig8 --model=facebook/opt-125m
 
 Each name writes NAME.png, NAME.svg and NAME.jsonl to `--out` as soon as it is done; a
-table writes NAME.md instead of pictures. Another model or seed stands in the names. On
+table writes NAME.md too. Another model or seed stands in the names. On
 the embedded checkpoint the layers of Figures 3, 6, 7 and 8 are the paper's, where it
 has them, and the one that converges worst.
 

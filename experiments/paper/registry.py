@@ -12,6 +12,7 @@ from experiments.paper import (
     fig5_factors,
     fig6_entries,
     fig78_clusterings,
+    table1_ratios,
 )
 from experiments.paper.artifact import Artifact
 from experiments.paper.setting import Setting
@@ -43,5 +44,6 @@ PARTS: Mapping[str, Part] = MappingProxyType(
         "fig6": Part(fig6_entries.make, "entries of U and V, centroids", True),
         "fig7": Part(fig78_clusterings.make_good, "good clusterings", True),
         "fig8": Part(fig78_clusterings.make_bad, "bad clusterings", True),
+        "table1": Part(table1_ratios.make, "l1 ratio of every basis"),
     }
 )
