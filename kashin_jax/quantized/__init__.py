@@ -5,6 +5,9 @@ from jaxtyping import Array, Float
 
 from kashin_jax.coding.joint import JointConfig as JointConfig
 from kashin_jax.coding.kashin import KashinConfig as KashinConfig
+from kashin_jax.quantized.config_json import METHOD_NAMES as METHOD_NAMES
+from kashin_jax.quantized.config_json import config_from_json as config_from_json
+from kashin_jax.quantized.config_json import config_to_json as config_to_json
 from kashin_jax.quantized.configs import DEFAULT_CONFIG as DEFAULT_CONFIG
 from kashin_jax.quantized.configs import ChannelKMeansConfig as ChannelKMeansConfig
 from kashin_jax.quantized.configs import HQQConfig as HQQConfig
@@ -25,12 +28,19 @@ from kashin_jax.quantized.quantize import QuantizationReport as QuantizationRepo
 from kashin_jax.quantized.quantize import encode as encode
 from kashin_jax.quantized.quantize import quantize as quantize
 from kashin_jax.quantized.quantize import require_finite as require_finite
+from kashin_jax.quantized.rules import DEFAULT_SKIPS as DEFAULT_SKIPS
+from kashin_jax.quantized.rules import Rule as Rule
+from kashin_jax.quantized.rules import Rules as Rules
+from kashin_jax.quantized.rules import rules_from_json as rules_from_json
+from kashin_jax.quantized.rules import rules_to_json as rules_to_json
 from kashin_jax.quantized.tensor import QuantizedTensor as QuantizedTensor
 from kashin_jax.quantized.tensor import derive_basis as derive_basis
 from kashin_jax.quantized.tensor import derive_rotation as derive_rotation
 
 __all__ = [
     "DEFAULT_CONFIG",
+    "DEFAULT_SKIPS",
+    "METHOD_NAMES",
     "AffineTensor",
     "ChannelKMeansConfig",
     "CodebookTensor",
@@ -46,8 +56,12 @@ __all__ = [
     "RTNConfig",
     "RotatedKMeansConfig",
     "RotatedRTNConfig",
+    "Rule",
+    "Rules",
     "UniformConfig",
     "bits_per_weight",
+    "config_from_json",
+    "config_to_json",
     "dequantize",
     "derive_basis",
     "derive_rotation",
@@ -55,6 +69,8 @@ __all__ = [
     "matmul",
     "quantize",
     "require_finite",
+    "rules_from_json",
+    "rules_to_json",
     "stored_bits",
 ]
 

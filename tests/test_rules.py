@@ -1,0 +1,179 @@
+"""Rules: which layers are quantized and how, and the same as JSON."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kashin_jax import BasisSpec, JointConfig, KashinConfig, NF4Config, RTNConfig
+from kashin_jax.errors import UsageError
+from kashin_jax.quantized import (
+    METHOD_NAMES,
+    Rule,
+    Rules,
+    config_from_json,
+    config_to_json,
+    rules_from_json,
+    rules_to_json,
+)
+
+PATHS = (
+    "decoder/embed_tokens",
+    "decoder/layers/0/fc1",
+    "decoder/layers/0/self_attn/q_proj",
+    "decoder/layers/1/fc1",
+    "decoder/layers/10/fc1",
+    "lm_head",
+)
+
+
+def chosen(rules):
+    return {path: rules.config_for(path) for path in PATHS}
+
+
+def test_without_rules_everything_but_heads_and_embeddings_has_the_one_method():
+    kept = {path for path, config in chosen(Rules()).items() if config is None}
+    assert kept == {"decoder/embed_tokens", "lm_head"}
+    assert Rules().config_for(PATHS[1]) == JointConfig()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model/embed_tokens",
+        "transformer/wte",
+        "bert/embeddings/word_embeddings",
+        "classifier/dense",
+        "layers/0/input_layernorm",
+        "layers/0/self_attn_layer_norm",
+        "h/0/ln_1",
+        "ln_f",
+        "blocks/3/norm",
+    ],
+)
+def test_heads_embeddings_and_norms_stay(path):
+    assert Rules().config_for(path) is None
+
+
+@pytest.mark.parametrize(
+    "path", ["decoder/project_in", "layers/0/normalizer_mlp", "h/0/plnar", "scores_mlp"]
+)
+def test_names_that_only_resemble_them_do_not(path):
+    assert Rules().config_for(path) is not None
+
+
+def test_the_first_rule_that_matches_decides():
+    rules = Rules(
+        config=JointConfig(bits=3),
+        rules=(
+            Rule(r"layers/1/", RTNConfig(bits=8)),
+            Rule(r"fc1$", NF4Config()),
+            Rule(r"q_proj", None),
+        ),
+    )
+    found = chosen(rules)
+    assert found["decoder/layers/1/fc1"] == RTNConfig(bits=8)
+    assert found["decoder/layers/10/fc1"] == NF4Config()
+    assert found["decoder/layers/0/self_attn/q_proj"] is None
+    rules.check(PATHS)
+
+
+def test_a_rule_may_name_what_is_skipped_by_default_and_skip_beats_it():
+    head = Rule("lm_head", NF4Config())
+    assert Rules(rules=(head,)).config_for("lm_head") == NF4Config()
+    both = Rules(rules=(head,), skip=("lm_head",))
+    assert both.config_for("lm_head") is None
+    # Skips are added to the default ones, which stay.
+    assert Rules(skip=("fc1",)).config_for("decoder/embed_tokens") is None
+
+
+@pytest.mark.parametrize(
+    "rules", [Rules(rules=(Rule("fc3", None),)), Rules(skip=("fc3",))]
+)
+def test_a_pattern_that_matches_nothing_is_an_error(rules):
+    with pytest.raises(UsageError, match=r"'fc3' matches none of 6 layers"):
+        rules.check(PATHS)
+
+
+@pytest.mark.parametrize("make", [lambda: Rule("(", None), lambda: Rules(skip=("[",))])
+def test_a_pattern_that_is_no_expression_is_an_early_error(make):
+    with pytest.raises(UsageError, match="no regular expression"):
+        make()
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method_survives_json(method):
+    config = config_from_json({"method": method})
+    written = json.loads(json.dumps(config_to_json(config)))
+    assert written["method"] == method
+    assert config_from_json(written) == config
+
+
+@given(
+    st.sampled_from([2, 2.5, 3, 3.5, 4, 4.5, 5]),
+    st.sampled_from(["fast", "default", "max"]),
+    st.floats(0, 1),
+    st.none() | st.tuples(st.integers(1, 99), st.integers(1, 99)),
+)
+def test_fields_survive_json(bits, effort, balance, block_shape):
+    config = JointConfig(
+        bits=bits,
+        effort=effort,
+        balance=balance,
+        block_shape=block_shape,
+        basis=BasisSpec("haar", "dct"),
+    )
+    rules = Rules(config=config, rules=(Rule("a", None), Rule("b", NF4Config())))
+    written = json.loads(json.dumps(rules_to_json(rules)))
+    assert rules_from_json(written) == rules
+
+
+def test_a_rule_takes_from_the_default_what_it_does_not_say():
+    default = KashinConfig(bits=4, max_steps=50)
+    rules = rules_from_json(
+        [
+            {"pattern": "a", "bits": 3},
+            {"pattern": "b", "method": "rtn", "group_size": 32},
+            {"pattern": "c", "skip": True},
+        ],
+        default,
+    )
+    assert rules.config == default
+    assert rules.rules[0].config == dataclasses.replace(default, bits=3)
+    assert rules.rules[1].config == RTNConfig(group_size=32)
+    assert rules.rules[2].config is None
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("fc1", "str"),
+        ({"rule": []}, "rule"),
+        ([{"bits": 3}], "pattern"),
+        ([{"pattern": 3}], "pattern"),
+        ([["fc1"]], "rules"),
+        ({"skip": "fc1"}, "skip"),
+        ({"skip": [1]}, "skip"),
+        ({"config": []}, "config"),
+        ([{"pattern": "a", "skip": False}], "skip"),
+        ([{"pattern": "a", "skip": True, "bits": 3}], "skip"),
+        ([{"pattern": "a", "method": "gptq"}], "gptq"),
+        ([{"pattern": "a", "method": ["rtn"]}], "rtn"),
+        ([{"pattern": "a", "width": 3}], "width"),
+        ([{"pattern": "a", "bits": 17}], "bits"),
+        ([{"pattern": "a", "bits": "3"}], "bits"),
+        ([{"pattern": "a", "bits": True}], "bits"),
+        ([{"pattern": "a", "bits": float("nan")}], "bits"),
+        ([{"pattern": "a", "basis": "fourier"}], "fourier"),
+        ([{"pattern": "a", "basis": 3}], "basis"),
+        ([{"pattern": "a", "block_shape": [1]}], "block_shape"),
+        ([{"pattern": "a", "block_shape": [8, -8]}], "block_shape"),
+        ([{"pattern": "a", "effort": "all"}], "effort"),
+        ([{"pattern": "a(", "bits": 3}], r"a\("),
+    ],
+)
+def test_rules_that_cannot_work_are_named(content, named):
+    with pytest.raises(UsageError, match=named):
+        rules_from_json(content)
