@@ -1,0 +1,289 @@
+"""Structured versus random bases on real layers: quality, size and time.
+
+    python -m experiments.ablate_bases
+    python -m experiments.ablate_bases --model=opt --layers=all --bases=haar,hadamard
+    python -m experiments.ablate_bases --model=facebook/opt-125m --seeds=8
+
+A loop over families and layers; for each a `vmap` over a stack of bases, one for each
+seed, decomposes the layer and quantizes it by the 2024 paper's method (pairs (u, v)
+clustered by k-means). It compiles once for a family and a shape. Beside the means and
+standard deviations over seeds stand the arithmetic and memory of a basis, and
+milliseconds of a greedy step without compilation. It writes STEM.jsonl, STEM.md and
+STEM.png to `--out`.
+
+Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from experiments.cli import (
+    GIVEN,
+    POSITIVE,
+    POSITIVE_COUNT,
+    check_flags,
+    flag,
+    run_program,
+)
+from experiments.convergence.ablation import ablate, cost_fields, seeded_bases
+from experiments.convergence.choices import ALL, chosen_names
+from experiments.convergence.layers import EMBEDDED, Kernels, model_kernels
+from experiments.convergence.spread import spread_fields
+from experiments.convergence.trade_off import draw_trade_off
+from experiments.flag_values import (
+    command_line,
+    file_stem,
+    plain_differences,
+    short_model_name,
+)
+from experiments.results import (
+    atomic_path,
+    environment_fields,
+    prepare_output,
+    write_results,
+)
+from experiments.tables import Column, Record, aligned_table, fixed, markdown_table
+from kashin_jax import KashinConfig
+from kashin_jax.bases import FAMILIES
+from kashin_jax.errors import UsageError
+from kashin_jax.layers import path_key
+
+__all__ = ["FEW", "AblationConfig", "main", "measure", "run"]
+
+FEW = {
+    "opt": ("decoder/layers/0/self_attn/q_proj", "decoder/layers/5/self_attn/k_proj"),
+    "minilm": ("encoder/layers/0/query", "encoder/layers/5/output"),
+}
+"""Layers of `--layers=few`: a usual one of each model, and the one with the largest
+residual after 100 steps in Hadamard bases."""
+
+KINDS = {"identity": "none", "dct": "fixed", "haar": "random dense"}
+_STRUCTURED = "random structured"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """What is compared; meanings are in the flags.
+
+    Raises:
+      UsageError: If a value cannot work; the message names the flag.
+    """
+
+    model: tuple[str, ...] = flag(
+        tuple(EMBEDDED), f"A list of: {', '.join(EMBEDDED)}, directories, hub ids.",
+        GIVEN,
+    )  # fmt: skip
+    layers: tuple[str, ...] = flag(
+        ("few",), "few (of another model first, middle, last), all, or paths.", GIVEN
+    )
+    bases: tuple[str, ...] = flag(
+        ALL, f"all, or a list of: {', '.join(FAMILIES)}.", GIVEN
+    )
+    bits: int = flag(4, "Width of a code.", (lambda b: 1 <= b <= 8, "in [1, 8]"))
+    seeds: int = flag(3, "Bases drawn per family and layer.", POSITIVE_COUNT)
+    steps: int = flag(50, "Greedy steps allowed.", POSITIVE_COUNT)
+    rtol: float = flag(1e-6, "Relative tolerance, as a ratio of norms.", POSITIVE)
+    restarts: int = flag(8, "k-means++ starts of a codebook.", POSITIVE_COUNT)
+    repeats: int = flag(5, "Timed calls, of which the median counts.", POSITIVE_COUNT)
+    out: str = flag("results", "Directory of the results.", GIVEN)
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+        chosen_names("bases", self.bases, FAMILIES)
+
+    @property
+    def quantizer(self) -> KashinConfig:
+        """The paper's method with these choices."""
+        return KashinConfig(
+            bits=self.bits, rtol=self.rtol, max_steps=self.steps,
+            num_restarts=self.restarts,
+        )  # fmt: skip
+
+
+class _Layer(NamedTuple):
+    model: str
+    path: str
+    kernel: Float[Array, "m n"]
+
+
+def run(config: AblationConfig) -> int:
+    """Measures, prints and writes; returns the exit code.
+
+    Raises:
+      UsageError: If the output cannot be written, or a layer is in no model.
+      CheckpointError: If a model is missing or damaged.
+    """
+    out = prepare_output(config.out)
+    start = time.perf_counter()
+    try:
+        # TF32 would add an error of its own on a GPU.
+        with jax.default_matmul_precision("highest"):
+            records = measure(config)
+    except KeyboardInterrupt:
+        print("ablate_bases: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    _present(config, records, time.perf_counter() - start, out)
+    return 0
+
+
+def measure(config: AblationConfig) -> list[dict[str, Any]]:
+    """A record for every layer and family."""
+    families = chosen_names("bases", config.bases, FAMILIES)
+    layers = list(_chosen_layers(config))
+    cases = [(layer, family) for layer in layers for family in families]
+    return [
+        _record(config, layer, family)
+        for layer, family in tqdm(cases, unit="basis", disable=None, leave=False)
+    ]
+
+
+def _chosen_layers(config: AblationConfig) -> Iterator[_Layer]:
+    kernels = {m: model_kernels(EMBEDDED.get(m, m)) for m in config.model}
+    everywhere = {path for own in kernels.values() for path in own}
+    unknown = set(config.layers) - everywhere - {"few", "all"}
+    if unknown:
+        raise UsageError(
+            f"`--layers` has {min(unknown)!r}, which is in none of the models; "
+            f"their first is {next(iter(kernels[config.model[0]]))!r}."
+        )
+    for model, own in kernels.items():
+        few = _few(model, own) if "few" in config.layers else ()
+        for path, kernel in own.items():
+            if path in (*few, *config.layers) or "all" in config.layers:
+                yield _Layer(short_model_name(model), path, kernel)
+
+
+def _few(model: str, kernels: Kernels) -> tuple[str, ...]:
+    paths = tuple(kernels)
+    return FEW.get(model, (paths[0], paths[len(paths) // 2], paths[-1]))
+
+
+def _record(config: AblationConfig, layer: _Layer, family: str) -> dict[str, Any]:
+    key = path_key(jax.random.key(0), f"{layer.model}/{layer.path}")
+    m, n = layer.kernel.shape
+    seeded = seeded_bases(family, jax.random.split(key, config.seeds), (m, n))
+    found = jax.device_get(ablate(layer.kernel, seeded, config.quantizer))
+    levels = np.maximum(found.u_level, found.v_level)
+    return {
+        "model": layer.model,
+        "layer": layer.path,
+        "shape": [m, n],
+        "basis": family,
+        "kind": KINDS.get(family, _STRUCTURED),
+        "bits": config.bits,
+        "seeds": config.seeds,
+        "max_steps": config.steps,
+        "rtol": config.rtol,
+        "restarts": config.restarts,
+        "converged_share": float(np.mean(found.converged)),
+        **spread_fields("relative_squared_error", found.relative_squared_error),
+        **spread_fields("residual", found.residual),
+        **spread_fields("steps", found.steps),
+        **spread_fields("u_level", found.u_level),
+        **spread_fields("v_level", found.v_level),
+        **spread_fields("level", levels),
+        **cost_fields(family, layer.kernel, seeded, config.repeats),
+        **environment_fields(),
+    }
+
+
+def _with_spread(digits: int) -> Any:
+    def show(values: Sequence[float]) -> str:
+        mean, spread = float(np.mean(values)), float(np.std(values))
+        return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+    return show
+
+
+_COLUMNS = (
+    Column("place", "layer"),
+    Column("basis", "basis"),
+    Column("kind", "kind"),
+    Column("relative_squared_error", "rel. sq. error", _with_spread(5)),
+    Column("residual_mean", "residual", "{:.1e}".format),
+    Column("steps", "steps", _with_spread(0)),
+    Column("level", "level", _with_spread(2)),
+    Column("flops_per_step", "flops/step", "{:.2e}".format),
+    Column("basis_bytes", "basis bytes", "{:,}".format),
+    Column("ms_per_step", "ms/step", fixed(2)),
+)
+_SUMMARY = (
+    Column("basis", "basis"),
+    Column("kind", "kind"),
+    Column("error", "mean rel. sq. error", fixed(5)),
+    Column("worst", "largest", fixed(5)),
+    Column("converged", "converged", "{:.0%}".format),
+    Column("milliseconds", "ms/step, all layers", fixed(1)),
+)
+
+
+def _summary(records: Sequence[Record]) -> list[dict[str, Any]]:
+    rows = []
+    for family in dict.fromkeys(record["basis"] for record in records):
+        own = [record for record in records if record["basis"] == family]
+        errors = [record["relative_squared_error_mean"] for record in own]
+        rows.append({
+            "basis": family, "kind": own[0]["kind"], "error": float(np.mean(errors)),
+            "worst": max(errors),
+            "converged": float(np.mean([r["converged_share"] for r in own])),
+            "milliseconds": sum(r["ms_per_step"] for r in own),
+        })  # fmt: skip
+    return rows
+
+
+def _present(
+    config: AblationConfig, records: Sequence[Record], seconds: float, out: Path
+) -> None:
+    first = records[0]
+    facts = [
+        f"{config.bits} bits by the paper's method ({config.restarts} k-means++ "
+        f"starts), at most {config.steps} steps to a relative residual of "
+        f"{config.rtol:g}; means and standard deviations over {config.seeds} seeds.",
+        "Level: the larger of sqrt(N) |u|_inf / |x|_2 and the same for v.",
+        "A step is one analysis and one synthesis. Basis bytes are held in memory; a "
+        "file stores a seed of 8 bytes for any basis.",
+        f"{seconds:.0f} s with compilation; {first['device']}, jax "
+        f"{first['jax_version']}, kashin_jax {first['kashin_jax_version']}.",
+    ]
+    summary = _summary(records)
+    print("\n".join(facts) + "\n\n" + aligned_table(summary, _SUMMARY))
+    rows = [{**r, "place": f"{r['model']}: {r['layer']}"} for r in records]
+    stem = _stem(config)
+    written = write_results(
+        out, stem, records, _SUMMARY, title="Structured versus random bases",
+        facts=facts, rows=summary,
+        appendix=f"## By layer\n\n{markdown_table(rows, _COLUMNS)}",
+        command=command_line("ablate_bases", config, always=()),
+    )  # fmt: skip
+    picture = out / f"{stem}.png"
+    title = f"{config.bits} bits, {config.seeds} seeds, at most {config.steps} steps"
+    with atomic_path(picture) as temporary:
+        draw_trade_off(records, title).savefig(temporary)
+    print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
+
+
+def _stem(config: AblationConfig) -> str:
+    names = {"layers": "", "bases": "", "bits": "bits", "seeds": "seeds"}
+    names |= {"steps": "steps", "rtol": "rtol", "restarts": "restarts"}
+    parts = plain_differences(config, names)
+    if config.model != tuple(EMBEDDED):
+        parts = [*map(short_model_name, config.model), *parts]
+    return file_stem(["ablate_bases", *parts])
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_program("ablate_bases", __doc__, AblationConfig, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The convergence study: hard matrices and layers, swept over bases and seeds."""
