@@ -59,10 +59,10 @@ from experiments.text import (
     parse_max_tokens,
     trained_context,
 )
-from experiments.tokenizer import check_vocabulary, load_tokenizer
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
 from kashin_jax.models.loading import LoadedModel, load_opt
+from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
 
 __all__ = ["OptPplConfig", "main", "run"]
 

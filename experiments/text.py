@@ -24,7 +24,6 @@ import numpy as np
 from jaxtyping import Int32
 
 from experiments import corpora
-from experiments.tokenizer import Tokenizer
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.evaluation import (
     Weighting,
@@ -33,6 +32,7 @@ from kashin_jax.evaluation import (
     count_scored,
     make_windows,
 )
+from kashin_jax.models.tokenizer import Tokenizer
 
 __all__ = [
     "ASSETS",

@@ -14,13 +14,13 @@ from experiments.classification.data import Examples, load_examples
 from experiments.classification.encoding import encode_examples
 from experiments.classification.tasks import TASKS
 from experiments.text import ASSETS
-from experiments.tokenizer import (
+from experiments.training import bpe
+from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.models.tokenizer import (
     check_padding,
     check_vocabulary,
     load_pair_tokenizer,
 )
-from experiments.training import bpe
-from kashin_jax.errors import CheckpointError, UsageError
 
 BERT = ASSETS / "minilm-glue"
 STRANGE = ("naïve — 東京\u2028 [SEP]  x", "</s> don't\t  stop ", "  ", "A" * 300)

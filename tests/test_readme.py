@@ -37,8 +37,9 @@ def test_the_main_table_scores_the_whole_text_with_every_method():
     lines = (ROOT / file).with_suffix(".jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert {record["method"] for record in records} >= {
-        "full precision", "kashin", "kashin-authors", "uniform", "k-means",
-        "rtn-channel", "rtn-g128", "nf4-g64", "rotate-k-means",
+        "full precision", "kashin", "kashin-authors", "kashin-joint", "uniform",
+        "k-means", "rtn-channel", "rtn-g128", "nf4-g64", "hqq-g64", "rotate-rtn-g64",
+        "k-means-channel", "rotate-k-means",
     }  # fmt: skip
     assert {record["text_sha256"][:12] for record in records} == {"173c87a53759"}
     assert all(record["tokens"] > 320_000 for record in records)

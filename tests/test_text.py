@@ -17,9 +17,9 @@ from experiments.text import (
     load_text,
     parse_max_tokens,
 )
-from experiments.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from kashin_jax.errors import CheckpointError, DataError, UsageError
 from kashin_jax.evaluation import count_new, count_scored
+from kashin_jax.models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 MODEL = ASSETS / "opt-wiki-18m"
 

@@ -16,7 +16,6 @@ import pytest
 from tiny_training import ASSETS, arguments, config_of, sample_text
 
 from experiments.results import read_jsonl
-from experiments.tokenizer import load_tokenizer
 from experiments.train_opt import main
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.config import TrainConfig
@@ -29,6 +28,7 @@ from experiments.training.run import run
 from experiments.training.step import TrainState, init_state
 from kashin_jax.evaluation import make_windows, perplexity, window_nll
 from kashin_jax.models.loading import load_opt
+from kashin_jax.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("compiled_steps_are_kept")

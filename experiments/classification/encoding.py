@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Int64
 
 from experiments.classification.data import Examples
-from experiments.tokenizer import PairTokenizer
+from kashin_jax.models.tokenizer import PairTokenizer
 
 __all__ = [
     "Batch",

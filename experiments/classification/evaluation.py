@@ -21,15 +21,15 @@ from experiments.classification.encoding import (
 )
 from experiments.classification.metrics import glue_metrics
 from experiments.classification.tasks import Task
-from experiments.tokenizer import (
+from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
+from kashin_jax.models.classifier_loading import LoadedClassifier
+from kashin_jax.models.tokenizer import (
     PairTokenizer,
     check_padding,
     check_vocabulary,
     load_pair_tokenizer,
 )
-from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
-from kashin_jax.models.classifier_loading import LoadedClassifier
 
 __all__ = [
     "EvaluationSet",

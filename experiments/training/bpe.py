@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.results import atomic_path
-from experiments.tokenizer import read_tokenizer_json
 from kashin_jax.errors import CheckpointError, DataError
+from kashin_jax.models.tokenizer import read_tokenizer_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

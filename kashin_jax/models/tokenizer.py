@@ -1,8 +1,8 @@
 """Tokenizers of language models and of classifiers, read from their checkpoints.
 
 A language model's text is tokenized with nothing added and nothing cut: special tokens
-are the business of the evaluation protocol (`experiments.text`), and `bos_id` says
-which one the protocols put in front. A classifier's sentences get the special tokens
+are the business of the evaluation protocol, and `bos_id` says which one the protocols
+put in front. A classifier's sentences get the special tokens
 that the checkpoint was trained with, and are cut to the model's length.
 """
 
