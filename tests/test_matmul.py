@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kashin_jax import (
     BasisSpec,
+    JointConfig,
     NF4Config,
     QuantizedTensor,
     RotatedKMeansConfig,
@@ -22,7 +23,8 @@ from kashin_jax import (
     quantize,
 )
 from kashin_jax.quantized import derive_basis
-from kashin_jax.quantized.product import WHOLE_DECODE_ROWS
+from kashin_jax.quantized.planes import plane_rows
+from kashin_jax.quantized.product import FEW_ROWS, MANY_ROWS
 from kashin_jax.quantized.tensor import KashinLayout
 
 PAIRS = ["hadamard", "haar", "dct", "hadamard:identity", "identity:haar"]
@@ -83,7 +85,7 @@ def test_the_product_equals_the_dense_one_for_any_tile(
     assert relative(y, dense_product(x, q)) < 1e-5
 
 
-@pytest.mark.parametrize("rows", [WHOLE_DECODE_ROWS - 1, WHOLE_DECODE_ROWS])
+@pytest.mark.parametrize("rows", [FEW_ROWS, FEW_ROWS + 1, MANY_ROWS - 1, MANY_ROWS])
 @pytest.mark.parametrize("max_tile", [1, 96, 2**20])
 @pytest.mark.parametrize("block_shape", [None, (8, 12)])
 def test_few_and_many_rows_agree_with_the_dense_product(rows, max_tile, block_shape):
@@ -93,6 +95,32 @@ def test_few_and_many_rows_agree_with_the_dense_product(rows, max_tile, block_sh
     assert relative(y, dense_product(x, q)) < 1e-5
 
 
+@pytest.mark.parametrize("rows", [2, MANY_ROWS])
+@pytest.mark.parametrize("bits", [2, 2.5, 3, 3.5, 5])
+def test_joint_codes_of_any_width_multiply_like_their_matrix(rows, bits):
+    config = JointConfig(bits=bits, block_shape=(16, 8), effort="fast")
+    q, _ = quantize(activations((96, 24)), config, jax.random.key(0))
+    x = activations((rows, 96), seed=2)
+    for max_tile in (16 * 24, 2**20):
+        y = matmul(x, q, max_tile=max_tile, precision="highest")
+        assert relative(y, dense_product(x, q)) < 1e-5
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_planes_of_codes_are_taken_where_they_lie(bits):
+    q = random_tensor((12, 48), block_shape=(6, 8), bits=bits)
+    assert plane_rows(q.layout, 2**20) == 6
+    assert plane_rows(q.layout, 100) == 2
+    x = activations((3, 12))
+    y = matmul(x, q, precision="highest")
+    assert relative(y, dense_product(x, q)) < 1e-5
+
+
+def test_codes_whose_rows_end_inside_bytes_are_put_in_order_first():
+    assert plane_rows(random_tensor((12, 7), bits=3).layout, 2**20) is None
+    assert plane_rows(random_tensor((1021, 8), bits=4).layout, 2**10) is None
+
+
 def test_a_basis_that_the_caller_keeps_gives_the_same_product():
     q = random_tensor((16, 24))
     x = activations((3, 16))
@@ -100,7 +128,7 @@ def test_a_basis_that_the_caller_keeps_gives_the_same_product():
     np.testing.assert_array_equal(kept, matmul(x, q))
 
 
-@pytest.mark.parametrize("rows", [3, WHOLE_DECODE_ROWS])
+@pytest.mark.parametrize("rows", [3, MANY_ROWS])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_activations_give_half_precision_products(rows, dtype):
     q = random_tensor((32, 24))
@@ -134,7 +162,7 @@ def test_a_stack_of_matrices_multiplies_under_vmap():
     assert relative(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("rows", [2, WHOLE_DECODE_ROWS])
+@pytest.mark.parametrize("rows", [2, MANY_ROWS])
 def test_features_must_match_the_matrix(rows):
     with pytest.raises(ValueError, match=r"`x` has 24 .*\(16, 24\) \[in, out\]"):
         matmul(activations((rows, 24)), random_tensor((16, 24)))
@@ -189,7 +217,7 @@ def test_the_compiled_product_needs_less_memory_than_the_matrix():
     assert memory.temp_size_in_bytes < 4 * 1024 * 1024 / 4
 
 
-@pytest.mark.parametrize("rows", [3, WHOLE_DECODE_ROWS])
+@pytest.mark.parametrize("rows", [3, MANY_ROWS])
 def test_the_gradient_for_x_is_that_of_the_dense_product(rows):
     q = random_tensor((24, 16), block_shape=(8, 16))
     x, cotangent = activations((rows, 24)), activations((rows, 16), seed=2)
@@ -199,7 +227,7 @@ def test_the_gradient_for_x_is_that_of_the_dense_product(rows):
 
 
 @pytest.mark.parametrize("name", ["centroids", "scale"])
-@pytest.mark.parametrize("rows", [3, WHOLE_DECODE_ROWS])
+@pytest.mark.parametrize("rows", [3, MANY_ROWS])
 def test_gradients_reach_centroids_and_scales(rows, name):
     q = random_tensor((24, 16), block_shape=(8, 16), bits=2)
     x, cotangent = activations((rows, 24)), activations((rows, 16), seed=2)

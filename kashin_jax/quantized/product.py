@@ -1,6 +1,6 @@
 """`x @ W` for a packed W, never holding more of W than a bounded tile."""
 
-import math
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -10,8 +10,11 @@ from jaxtyping import Array, Float, UInt8
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.packing import packed_size
 from kashin_jax.quantized.layout import Quantized
+from kashin_jax.quantized.planes import factor_products, plane_rows
 from kashin_jax.quantized.tensor import (
     QuantizedTensor,
+    band_count,
+    cut_rows,
     decode_pairs,
     decode_with,
     derive_basis,
@@ -23,10 +26,11 @@ __all__ = ["MAX_TILE", "matmul"]
 
 # Most weights decoded at a time: 4 MiB as float32, which a CPU core's cache holds.
 MAX_TILE = 2**20
-# From this many rows of x on, a matrix that fits in one tile is decoded as a whole:
-# one product and a transform of W cost less than two products, one with U, one with V
-# (384 x 1536 on two CPU cores: 14 ms against 4 at 64 rows, 13 against 20 at 512).
-WHOLE_DECODE_ROWS = 256
+# Up to so many rows of x codes are decoded plane by plane, from so many rows on bands
+# of W are decoded whole, and in between U and V tile by tile, with a product each. At 4
+# bits, 4096 x 4096, on two CPU cores that others shared: one row took 8 ms by planes
+# and 34 by tiles, 32 rows 50 and 42, 512 rows 583 by tiles and 512 by bands.
+FEW_ROWS, MANY_ROWS = 16, 256
 
 
 def matmul(
@@ -41,8 +45,8 @@ def matmul(
     """`x @ W` in the type of `x`, accumulated in float32.
 
     For a `QuantizedTensor` this is x U + ((x Q1) V) Q2^T: the transforms act on the
-    activations and U, V are decoded tile by tile. Other quantized matrices are decoded
-    whole.
+    activations, and U and V are decoded a bounded part at a time; for many rows of x
+    parts of W are. Other quantized matrices are decoded whole.
 
     Args:
       x: Activations, any batch axes.
@@ -64,19 +68,65 @@ def matmul(
             f"{tensor.shape} [in, out]."
         )
     rows = x.reshape(-1, x.shape[-1])
-    size = math.prod(tensor.shape)
     if not isinstance(tensor, QuantizedTensor):
         y = _product(rows, tensor.decode(), precision)
     else:
         basis = derive_basis(tensor) if basis is None else basis
-        if size <= max_tile and rows.shape[0] >= WHOLE_DECODE_ROWS:
-            y = _product(rows, decode_with(tensor, basis, rotation), precision)
-        else:
-            rotation = derive_rotation(tensor) if rotation is None else rotation
-            rows = _prepared(rows, tensor, rotation)
-            y = _two_products(rows, tensor, basis, max_tile, precision)
-            y = _finished(y, tensor, rotation)
+        rotation = derive_rotation(tensor) if rotation is None else rotation
+        y = _prepared(rows, tensor, rotation)
+        y = _block_product(y, tensor, basis, max_tile, precision)
+        y = _finished(y, tensor, rotation)
     return y.astype(x.dtype).reshape(*x.shape[:-1], tensor.shape[1])
+
+
+def _block_product(
+    x: Float[Array, "r m"],
+    tensor: QuantizedTensor,
+    basis: KroneckerBasis,
+    max_tile: int,
+    precision: str | None,
+) -> Float[Array, "r n"]:
+    """`x @ (U + Q1 V Q2^T)`, the way that suits the number of rows."""
+    layout = tensor.layout
+    bands = band_count(layout, max_tile)
+    if bands is not None and x.shape[0] >= MANY_ROWS:
+        return _by_bands(x, _plain(tensor), basis, bands, precision)
+    rotated = _by_blocks(basis.left.analysis, x, layout.block_shape[0])
+    rows = plane_rows(layout, max_tile)
+    if rows is not None and x.shape[0] <= FEW_ROWS:
+        u, v = factor_products(x, rotated, tensor, rows, precision)
+    else:
+        u, v = _by_tiles(x, rotated, tensor, max_tile, precision)
+    return u + _by_blocks(basis.right.synthesis, v, layout.block_shape[1])
+
+
+def _plain(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The matrix U + Q V without scales of inputs and outputs, and not rotated back."""
+    layout = dataclasses.replace(tensor.layout, rotation=None)
+    return tensor._replace(layout=layout, in_scale=None, out_scale=None)
+
+
+def _by_bands(
+    x: Float[Array, "r m"],
+    tensor: QuantizedTensor,
+    basis: KroneckerBasis,
+    bands: int,
+    precision: str | None,
+) -> Float[Array, "r n"]:
+    """Decodes bands of rows one after the other; a product with each."""
+    if bands == 1:
+        return _product(x, decode_with(tensor, basis), precision)
+
+    def add(
+        y: Float[Array, "r n"], part: tuple[Array, QuantizedTensor]
+    ) -> tuple[Float[Array, "r n"], None]:
+        x_band, band = part
+        return y + _product(x_band, decode_with(band, basis), precision), None
+
+    by_band = x.reshape(x.shape[0], bands, -1).transpose(1, 0, 2)
+    start = jnp.zeros((x.shape[0], tensor.shape[1]), jnp.float32)
+    y, _ = jax.lax.scan(add, start, (by_band, cut_rows(tensor, bands)))
+    return y
 
 
 def _product(
@@ -90,15 +140,16 @@ def _product(
     )
 
 
-def _two_products(
+def _by_tiles(
     x: Float[Array, "r m"],
+    rotated: Float[Array, "r m"],
     tensor: QuantizedTensor,
-    basis: KroneckerBasis,
     max_tile: int,
     precision: str | None,
-) -> Float[Array, "r n"]:
+) -> tuple[Float[Array, "r n"], Float[Array, "r n"]]:
+    """`x @ U` and `rotated @ V`, decoding some rows of both at a time."""
     layout = tensor.layout
-    (m, n), (bm, bn) = layout.shape, layout.block_shape
+    (m, n), bm = layout.shape, layout.block_shape[0]
     # Eight rows fill whole bytes at any code width, so tiles are cut between bytes;
     # sixteen where every second row has another width.
     step = 8 if layout.coarse_bits is None else 16
@@ -122,8 +173,6 @@ def _two_products(
         padded = jnp.pad(rows, ((0, 0), (0, short)))
         return padded.reshape(rows.shape[0], tiles, tile).transpose(1, 0, 2)
 
-    rotated = _by_blocks(basis.left.analysis, x, bm)
-
     def accumulate(
         sums: tuple[Array, Array],
         part: tuple[Array, Array | None, Array, Array, Array],
@@ -138,8 +187,8 @@ def _two_products(
 
     zeros = jnp.zeros((x.shape[0], n), jnp.float32)
     parts = (packed, coarse, scale, by_tile(x), by_tile(rotated))
-    (from_u, from_v), _ = jax.lax.scan(accumulate, (zeros, zeros), parts)
-    return from_u + _by_blocks(basis.right.synthesis, from_v, bn)
+    products, _ = jax.lax.scan(accumulate, (zeros, zeros), parts)
+    return products
 
 
 def _prepared(

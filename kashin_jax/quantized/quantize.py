@@ -19,6 +19,7 @@ from kashin_jax.quantized.layout import Quantized
 from kashin_jax.quantized.tensor import (
     KashinLayout,
     QuantizedTensor,
+    band_count,
     cut_rows,
     make_rotation,
     pack_rows,
@@ -238,26 +239,13 @@ def _relative_squared_error(
             jnp.sum(jnp.square((x - part[1].decode()) / unit)),
         )
 
-    bands = _band_count(tensor)
-    if bands == 1 or not isinstance(tensor, QuantizedTensor):
+    bands = None
+    if isinstance(tensor, QuantizedTensor):
+        bands = band_count(tensor.layout, _BAND)
+    if bands is None or bands == 1 or not isinstance(tensor, QuantizedTensor):
         total, lost = sums((weight, tensor))
     else:
         x = weight.reshape(bands, -1, weight.shape[1])
         parts = jax.lax.map(sums, (x, cut_rows(tensor, bands)))
         total, lost = jax.tree.map(jnp.sum, parts)
     return lost / jnp.where(total > 0, total, 1.0)
-
-
-def _band_count(tensor: Quantized) -> int:
-    """Fewest bands of rows, of whole blocks and bytes, that are decoded at a time."""
-    if not isinstance(tensor, QuantizedTensor):
-        return 1
-    (m, n), height = tensor.shape, tensor.layout.block_shape[0]
-    blocks = m // height
-    fitting = [
-        k
-        for k in range(1, blocks + 1)
-        if blocks % k == 0 and (k == 1 or m // k % 16 == 0)
-    ]
-    small = [k for k in fitting if m * n // k <= _BAND]
-    return min(small, default=max(fitting))

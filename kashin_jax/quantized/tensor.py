@@ -15,14 +15,18 @@ from kashin_jax.packing import pack_codes, unpack_codes
 __all__ = [
     "KashinLayout",
     "QuantizedTensor",
+    "band_count",
     "cut_rows",
     "decode_pairs",
     "derive_basis",
     "derive_rotation",
     "make_rotation",
     "pack_rows",
+    "select_levels",
     "unpack_rows",
 ]
+
+_MOST_SELECTED_BITS = 5
 
 
 @jax.tree_util.register_static
@@ -102,6 +106,19 @@ class QuantizedTensor(NamedTuple):
     def decode(self) -> Float[Array, "m n"]:
         """The matrix in float32."""
         return decode_with(self, derive_basis(self))
+
+
+def band_count(layout: KashinLayout, most: int) -> int | None:
+    """Fewest equal bands of rows of at most so many weights, for `cut_rows`.
+
+    None if bands of whole blocks and bytes are larger.
+    """
+    (m, n), height = layout.shape, layout.block_shape[0]
+    for count in range(1, m // height + 1):
+        fits = m * n // count <= most and m // height % count == 0
+        if fits and (count == 1 or m // count % 16 == 0):
+            return count
+    return None
 
 
 def cut_rows(tensor: QuantizedTensor, bands: int) -> QuantizedTensor:
@@ -220,7 +237,29 @@ def decode_pairs(
 ) -> tuple[Float[Array, "r n"], Float[Array, "r n"]]:
     """U and V of some rows, given their codes and the scales of their blocks."""
     columns = jnp.repeat(scale, tensor.layout.block_shape[1], axis=1)
-    # mode="clip" drops the bounds check; codes have exactly as many values as rows.
-    u = tensor.centroids[:, 0].at[codes].get(mode="clip")
-    v = tensor.centroids[:, 1].at[codes].get(mode="clip")
+    bits = tensor.layout.fine_bits if tensor.layout.coarse_bits is None else 8
+    u = select_levels(tensor.centroids[:, 0], codes, bits)
+    v = select_levels(tensor.centroids[:, 1], codes, bits)
     return u * columns, v * columns
+
+
+def select_levels(
+    levels: Float[Array, " k"], codes: UInt8[Array, "*b"], bits: int
+) -> Float[Array, "*b"]:
+    """The levels that codes stand for.
+
+    Args:
+      levels: At least `2**bits` where few bits are selected one by one.
+      codes: Indices.
+      bits: Of a code.
+    """
+    if bits > _MOST_SELECTED_BITS:
+        # mode="clip" drops the bounds check; codes have exactly as many values as rows.
+        return levels.at[codes].get(mode="clip")
+    # A tree of selects: loads of single numbers are not vectorized on a CPU.
+    tree = [levels[i] for i in range(2**bits)]
+    for bit in range(bits):
+        is_set = (codes >> bit) & 1 != 0
+        pairs = zip(tree[::2], tree[1::2], strict=True)
+        tree = [jnp.where(is_set, high, low) for low, high in pairs]
+    return jnp.broadcast_to(tree[0], codes.shape)
