@@ -1,0 +1,125 @@
+"""Files that appear whole or not at all, and JSON that nobody vouches for."""
+
+import collections
+import contextlib
+import json
+import os
+import reprlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kashin_jax.errors import CheckpointError
+
+__all__ = ["atomic_path", "parse_json", "read_json", "shown", "write_json"]
+
+_MAX_JSON_BYTES = 100_000_000
+# A plain `repr` of deeply nested lists ends in a RecursionError.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """A value of unknown size and content, short and on one line."""
+    text = _BRIEF.repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Lends a temporary path that durably becomes `path` if nothing is raised.
+
+    Otherwise the temporary file is removed and `path` is left as it was.
+
+    Raises:
+      CheckpointError: If the file cannot be written, as on a full disk.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        if os.name == "posix":  # elsewhere directories cannot be opened
+            _sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); free space there "
+            "or choose another directory."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON durably and in one step; equal content gives equal bytes.
+
+    Raises:
+      CheckpointError: If the file cannot be written.
+    """
+    text = json.dumps(content, indent=2) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 100 MB.
+
+    Raises:
+      CheckpointError: If the file is missing, too large, not JSON, not an object, or
+        has a key twice.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(min(os.fstat(file.fileno()).st_size, _MAX_JSON_BYTES) + 1)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is missing; copy or download it.") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error})."
+        ) from error
+    if len(data) > _MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path}: is larger than {_MAX_JSON_BYTES} bytes; it is no file of this "
+            "format."
+        )
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes | str, where: str) -> dict[str, Any]:
+    """A JSON object; `where` begins the message if it is none.
+
+    Raises:
+      CheckpointError: If the text is not JSON, not an object, or has a key twice.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
+    # Nesting of some thousand levels ends in a RecursionError.
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise CheckpointError(
+            f"{where}: is not valid JSON ({reason}); copy or download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{where}: is not a JSON object; copy or download it again."
+        )
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = collections.Counter(key for key, _ in pairs)
+        raise ValueError(
+            f"the key {shown(max(counts, key=counts.__getitem__))} is there twice"
+        )
+    return content
