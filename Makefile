@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml
 oracle: setup         ## compare with Hugging Face's Flax models, installed apart
 	test -d $(ORACLE) || $(BIN)/python -m pip install --quiet --no-deps --target=$(ORACLE) \
 	  transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 \
-	  requests urllib3 certifi charset-normalizer
+	  requests urllib3 certifi charset-normalizer mamba2-jax==1.1.2
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest -m oracle tests/oracle
 
 bench: setup          ## time and memory of the decomposition, the coders and matmul

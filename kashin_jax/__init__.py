@@ -11,8 +11,12 @@ from kashin_jax.bases import make_basis as make_basis
 from kashin_jax.bases import make_pair as make_pair
 from kashin_jax.decomposition import KashinDecomposition as KashinDecomposition
 from kashin_jax.decomposition import kashin_decompose as kashin_decompose
+from kashin_jax.layers import KashinDense as KashinDense
+from kashin_jax.layers import KashinEmbed as KashinEmbed
 from kashin_jax.layers import KashinLinear as KashinLinear
+from kashin_jax.layers import dequantize_params as dequantize_params
 from kashin_jax.layers import quantize_model as quantize_model
+from kashin_jax.layers import quantize_params as quantize_params
 from kashin_jax.quantized import ChannelKMeansConfig as ChannelKMeansConfig
 from kashin_jax.quantized import HQQConfig as HQQConfig
 from kashin_jax.quantized import JointConfig as JointConfig
@@ -24,6 +28,8 @@ from kashin_jax.quantized import QuantizedTensor as QuantizedTensor
 from kashin_jax.quantized import RotatedKMeansConfig as RotatedKMeansConfig
 from kashin_jax.quantized import RotatedRTNConfig as RotatedRTNConfig
 from kashin_jax.quantized import RTNConfig as RTNConfig
+from kashin_jax.quantized import Rule as Rule
+from kashin_jax.quantized import Rules as Rules
 from kashin_jax.quantized import UniformConfig as UniformConfig
 from kashin_jax.quantized import bits_per_weight as bits_per_weight
 from kashin_jax.quantized import dequantize as dequantize
@@ -40,6 +46,8 @@ __all__ = [
     "KMeansConfig",
     "KashinConfig",
     "KashinDecomposition",
+    "KashinDense",
+    "KashinEmbed",
     "KashinLinear",
     "KroneckerBasis",
     "NF4Config",
@@ -48,9 +56,12 @@ __all__ = [
     "RTNConfig",
     "RotatedKMeansConfig",
     "RotatedRTNConfig",
+    "Rule",
+    "Rules",
     "UniformConfig",
     "bits_per_weight",
     "dequantize",
+    "dequantize_params",
     "encode",
     "kashin_decompose",
     "make_basis",
@@ -58,5 +69,6 @@ __all__ = [
     "matmul",
     "quantize",
     "quantize_model",
+    "quantize_params",
     "stored_bits",
 ]

@@ -17,6 +17,7 @@ LAYERS = [
     "coding",
     "packing",
     "quantized",
+    "storage",
     "layers",
 ]
 # Beside the layers. Models know nothing of quantization; only experiments, and the
@@ -26,9 +27,11 @@ ALLOWED |= {
     "errors": {"errors"},
     "evaluation": {"errors", "evaluation"},
     "models": {"errors", "models"},
+    "checkpoints": {"errors", "models", "checkpoints", *LAYERS},
+    "cli": {"errors", "models", "evaluation", "checkpoints", "cli", *LAYERS},
     "__init__": {"errors", *LAYERS},
 }
-FLAX = {"layers", "models"}
+FLAX = {"layers", "models", "checkpoints", "cli"}
 LIBRARY = sorted((ROOT / "kashin_jax").rglob("*.py"))
 SOURCES = LIBRARY + sorted((ROOT / "experiments").rglob("*.py"))
 HEAVY = {

@@ -1,6 +1,6 @@
-"""Whole models: which linears are quantized, and the model with them replaced."""
+"""Whole NNX models: the dense layers of a plan replaced by packed ones."""
 
-import zlib
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,29 +9,36 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from kashin_jax.layers.linear import KashinLinear
+from kashin_jax.layers.packed import pack
+from kashin_jax.layers.paths import join, path_key
+from kashin_jax.layers.plan import Plan, make_plan
+from kashin_jax.layers.policy import (
+    Choice,
+    Policy,
+    Select,
+    choose_methods,
+    default_select,
+    make_policy,
+)
+from kashin_jax.layers.report import LayerReport, run_layer, warn_of_outliers
+from kashin_jax.layers.targets import Target, find_targets, other_bytes, put
 from kashin_jax.quantized import (
-    DEFAULT_CONFIG,
     QuantizationReport,
     Quantized,
     QuantizerConfig,
+    Rules,
     quantize,
 )
 
 __all__ = [
     "QuantizedModel",
-    "Select",
-    "default_select",
+    "plan_model",
     "quantize_model",
     "replace_kernels",
     "selected_kernels",
 ]
 
-# What language models and classifiers call their heads.
-_HEADS = frozenset({"lm_head", "classifier", "pre_classifier"})
-
 Model = TypeVar("Model", bound=nnx.Module)
-Select = Callable[[str], bool]
 QuantizeLayer = Callable[[str, Array], tuple[Quantized, QuantizationReport]]
 
 
@@ -44,75 +51,119 @@ class QuantizedModel(NamedTuple):
     """
 
     model: Any
-    reports: dict[str, QuantizationReport]
-
-
-def default_select(path: str) -> bool:
-    """Every linear but those of the output head, as in the published tables."""
-    return not _HEADS & set(path.split("/"))
+    reports: dict[str, LayerReport]
 
 
 def quantize_model(
     model: Model,
-    config: QuantizerConfig = DEFAULT_CONFIG,
+    config: QuantizerConfig | None = None,
     key: Key[Array, ""] | None = None,
     *,
-    select: Select = default_select,
+    rules: Rules | None = None,
+    select: Select | None = None,
     quantize_layer: QuantizeLayer | None = None,
+    dry_run: bool = False,
+    in_place: bool = False,
 ) -> QuantizedModel:
-    """Replaces the selected `nnx.Linear` layers of any NNX model by `KashinLinear`.
+    """Replaces layers of any NNX model by packed ones.
 
-    Embeddings, norms and everything that is not exactly an `nnx.Linear` stay as they
-    are. Each layer has a key folded from its path, so adding a layer leaves the codes
-    of the others unchanged; a layer that occurs twice is quantized once and stays
-    shared.
+    Every `nnx.Linear` becomes a `KashinLinear`, output heads apart; with rules, those
+    that they say, and an `nnx.Embed` that one of them names becomes a `KashinEmbed`.
+    Norms and everything that is not exactly of these types stay as they are. Each
+    matrix has a key folded from its path, so adding a layer leaves the codes of the
+    others unchanged. One that several layers share is quantized once and stays shared;
+    where one of them is to stay, or something else reads it, all stay. Layers that lost
+    much more than others are named in a logged warning, see `outliers`.
 
     Args:
-      model: Not changed.
-      config: The method and its static choices, the same for all layers.
+      model: Not changed, unless `in_place`.
+      config: The method; None takes that of the rules, or joint coding at 4 bits.
       key: Root key; `jax.random.key(0)` when None.
-      select: Called with the path of every linear; true quantizes.
+      rules: A method for each layer.
+      select: Called with paths; false leaves a layer out. None takes every linear but
+        those of the output head, or what the rules say.
       quantize_layer: Called as `(path, kernel)` in place of `quantize`, by callers that
-        keep finished layers; None quantizes with `config` and the layer's key.
+        keep finished layers; None quantizes with the planned method and the layer's
+        key.
+      dry_run: Whether to print the plan, see `plan_model`, and stop there.
+      in_place: Whether to change the model itself. Each layer is replaced as soon as it
+        is quantized and its dense kernel let go, so that no more than one layer is held
+        twice. After an error the layers done so far are packed and the model works.
 
     Returns:
-      The new model and a report per layer.
+      The new model and a report per layer; for a dry run the model given, no reports.
 
     Raises:
-      ValueError: If nothing is selected, or a selected kernel is not a matrix.
+      UsageError: If nothing is selected, a rule matches nothing, or a selected layer
+        cannot be quantized: it names the path.
       NonFiniteError: If a selected kernel holds NaN or infinity; names its path.
     """
-    kernels = selected_kernels(model, select)
+    if dry_run:
+        print(plan_model(model, config, rules=rules, select=select))
+        return QuantizedModel(model, {})
     root = jax.random.key(0) if key is None else key
+    choices = _choices(find_targets(model), make_policy(config, rules, select))
+    if quantize_layer is None:
+        # Methods that cannot code a matrix say so before hours of work, not after.
+        make_plan(choices, 0)
+    methods = {c.path: c.config for c in choices if c.config is not None}
 
-    def default_layer(path: str, kernel: Array) -> tuple[Any, QuantizationReport]:
-        return quantize(kernel, config, path_key(root, path), path=path)
+    def run(path: str, kernel: Array) -> tuple[Any, LayerReport]:
+        if quantize_layer is not None:
+            return run_layer(lambda: quantize_layer(path, kernel), None)
+        method, own = methods[path], path_key(root, path)
+        return run_layer(lambda: quantize(kernel, method, own, path=path), method)
 
-    run = default_layer if quantize_layer is None else quantize_layer
-    done = {
-        path: run(path, kernel)
-        for path, kernel in tqdm(
-            kernels.items(), desc="layers", unit="layer", disable=None, leave=False
-        )
-    }
-
-    def swap(parts: tuple[Any, ...], node: Any) -> Any:
-        path = _join(parts)
-        if path not in done or type(node) is not nnx.Linear:
-            return node
-        return KashinLinear(
-            done[path][0], node.bias, dtype=node.dtype, precision=node.precision
-        )
-
-    quantized = nnx.recursive_map(swap, model)
-    return QuantizedModel(
-        quantized, {path: report for path, (_, report) in done.items()}
+    result = model if in_place else nnx.clone(model, variables=False)
+    pending = deque(
+        target
+        for target in find_targets(result)
+        if target.candidate.paths[0] in methods
     )
+    result, reports = _replace_each(result, pending, run)
+    warn_of_outliers(reports)
+    return QuantizedModel(result, reports)
 
 
-def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
-    """The key of one layer: a function of the root key and its path alone."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+def _replace_each(
+    model: Any,
+    pending: deque[Target],
+    run: Callable[[str, Array], tuple[Any, LayerReport]],
+) -> tuple[Any, dict[str, LayerReport]]:
+    """Changes the model; a target is let go before the next one is quantized."""
+    reports = {}
+    progress = tqdm(
+        total=len(pending), desc="layers", unit="layer", disable=None, leave=False
+    )
+    with progress:
+        while pending:
+            target = pending.popleft()
+            path = target.candidate.paths[0]
+            tensor, reports[path] = run(path, target.variable.get_value())
+            packed = pack(tensor)
+            for layer in target.layers:
+                new = put(layer, packed)
+                model = new if layer.node is model else model
+            del target, layer
+            progress.update()
+    return model, reports
+
+
+def plan_model(
+    model: nnx.Module,
+    config: QuantizerConfig | None = None,
+    *,
+    rules: Rules | None = None,
+    select: Select | None = None,
+) -> Plan:
+    """What `quantize_model` would do with these arguments; print it for a table.
+
+    Raises:
+      UsageError: As `quantize_model`.
+    """
+    targets = find_targets(model)
+    choices = _choices(targets, make_policy(config, rules, select))
+    return make_plan(choices, other_bytes(model, targets))
 
 
 def selected_kernels(
@@ -121,30 +172,15 @@ def selected_kernels(
     """Kernels of the selected `nnx.Linear` layers by path, in a fixed order.
 
     Raises:
-      ValueError: If nothing is selected, or a selected kernel is not a matrix.
+      UsageError: If nothing is selected, or a selected kernel is not a matrix.
     """
-    linears = {
-        _join(parts): node
-        for parts, node in nnx.iter_graph(model)
-        if type(node) is nnx.Linear
+    targets = find_targets(model)
+    choices = _choices(targets, make_policy(None, None, select))
+    return {
+        choice.path: target.variable.get_value()
+        for choice, target in zip(choices, targets, strict=True)
+        if choice.config is not None
     }
-    kernels = {
-        path: linears[path].kernel.get_value()
-        for path in sorted(linears, key=_natural)
-        if select(path)
-    }
-    if not kernels:
-        raise ValueError(
-            f"No layer is selected: the model has {len(linears)} nnx.Linear layers and "
-            "`select` accepts none of them."
-        )
-    for path, kernel in kernels.items():
-        if kernel.ndim != 2:
-            raise ValueError(
-                f"`{path}/kernel` has shape {kernel.shape}, as under nnx.vmap or "
-                "nnx.scan; only matrices can be quantized. Let `select` leave it out."
-            )
-    return kernels
 
 
 def replace_kernels(model: Model, kernels: Mapping[str, Array]) -> Model:
@@ -155,7 +191,7 @@ def replace_kernels(model: Model, kernels: Mapping[str, Array]) -> Model:
     """
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
-    paths = {_join(parts[:-1]): parts for parts in flat if parts[-1] == "kernel"}
+    paths = {join(parts[:-1]): parts for parts in flat if parts[-1] == "kernel"}
     for path, kernel in kernels.items():
         if path not in paths:
             raise ValueError(
@@ -172,10 +208,6 @@ def replace_kernels(model: Model, kernels: Mapping[str, Array]) -> Model:
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def _join(parts: tuple[Any, ...]) -> str:
-    return "/".join(map(str, parts))
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    # Layer 10 comes after layer 9.
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split("/")]
+def _choices(targets: list[Target], policy: Policy) -> list[Choice]:
+    candidates = (target.candidate for target in targets)
+    return choose_methods(candidates, policy, what="nnx.Linear layers")

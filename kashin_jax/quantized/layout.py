@@ -4,7 +4,7 @@ import math
 from typing import Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, UInt8
 
 __all__ = ["Quantized", "bits_per_weight", "stored_bits"]
 
@@ -12,6 +12,11 @@ __all__ = ["Quantized", "bits_per_weight", "stored_bits"]
 @runtime_checkable
 class Quantized(Protocol):
     """A matrix stored as packed codes: a PyTree whose leaves are all it stores."""
+
+    @property
+    def packed_codes(self) -> UInt8[Array, "*stack q"]:
+        """Codes of all weights; with leading axes for a stack of equal matrices."""
+        ...
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,5 +43,7 @@ def stored_bits(tensor: PyTree[Array]) -> int:
 
 
 def bits_per_weight(tensor: Quantized) -> float:
-    """`stored_bits` over the number of weights."""
-    return stored_bits(tensor) / math.prod(tensor.shape)
+    """`stored_bits` over the number of weights, of a stack under `vmap` too."""
+    # The layout knows the shape of one matrix only; codes of one are a single row.
+    count = math.prod(tensor.packed_codes.shape[:-1])
+    return stored_bits(tensor) / (count * math.prod(tensor.shape))

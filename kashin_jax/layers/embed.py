@@ -1,0 +1,160 @@
+"""`KashinEmbed`: the drop-in for `nnx.Embed` whose table stays packed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype as default_promote_dtype
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Integer, Key
+
+from kashin_jax.layers.linear import quantized_of_shape
+from kashin_jax.layers.packed import Packed, pack
+from kashin_jax.layers.rows import take_rows, times_transpose
+from kashin_jax.quantized import (
+    Quantized,
+    QuantizerConfig,
+    bits_per_weight,
+    dequantize,
+)
+
+__all__ = ["KashinEmbed"]
+
+
+class KashinEmbed(nnx.Module):
+    """Rows of a packed table; called like an `nnx.Embed`.
+
+    A look-up decodes the bands of blocks that its rows lie in, a token at a time beyond
+    a bounded tile, and `attend` the table in bands. Methods that code or rotate the
+    matrix as a whole (`KashinConfig` without `block_shape`, `RotatedRTNConfig`,
+    `RotatedKMeansConfig`) need all of it for every look-up: choose `JointConfig`, or
+    blocks. Groups of `RTNConfig` and its like run along a feature, over many tokens.
+
+    Attributes:
+      table: The packed matrix, a row for every token.
+      basis: Q1 and Q2 of a `QuantizedTensor`; None for the controls.
+      rotation: The bases in which its blocks were coded; None for the standard ones.
+    """
+
+    def __init__(
+        self,
+        tensor: Quantized | Packed,
+        *,
+        dtype: DTypeLike | None = None,
+        promote_dtype: Callable[..., Any] = default_promote_dtype,
+    ):
+        """Wraps a packed table.
+
+        Args:
+          tensor: From `quantize`, of shape [num_embeddings, features]; or the variables
+            of another layer's matrix, which the two then share.
+          dtype: Of the embedding vectors; None takes the type that the table had.
+          promote_dtype: Called as by `nnx.Embed`: with the rows in place of the table
+            on a look-up, and with an empty array of its type by `attend`.
+        """
+        packed = pack(tensor)
+        self.table = packed.kernel
+        self.basis = nnx.data(packed.basis)
+        self.rotation = nnx.data(packed.rotation)
+        found = packed.kernel.get_value()
+        self.num_embeddings, self.features = found.shape
+        self.dtype = jnp.dtype(dtype or found.dtype)
+        self.promote_dtype = promote_dtype
+
+    @classmethod
+    def from_embed(
+        cls,
+        embed: nnx.Embed,
+        tensor: Quantized | Packed | QuantizerConfig,
+        key: Key[Array, ""] | None = None,
+        *,
+        path: str = "embed",
+    ) -> "KashinEmbed":
+        """The packed layer in place of a dense one, with its options.
+
+        Args:
+          embed: Not changed.
+          tensor: What its table became, or a method to quantize it with.
+          key: For the method; `jax.random.key(0)` when None.
+          path: Name of the layer in error messages.
+
+        Raises:
+          UsageError: If the table has another shape.
+        """
+        found = quantized_of_shape(tensor, embed.embedding, key, f"{path}/embedding")
+        return cls(found, dtype=embed.dtype, promote_dtype=embed.promote_dtype)
+
+    @property
+    def packed(self) -> Packed:
+        """The variables of the table, for another layer to share."""
+        return Packed(self.table, self.basis, self.rotation)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the table, or of the stack of them."""
+        return bits_per_weight(self.table.get_value())
+
+    @property
+    def embedding(self) -> Float[Array, "v d"]:
+        """The whole table, decoded anew each time; for models that read it themselves.
+
+        An array: `embedding[...]` is what it is for an `nnx.Embed`.
+        """
+        return dequantize(self.table.get_value())
+
+    def __call__(
+        self, inputs: Integer[Array, "*b"], out_sharding: Any = None
+    ) -> Float[Array, "*b d"]:
+        """The rows of some tokens, NaN where there is no such row.
+
+        Args:
+          inputs: Indices; those below 0 count from the end.
+          out_sharding: As for `nnx.Embed`.
+
+        Raises:
+          ValueError: If `inputs` are no whole numbers.
+        """
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(
+                f"`inputs` has type {inputs.dtype}; an embedding takes whole numbers."
+            )
+        tensor, count = self.table.get_value(), self.num_embeddings
+        index = inputs.reshape(-1).astype(jnp.int32)
+        # As nnx.Embed: a table of one row is that row for everything.
+        index = jnp.zeros_like(index) if count == 1 else index
+        index = jnp.where(index < 0, index + count, index)
+        rows = take_rows(tensor, jnp.clip(index, 0, count - 1), *self._bases())
+        known = ((index >= 0) & (index < count))[:, None]
+        rows = jnp.where(known, rows, jnp.nan).astype(tensor.dtype)
+        (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
+        return _placed(rows.reshape(*inputs.shape, self.features), out_sharding)
+
+    def attend(
+        self, query: Float[Array, "*b d"], out_sharding: Any = None
+    ) -> Float[Array, "*b v"]:
+        """Products of queries with every row: the logits of a tied head.
+
+        Args:
+          query: Any batch axes.
+          out_sharding: As for `nnx.Embed`.
+        """
+        tensor = self.table.get_value()
+        query, table = self.promote_dtype(
+            (query, jnp.zeros((0, 0), tensor.dtype)), dtype=self.dtype
+        )
+        query = query.astype(jnp.result_type(query.dtype, table.dtype))
+        flat = query.reshape(-1, self.features)
+        y = times_transpose(flat, tensor, *self._bases())
+        return _placed(y.reshape(*query.shape[:-1], -1), out_sharding)
+
+    def _bases(self) -> tuple[Any, Any]:
+        return (
+            None if self.basis is None else self.basis.get_value(),
+            None if self.rotation is None else self.rotation.get_value(),
+        )
+
+
+def _placed(y: Float[Array, "*b"], out_sharding: Any) -> Float[Array, "*b"]:
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)

@@ -1,0 +1,188 @@
+"""`KashinDense` beside the `nn.Dense` that it replaces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from packed_matrices import random_tensor
+
+from kashin_jax import (
+    JointConfig,
+    KashinConfig,
+    KashinDense,
+    NF4Config,
+    RotatedRTNConfig,
+    RTNConfig,
+    dequantize,
+    dequantize_params,
+    quantize_params,
+)
+from kashin_jax.errors import UsageError
+from kashin_jax.layers import packed_dense
+
+CONFIG = KashinConfig(
+    bits=1, num_restarts=1, sample=256, codebook_steps=10, polish_steps=2
+)
+KEY = jax.random.key(0)
+
+
+def activations(shape, seed=3):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
+
+
+class Network(nn.Module):
+    """A model whose layers of one kind are a field."""
+
+    dense: type[nn.Module] = nn.Dense
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(self.dense(24, name="up")(x))
+        x = nn.LayerNorm()(x)
+        return self.dense(8, use_bias=False, name="down")(x)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    params = Network().init(KEY, jnp.ones((1, 16)))
+    packed = jax.tree.map(lambda leaf: leaf, params)
+    packed["params"]["up"]["kernel"] = random_tensor(CONFIG, (16, 24))
+    packed["params"]["down"]["kernel"] = random_tensor(CONFIG, (24, 8))
+    return params, packed
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 1, 3)])
+def test_packed_layer_equals_dense_layer_on_dequantized_kernel(trained, batch):
+    _, packed = trained
+    x = activations((*batch, 16))
+    expected = Network().apply(dequantize_params(packed), x)
+    assert_close(Network(KashinDense).apply(packed, x), expected)
+
+
+def test_a_model_that_knows_only_dense_layers_runs_on_packed_parameters(trained):
+    params, packed = trained
+    x = activations((4, 16))
+
+    @jax.jit
+    def run(params, x):
+        with nn.intercept_methods(packed_dense):
+            return Network().apply(params, x)
+
+    assert_close(run(packed, x), Network().apply(dequantize_params(packed), x))
+    np.testing.assert_allclose(run(params, x), Network().apply(params, x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": jnp.bfloat16},
+        {"param_dtype": jnp.float16, "dtype": jnp.float32},
+        {"use_bias": False},
+        {"precision": jax.lax.Precision.HIGHEST},
+    ],
+)
+def test_every_option_of_a_dense_layer_means_the_same(options):
+    dense, x = nn.Dense(24, **options), activations((4, 16))
+    packed = quantize_params(dense.init(KEY, x), NF4Config()).params
+    expected = dense.apply(dequantize_params(packed), x)
+    found = KashinDense(24, **options).apply(packed, x)
+    assert_close(found, expected, 2e-2 if "dtype" in options else 1e-5)
+
+
+def test_init_gives_the_structure_of_the_parameters_without_work():
+    x = jnp.ones((1, 128))
+    layer = KashinDense(256, config=JointConfig(bits=2.5))
+    shapes = jax.eval_shape(layer.init, KEY, x)
+    assert shapes["params"]["bias"].shape == (256,)
+    kernel = shapes["params"]["kernel"]
+    assert kernel.shape == (128, 256) and kernel.layout.bits == 2.5
+    assert kernel.packed_codes.size + kernel.packed_coarse.size == 2.5 * 128 * 256 / 8
+
+
+def test_init_makes_a_layer_that_runs():
+    layer = KashinDense(24, config=RotatedRTNConfig())
+    params = jax.jit(layer.init)(KEY, jnp.ones((1, 16)))
+    dense = dequantize_params(params)
+    x = activations((4, 16))
+    assert_close(layer.apply(params, x), nn.Dense(24).apply(dense, x))
+    # As that of nn.Dense: LeCun normal, of variance 1 / 16.
+    assert 0.5 < 16 * jnp.mean(jnp.square(dense["params"]["kernel"])) < 2
+
+
+def test_layers_of_one_model_may_have_any_methods_and_dense_kernels(trained):
+    params, packed = trained
+    mixed = {"params": packed["params"] | {"down": params["params"]["down"]}}
+    x = activations((4, 16))
+    expected = Network().apply(dequantize_params(mixed), x)
+    assert_close(Network(KashinDense).apply(mixed, x), expected)
+    rounded = quantize_params(params, RTNConfig()).params
+    mixed = {"params": packed["params"] | {"down": rounded["params"]["down"]}}
+    expected = Network().apply(dequantize_params(mixed), x)
+    assert_close(Network(KashinDense).apply(mixed, x), expected)
+
+
+def test_layers_run_under_scan_vmap_and_grad():
+    class Step(nn.Module):
+        features: int
+        dense: type[nn.Module] = nn.Dense
+
+        @nn.compact
+        def __call__(self, x, _):
+            return jnp.tanh(self.dense(self.features, name="fc")(x)), None
+
+    def network(dense):
+        return nn.scan(
+            Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )(16, dense)
+
+    x = activations((4, 16))
+    params = network(nn.Dense).init(KEY, x, None)
+    tensors = [random_tensor(CONFIG, (16, 16), seed) for seed in range(3)]
+
+    def with_kernel(kernels):
+        kernel = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kernels)
+        return {"params": {"fc": params["params"]["fc"] | {"kernel": kernel}}}
+
+    packed = with_kernel(tensors)
+    dense = with_kernel([0.1 * dequantize(tensor) for tensor in tensors])
+    packed["params"]["fc"]["kernel"] = packed["params"]["fc"]["kernel"]._replace(
+        scale=0.1 * packed["params"]["fc"]["kernel"].scale
+    )
+
+    def gradients(kind, params):
+        def loss(x):
+            return jnp.sum(network(kind).apply(params, x, None)[0])
+
+        return jax.jit(jax.vmap(jax.grad(loss)))(x)
+
+    assert_close(gradients(KashinDense, packed), gradients(nn.Dense, dense))
+
+
+def test_a_kernel_of_another_shape_is_an_error_that_names_the_layer(trained):
+    _, packed = trained
+    with pytest.raises(UsageError, match=r"`up` needs a kernel of shape \(12, 24\)"):
+        Network(KashinDense).apply(packed, jnp.ones((1, 12)))
+
+
+def test_a_product_of_its_own_is_an_error_that_names_the_layer(trained):
+    _, packed = trained
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return KashinDense(24, dot_general=own_product, name="up")(x)
+
+    only = {"params": {"up": packed["params"]["up"]}}
+    with pytest.raises(UsageError, match="`up` has a `dot_general` of its own"):
+        Own().apply(only, jnp.ones((1, 16)))
+
+
+def own_product(*args, **kwargs):
+    return jax.lax.dot_general(*args, **kwargs)

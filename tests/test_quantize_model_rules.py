@@ -1,0 +1,302 @@
+"""`quantize_model` with rules: a method per layer, tied weights, the plan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kashin_jax import (
+    JointConfig,
+    KashinConfig,
+    KashinEmbed,
+    KashinLinear,
+    NF4Config,
+    RTNConfig,
+    Rule,
+    Rules,
+    dequantize,
+    quantize,
+    quantize_model,
+    stored_bits,
+)
+from kashin_jax.errors import UsageError
+from kashin_jax.layers import (
+    PackedKernel,
+    path_key,
+    plan_model,
+    replace_kernels,
+    selected_kernels,
+)
+
+KEY = jax.random.key(0)
+TOKENS = jnp.arange(10).reshape(2, 5)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(16, rngs=rngs)
+        self.up = nnx.Linear(16, 32, rngs=rngs)
+        self.down = nnx.Linear(32, 16, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(x)
+        return x + self.down(nnx.relu(self.up(self.norm(x))))
+
+
+class Network(nnx.Module):
+    """A language model of Flax's own layers, its head tied to the embedding."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(12, 16, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.lm_head = nnx.Linear(16, 12, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x), self.embed.attend(x)
+
+
+@pytest.fixture(scope="module")
+def original():
+    return Network(nnx.Rngs(0))
+
+
+@pytest.fixture
+def network(original):
+    return nnx.clone(original)
+
+
+def kinds(model):
+    """Method of every packed layer, by path: the type and width of what it holds."""
+    found = {}
+    for parts, node in nnx.iter_graph(model):
+        if isinstance(node, KashinLinear | KashinEmbed):
+            tensor = node.packed.kernel.get_value()
+            name = type(tensor).__name__, tensor.layout.bits
+            found["/".join(map(str, parts))] = name
+    return found
+
+
+def test_the_first_rule_that_matches_gives_the_method(network):
+    rules = Rules(
+        config=RTNConfig(bits=4),
+        rules=[
+            Rule(r"blocks/0/up", None),
+            Rule(r"/up$", RTNConfig(bits=3)),
+            Rule(r"blocks/1", NF4Config()),
+        ],
+    )
+    result = quantize_model(network, key=KEY, rules=rules)
+    assert kinds(result.model) == {
+        "blocks/0/down": ("AffineTensor", 4),
+        "blocks/1/down": ("CodebookTensor", 4),
+        "blocks/1/up": ("AffineTensor", 3),
+    }
+    assert {p: r.config for p, r in result.reports.items()} == {
+        "blocks/0/down": RTNConfig(bits=4),
+        "blocks/1/down": NF4Config(),
+        "blocks/1/up": RTNConfig(bits=3),
+    }
+
+
+def test_skips_add_to_those_there_are_by_default(network):
+    rules = Rules(config=RTNConfig(), skip=["blocks/0"])
+    result = quantize_model(network, rules=rules)
+    assert set(result.reports) == {"blocks/1/down", "blocks/1/up"}
+
+
+def test_select_and_rules_must_both_agree(network):
+    rules = Rules(config=RTNConfig(), skip=["blocks/0"])
+    result = quantize_model(network, rules=rules, select=lambda p: "up" in p)
+    assert set(result.reports) == {"blocks/1/up"}
+
+
+def test_a_rule_that_matches_nothing_is_an_error_that_names_it(network):
+    with pytest.raises(UsageError, match=r"'decoder/fc1' matches none of 6 layers"):
+        quantize_model(network, rules=Rules(rules=[Rule("decoder/fc1", RTNConfig())]))
+    with pytest.raises(UsageError, match=r"'attention' matches none"):
+        quantize_model(network, rules=Rules(rules=[Rule("attention", RTNConfig())]))
+
+
+def test_the_method_may_stand_beside_rules_but_only_once(network):
+    rules = Rules(rules=[Rule("down", None)])
+    result = quantize_model(network, RTNConfig(bits=2), rules=rules)
+    assert set(kinds(result.model).values()) == {("AffineTensor", 2)}
+    with pytest.raises(UsageError, match="differ; give one"):
+        quantize_model(network, RTNConfig(), rules=Rules(config=NF4Config()))
+
+
+def test_rules_that_leave_everything_are_an_error(network):
+    with pytest.raises(UsageError, match="the rules leave all of them"):
+        quantize_model(network, rules=Rules(skip=[""]))
+
+
+def test_heads_and_embeddings_are_packed_when_a_rule_names_them(network):
+    rules = Rules(config=RTNConfig(), rules=[Rule("embed|lm_head", RTNConfig(bits=8))])
+    result = quantize_model(network, key=KEY, rules=rules)
+    assert isinstance(result.model.embed, KashinEmbed)
+    assert isinstance(result.model.lm_head, KashinLinear)
+    kernel = dequantize(result.model.lm_head.kernel.get_value())
+    dense = replace_kernels(network, {
+        path: dequantize(node.kernel.get_value())
+        for path, node in (
+            ("/".join(map(str, parts)), node)
+            for parts, node in nnx.iter_graph(result.model)
+            if isinstance(node, KashinLinear)
+        )
+    })  # fmt: skip
+    np.testing.assert_array_equal(dense.lm_head.kernel.get_value(), kernel)
+    dense.embed = nnx.clone(dense.embed)
+    dense.embed.embedding.set_value(result.model.embed.embedding)
+    for found, expected in zip(result.model(TOKENS), dense(TOKENS), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert type(quantize_model(network, RTNConfig()).model.embed) is nnx.Embed
+
+
+def test_a_method_that_cannot_code_a_layer_is_an_error_before_any_work(network):
+    rules = Rules(
+        config=RTNConfig(),
+        rules=[Rule("blocks/1/up", KashinConfig(block_shape=(7, 7)))],
+    )
+    seen = []
+    with pytest.raises(UsageError, match=r"`blocks/1/up`: A matrix of shape \(16, 32"):
+        quantize_model(network, rules=rules, select=lambda p: seen.append(p) or True)
+    assert "blocks/0/down" in seen and not kinds(network)
+
+
+def own_product(*args, **kwargs):
+    return jax.lax.dot_general(*args, **kwargs)
+
+
+def test_a_product_of_its_own_is_an_error_that_names_the_layer(network):
+    network.odd = nnx.Linear(16, 16, dot_general=own_product, rngs=nnx.Rngs(0))
+    with pytest.raises(UsageError, match="`odd` has a `dot_general` of its own"):
+        quantize_model(network, RTNConfig())
+    result = quantize_model(network, RTNConfig(), select=lambda p: p != "odd")
+    assert type(result.model.odd) is nnx.Linear
+
+
+def tie(network):
+    network.blocks[1].up.kernel = network.blocks[0].up.kernel
+    return network
+
+
+def test_linears_that_share_a_kernel_are_quantized_once_and_share_it(network):
+    tie(network)
+    seen = []
+
+    def layer(path, kernel):
+        seen.append(path)
+        return quantize(kernel, RTNConfig(), path_key(KEY, path))
+
+    result = quantize_model(network, key=KEY, quantize_layer=layer, select=is_block)
+    assert seen == ["blocks/0/down", "blocks/0/up", "blocks/1/down"]
+    assert list(result.reports) == seen == list(selected_kernels(network, is_block))
+    first, second = (block.up for block in result.model.blocks)
+    assert first is not second and first.kernel is second.kernel
+    assert first.bias is network.blocks[0].up.bias is not second.bias
+    stored = nnx.state(result.model, PackedKernel)
+    assert stored_bits(stored) == sum(r.stored_bits for r in result.reports.values())
+
+
+def is_block(path):
+    return path.startswith("blocks")
+
+
+def test_what_shares_a_kernel_stays_with_what_has_to_stay(network):
+    tie(network)
+    rules = Rules(config=RTNConfig(), skip=["blocks/1/up"])
+    result = quantize_model(network, rules=rules)
+    ups = [block.up for block in result.model.blocks]
+    assert [type(up) for up in ups] == [nnx.Linear] * 2
+    assert ups[0].kernel is ups[1].kernel
+    plan = plan_model(network, rules=rules)
+    reasons = {each.choice.path: each.choice.reason for each in plan.layers}
+    assert reasons["blocks/0/up"] == "tied to blocks/1/up"
+
+
+def test_two_methods_for_one_kernel_are_an_error(network):
+    tie(network)
+    rules = Rules(config=RTNConfig(), rules=[Rule("blocks/1/up", NF4Config())])
+    with pytest.raises(UsageError, match="`blocks/0/up` and `blocks/1/up` share one"):
+        quantize_model(network, rules=rules)
+
+
+def test_an_embedding_whose_table_is_a_kernel_too_stays_tied(network):
+    network.blocks[0].one_hot = nnx.Linear(12, 16, use_bias=False, rngs=nnx.Rngs(0))
+    network.blocks[0].one_hot.kernel = network.embed.embedding
+    plain = quantize_model(network, RTNConfig()).model
+    assert plain.blocks[0].one_hot.kernel is plain.embed.embedding
+    rules = Rules(config=RTNConfig(), rules=[Rule("embed|one_hot", RTNConfig(bits=6))])
+    packed = quantize_model(network, rules=rules).model
+    assert packed.blocks[0].one_hot.kernel is packed.embed.table
+    np.testing.assert_allclose(
+        packed.blocks[0].one_hot(jnp.eye(12)), packed.embed.embedding, rtol=1e-6
+    )
+
+
+def test_a_table_that_something_else_reads_stays(network):
+    class Head(nnx.Module):
+        def __init__(self, table):
+            self.table = table
+
+    network.head = Head(network.embed.embedding)
+    rules = Rules(config=RTNConfig(), rules=[Rule("blocks/0/up|embed", RTNConfig())])
+    result = quantize_model(network, rules=rules)
+    assert type(result.model.embed) is nnx.Embed
+    assert result.model.head.table is result.model.embed.embedding
+    plan = plan_model(network, rules=rules)
+    assert {e.choice.path: e.choice.reason for e in plan.layers}["embed"] == (
+        "tied to head/table"
+    )
+
+
+def test_a_dry_run_prints_the_plan_and_quantizes_nothing(network, capsys):
+    rules = Rules(
+        config=JointConfig(bits=2.5), rules=[Rule("down", NF4Config(group_size=8))]
+    )
+    before = len(jax.live_arrays())
+    result = quantize_model(network, rules=rules, dry_run=True)
+    assert result.model is network and result.reports == {}
+    assert len(jax.live_arrays()) <= before + 1
+    plan = plan_model(network, rules=rules)
+    lines = capsys.readouterr().out.splitlines()
+    assert "\n".join(lines) == str(plan)
+    assert lines[0].split() == [
+        "layer", "shape", "method", "bits/weight", "bytes", "before", "after",
+    ]  # fmt: skip
+    ends = {len(line) for line in lines}
+    assert len(ends) == 1
+    line = next(line for line in lines if line.startswith("blocks/1/up"))
+    assert line.split()[1:6] == ["16", "x", "32", "kashin-joint", "2.5"]
+    query = next(line for line in lines if "attention/query" in line)
+    assert "16 x 2 x 8" in query and "stays: in a LinearGeneral" in query
+    assert "stays: no rule names it" in next(x for x in lines if x.startswith("embed"))
+
+
+def test_the_plan_says_what_will_be_stored(network):
+    rules = Rules(
+        config=JointConfig(bits=2, effort="fast"),
+        rules=[Rule("down", NF4Config(group_size=8)), Rule("embed", RTNConfig())],
+    )
+    plan = plan_model(network, rules=rules)
+    result = quantize_model(network, rules=rules)
+    assert {e.choice.path: e.stored_bits for e in plan.quantized} == {
+        path: report.stored_bits for path, report in result.reports.items()
+    }
+    params = jax.tree.leaves(nnx.state(network, nnx.Param))
+    assert plan.bytes_before == sum(leaf.nbytes for leaf in params)
+    kept = jax.tree.leaves(nnx.state(result.model, nnx.Param))
+    stored = stored_bits(nnx.state(result.model, PackedKernel)) // 8
+    assert plan.bytes_after == sum(leaf.nbytes for leaf in kept) + stored
+
+
+def test_a_model_without_arrays_can_be_planned_for(network):
+    abstract = nnx.eval_shape(lambda: Network(nnx.Rngs(0)))
+    assert str(plan_model(abstract, RTNConfig())) == str(
+        plan_model(network, RTNConfig())
+    )

@@ -1,0 +1,206 @@
+"""`quantize_params` on trees of parameters, of Linen models and of none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.core import freeze
+
+from kashin_jax import (
+    HQQConfig,
+    JointConfig,
+    KashinConfig,
+    NF4Config,
+    QuantizedTensor,
+    RotatedRTNConfig,
+    RTNConfig,
+    Rule,
+    Rules,
+    dequantize,
+    dequantize_params,
+    quantize,
+    quantize_params,
+)
+from kashin_jax.errors import NonFiniteError, UsageError
+from kashin_jax.layers import path_key, plan_params
+
+KEY = jax.random.key(0)
+
+
+class Network(nn.Module):
+    """Attention, convolution, embedding, norm, dense layers and a head."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(12, 16)(tokens)
+        x = nn.MultiHeadDotProductAttention(2)(x)
+        x = nn.Conv(16, (3,))(nn.LayerNorm()(x))
+        for i in range(2):
+            x = nn.Dense(16, name=f"layers_{i}")(x)
+        return nn.Dense(12, name="lm_head")(x)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return Network().init(KEY, jnp.zeros((1, 4), jnp.int32))
+
+
+def packed_paths(params):
+    """Paths of all packed leaves, as they stand in the tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda leaf: hasattr(leaf, "decode")
+    )
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/")
+        for keys, leaf in leaves
+        if hasattr(leaf, "decode")
+    }
+
+
+def test_kernels_are_packed_and_everything_else_is_shared(params):
+    result = quantize_params(params, RTNConfig(), KEY)
+    assert list(result.reports) == ["layers_0", "layers_1"]
+    assert packed_paths(result.params) == {
+        "params/layers_0/kernel",
+        "params/layers_1/kernel",
+    }
+    tensor, _ = quantize(
+        params["params"]["layers_1"]["kernel"], RTNConfig(), path_key(KEY, "layers_1")
+    )
+    found = result.params["params"]["layers_1"]["kernel"]
+    np.testing.assert_array_equal(found.packed_codes, tensor.packed_codes)
+    for name in ("Embed_0", "Conv_0", "LayerNorm_0", "lm_head"):
+        for a, b in zip(
+            jax.tree.leaves(result.params["params"][name]),
+            jax.tree.leaves(params["params"][name]),
+            strict=True,
+        ):
+            assert a is b
+
+
+def test_dequantizing_gives_dense_kernels_of_the_type_they_had(params):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    packed = quantize_params(half, RTNConfig(bits=8)).params
+    found = dequantize_params(packed)
+    assert jax.tree.structure(found) == jax.tree.structure(half)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(half), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        error = jnp.max(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)))
+        assert error < 0.02
+
+
+def test_the_first_rule_that_matches_gives_the_method(params):
+    rules = Rules(
+        config=RTNConfig(),
+        rules=[
+            Rule("layers_1", NF4Config()),
+            Rule("Embed_0/embedding", JointConfig(bits=2, effort="fast")),
+            Rule("lm_head", RTNConfig(bits=8)),
+        ],
+    )
+    result = quantize_params(params, rules=rules, key=KEY)
+    assert {p: type(r.config) for p, r in result.reports.items()} == {
+        "Embed_0/embedding": JointConfig,
+        "layers_0": RTNConfig,
+        "layers_1": NF4Config,
+        "lm_head": RTNConfig,
+    }
+    table = result.params["params"]["Embed_0"]["embedding"]
+    assert isinstance(table, QuantizedTensor)
+
+
+def test_kernels_that_are_no_matrices_stay_and_the_plan_says_why(params, capsys):
+    result = quantize_params(params, RTNConfig(), dry_run=True)
+    assert result.params is params and result.reports == {}
+    plan = plan_params(params, RTNConfig())
+    assert capsys.readouterr().out == f"{plan}\n"
+    reasons = {each.choice.path: each.choice.reason for each in plan.layers}
+    attention = "MultiHeadDotProductAttention_0"
+    assert reasons == {
+        "Conv_0": "has 3 axes",
+        "Embed_0/embedding": "no rule names it",
+        f"{attention}/key": "has 3 axes",
+        f"{attention}/out": "has 3 axes",
+        f"{attention}/query": "has 3 axes",
+        f"{attention}/value": "has 3 axes",
+        "layers_0": None,
+        "layers_1": None,
+        "lm_head": "not selected",
+    }
+    rules = Rules(config=RTNConfig(), rules=[Rule("query", RTNConfig())])
+    with pytest.raises(UsageError, match="'query' matches none of 4 layers"):
+        quantize_params(params, rules=rules)
+
+
+def test_the_plan_says_what_will_be_stored_and_needs_no_arrays(params):
+    rules = Rules(config=HQQConfig(bits=3), skip=["layers_0"])
+    abstract = jax.eval_shape(lambda: params)
+    plan = plan_params(abstract, rules=rules)
+    result = quantize_params(params, rules=rules)
+    assert [e.stored_bits for e in plan.quantized] == [
+        report.stored_bits for report in result.reports.values()
+    ]
+    leaves = jax.tree.leaves(params)
+    assert plan.bytes_before == sum(leaf.nbytes for leaf in leaves)
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(result.params))
+    assert plan.bytes_after == stored
+
+
+@pytest.mark.parametrize("make", [freeze, lambda tree: [tree, (jnp.ones(3),)]])
+def test_any_tree_keeps_its_structure(params, make):
+    tree = make(params)
+    packed = quantize_params(tree, RTNConfig()).params
+    assert type(packed) is type(tree)
+    assert jax.tree.structure(dequantize_params(packed)) == jax.tree.structure(tree)
+
+
+def test_matrices_of_other_names_need_a_rule():
+    tree = {"w1": jnp.ones((16, 8)), "b1": jnp.zeros(8), "w2": np.ones((8, 8))}
+    with pytest.raises(UsageError, match="has 0 kernels"):
+        quantize_params(tree, RTNConfig())
+    rules = Rules(config=RTNConfig(), rules=[Rule("^w", RTNConfig(bits=2))])
+    result = quantize_params(tree, rules=rules)
+    assert packed_paths(result.params) == {"w1", "w2"}
+    np.testing.assert_allclose(dequantize(result.params["w1"]), 1.0, rtol=1e-3)
+
+
+def test_a_matrix_that_occurs_twice_is_quantized_once_and_stays_tied():
+    kernel = jax.random.normal(KEY, (16, 8))
+    tree = {"a": {"kernel": kernel}, "b": {"kernel": kernel}, "c": {"kernel": kernel.T}}
+    result = quantize_params(tree, RTNConfig())
+    assert result.params["a"]["kernel"] is result.params["b"]["kernel"]
+    assert list(result.reports) == ["a", "c"]
+    left = quantize_params(tree, RTNConfig(), select=lambda p: p != "b").params
+    assert left["a"]["kernel"] is left["b"]["kernel"] is kernel
+
+
+def test_packed_leaves_are_left_as_they_are(params):
+    first = quantize_params(params, RTNConfig(), select=lambda p: p == "layers_0")
+    both = quantize_params(first.params, NF4Config())
+    assert list(both.reports) == ["layers_1"]
+    kernel = both.params["params"]["layers_0"]["kernel"]
+    assert kernel is first.params["params"]["layers_0"]["kernel"]
+
+
+def test_errors_name_the_layer(params):
+    broken = jax.tree.map(jnp.array, params)
+    kernel = broken["params"]["layers_1"]["kernel"]
+    broken["params"]["layers_1"]["kernel"] = kernel.at[0, 0].set(jnp.nan)
+    with pytest.raises(NonFiniteError, match="`layers_1` holds 1 NaN"):
+        quantize_params(broken, RTNConfig())
+    with pytest.raises(UsageError, match=r"`layers_0`: A matrix of shape \(16, 16\)"):
+        quantize_params(params, KashinConfig(block_shape=(5, 5)))
+    with pytest.raises(UsageError, match="'mlp' matches none"):
+        quantize_params(params, rules=Rules(rules=[Rule("mlp", None)]))
+
+
+def test_adding_a_layer_leaves_other_codes_unchanged(params):
+    config = RotatedRTNConfig()
+    before = quantize_params(params, config, KEY).params["params"]
+    more = {"params": params["params"] | {"a": {"kernel": jnp.eye(16)}}}
+    after = quantize_params(more, config, KEY).params["params"]
+    for name in ("layers_0", "layers_1"):
+        np.testing.assert_array_equal(
+            before[name]["kernel"].packed_codes, after[name]["kernel"].packed_codes
+        )
