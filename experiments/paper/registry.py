@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from experiments.paper import (
+    depth,
     fig1_choice,
     fig2_vectors,
     fig3_matrices,
@@ -45,5 +46,6 @@ PARTS: Mapping[str, Part] = MappingProxyType(
         "fig7": Part(fig78_clusterings.make_good, "good clusterings", True),
         "fig8": Part(fig78_clusterings.make_bad, "bad clusterings", True),
         "table1": Part(table1_ratios.make, "l1 ratio of every basis"),
+        "depth": Part(depth.make, "quality against depth, committed results", True),
     }
 )

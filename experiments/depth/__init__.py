@@ -1,0 +1,1 @@
+"""How deep the greedy decomposition has to go: steps and tolerances against quality."""

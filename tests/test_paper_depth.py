@@ -1,0 +1,84 @@
+"""`python -m experiments.paper --only=depth`: committed numbers, drawn again."""
+
+import pytest
+
+from experiments.paper import depth
+from experiments.paper.program import DEFAULT_MODEL, main
+from experiments.paper.setting import Setting
+from experiments.results import read_jsonl, write_jsonl
+
+FILE = 1
+NAME = "opt-wiki-18m"
+
+
+def records(values):
+    """A study of weight errors at one width, one record per number of steps."""
+    return [
+        {
+            "metric": "error", "axis": "steps", "bits": 4, "max_steps": steps,
+            "rtol": 1e-6, "seed": 0, "value": value, "model": NAME, "enough": False,
+        }
+        for steps, value in values.items()
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+    """The directory of results, with two studies of the model and one of another."""
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(depth, "RESULTS", results)
+    small = records({1: 0.4, 8: 0.02})
+    write_jsonl(results / f"depth-{NAME}-small.jsonl", small)
+    large = records({1: 0.4, 2: 0.2, 4: 0.0504, 8: 0.05, 16: 0.06})
+    write_jsonl(results / f"depth-{NAME}-large.jsonl", large)
+    write_jsonl(results / "depth-other-large.jsonl", [*large, *large])
+    return results
+
+
+def test_the_largest_study_of_the_model_is_drawn(committed, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["--only=depth", f"--out={out}"]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "depth.png", "depth.svg", "depth.jsonl",
+    }  # fmt: skip
+    (curve,) = read_jsonl(out / "depth.jsonl")
+    assert curve["source"] == f"depth-{NAME}-large.jsonl"
+    assert (curve["x"], curve["mean"][0]) == ([1, 2, 4, 8, 16], 0.4)
+    assert (curve["enough"], curve["best_at"], curve["best"]) == (4, 8, 0.05)
+    assert "error, 4 bits: 4 steps are enough (0.05040; best 0.05000 at 8)." in (
+        capsys.readouterr().out
+    )
+
+
+def test_missing_results_are_an_error_that_names_the_command(
+    committed, tmp_path, capsys
+):
+    for path in committed.glob(f"depth-{NAME}-*"):
+        path.unlink()
+    out = tmp_path / "out"
+    assert main(["--only=depth", f"--out={out}"]) == FILE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"depth-{NAME}-*.jsonl" in line
+    assert "run: python -m experiments.depth --model=" in line
+    assert list(out.iterdir()) == []
+
+
+def test_the_figure_has_rows_of_metrics_and_columns_of_limits(committed):
+    path = committed / f"depth-{NAME}-large.jsonl"
+    tolerances = [
+        {**record, "metric": "perplexity", "axis": "rtol", "rtol": rtol}
+        for record in records({200: 30.0})
+        for rtol in (1e-1, 1e-3)
+    ]
+    full = {
+        **tolerances[0], "axis": None, "bits": None, "max_steps": None, "rtol": None,
+    }  # fmt: skip
+    write_jsonl(path, [full, *read_jsonl(path), *tolerances])
+    artifact = depth.make(Setting(model=DEFAULT_MODEL, seed=0))
+    panels = artifact.figure.axes
+    assert len(panels) == 4
+    assert [axes.get_xlabel() != "" for axes in panels] == [False, False, True, True]
+    assert panels[3].xaxis_inverted()
+    assert not panels[2].xaxis_inverted()
+    assert [record["full_precision"] for record in artifact.records] == [None, 30.0]
