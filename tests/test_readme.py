@@ -11,15 +11,19 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLE = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
 
 
-def test_the_library_example_runs_as_it_stands():
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_library_examples_run_as_they_stand(capsys):
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(examples) == 2
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    for code in examples:
+        exec(compile(code, "README.md", "exec"), names)
     assert names["y"].shape == (8, 1536)
     assert names["dense"].shape == (384, 1536)
     assert 4 < names["bits_per_weight"](names["packed"]) < 4.07
     assert names["logits"].shape == (8, 10)
     assert len(names["reports"]) == 2
+    assert set(names["mixed_reports"]) == {f"layers/{i}" for i in range(5)}
+    assert "layers/2" in capsys.readouterr().out
 
 
 def test_every_table_is_the_one_in_the_result_file():

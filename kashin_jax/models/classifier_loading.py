@@ -7,7 +7,7 @@ classes, `{NAME: {"problem_type": "regression"}}`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from kashin_jax.models.reading import (
     ParamPath,
     check_dtype,
     load_variables,
+    present,
 )
 from kashin_jax.models.saving import save_classifier
 from kashin_jax.models.tensor_files import find_weights, read_json
@@ -82,6 +83,7 @@ def load_classifier(
     labels: tuple[str, ...] | None = None,
     key: Key[Array, ""] | None = None,
     dtype: DTypeLike = jnp.float32,
+    absent: Collection[str] = (),
 ) -> LoadedClassifier:
     """Loads a classifier, or puts a fresh head on an encoder.
 
@@ -95,6 +97,8 @@ def load_classifier(
         with it BERT's pooler if none is stored. Empty for one value (regression).
       key: Draws the fresh head; `jax.random.key(0)` when None.
       dtype: Of parameters and activations: float32, bfloat16 or float16.
+      absent: Stored names of tensors that the files hold in a form of their own, as
+        NAME.LEAF; they are left out, and their variables stay shapes.
 
     Returns:
       The model, ready for evaluation.
@@ -124,8 +128,8 @@ def load_classifier(
     # Shapes only: drawing random weights costs more than reading the real ones.
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     targets = dict(nnx.to_flat_state(state))
-    loaded = _load(directory, config, targets, head, labels is not None, dtype)
-    variables = loaded.variables
+    loaded = _load(directory, config, targets, head, labels is not None, dtype, absent)
+    variables = loaded.variables | _left_out(targets, config, absent)
     if labels is not None:
         # A graph of its own, since only one small part of it is kept.
         root = jax.random.key(0) if key is None else key
@@ -195,6 +199,7 @@ def _load(
     head: str | None,
     leave_head: bool,
     dtype: Any,
+    absent: Collection[str],
 ) -> LoadedVariables:
     kind = config.model_type
     prefix = f"{kind}."
@@ -215,7 +220,8 @@ def _load(
         name = stored.removeprefix(f"{head}.")
         return None if name == stored else parse_classifier_name(name, kind)
 
-    loaded = load_variables(find_weights(directory), by_name, parse, dtype)
+    files = find_weights(directory)
+    loaded = load_variables(files, by_name, present(parse, absent), dtype)
     if head is None:
         return loaded
     path = directory / HEADS_FILE
@@ -224,6 +230,20 @@ def _load(
     heads = {name: by_name[name] for name in of_head}
     found = load_variables([path], heads, parse_head, dtype)
     return loaded._replace(variables=loaded.variables | found.variables)
+
+
+def _left_out(
+    targets: Mapping[ParamPath, nnx.Variable],
+    config: ClassifierConfig,
+    absent: Collection[str],
+) -> dict[ParamPath, nnx.Variable]:
+    kind = config.model_type
+    left = {parse_classifier_name(name, kind).name for name in absent}
+    return {
+        path: variable
+        for path, variable in targets.items()
+        if classifier_name(path, kind).removeprefix(f"{kind}.") in left
+    }
 
 
 def _check_complete(

@@ -1,5 +1,6 @@
 """Loading OPT checkpoints that lie in Hugging Face's layout."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from kashin_jax.models.names import (
     tensor_name,
 )
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
-from kashin_jax.models.reading import check_dtype, load_variables
+from kashin_jax.models.reading import check_dtype, load_variables, present
 from kashin_jax.models.saving import save_opt
 from kashin_jax.models.tensor_files import find_weights, read_json
 
@@ -47,7 +48,12 @@ class LoadedModel(NamedTuple):
     directory: Path
 
 
-def load_opt(path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32) -> LoadedModel:
+def load_opt(
+    path_or_id: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    absent: Collection[str] = (),
+) -> LoadedModel:
     """Loads an OPT checkpoint, tensor by tensor.
 
     Reads `model.safetensors`, else `flax_model.msgpack`, else `pytorch_model.bin` (the
@@ -56,6 +62,8 @@ def load_opt(path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32) -> Loade
     Args:
       path_or_id: A directory, or a hub id, which is downloaded.
       dtype: Of parameters and activations: float32, bfloat16 or float16.
+      absent: Stored names of tensors that the files hold in a form of their own, as
+        NAME.LEAF; they are left out, and their variables stay shapes.
 
     Returns:
       The model, ready for evaluation.
@@ -77,9 +85,11 @@ def load_opt(path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32) -> Loade
         head_shape = (config.embedding_size, config.vocab_size)
         targets[_HEAD] = nnx.Param(jax.ShapeDtypeStruct(head_shape, dtype))
     by_name = {tensor_name(path): (path, targets[path]) for path in targets}
+    left = {parse_stored_name(name).name for name in absent}
     loaded, stored_dtype = load_variables(
-        find_weights(directory), by_name, _parse, dtype
+        find_weights(directory), by_name, present(_parse, absent), dtype
     )
+    loaded |= {by_name[name][0]: by_name[name][1] for name in left & by_name.keys()}
     if config.tie_word_embeddings and (head := loaded.pop(_HEAD, None)) is not None:
         _check_tied(directory, head[...], loaded.get(_EMBEDDING))
     missing = [path for path, _ in nnx.to_flat_state(state) if path not in loaded]

@@ -1,7 +1,7 @@
 """Filling the variables of a model from the files of a checkpoint, tensor by tensor."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,13 @@ from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
 from kashin_jax.models.names import StoredName
 from kashin_jax.models.tensor_files import iter_tensors
 
-__all__ = ["LoadedVariables", "ParamPath", "check_dtype", "load_variables"]
+__all__ = [
+    "LoadedVariables",
+    "ParamPath",
+    "check_dtype",
+    "load_variables",
+    "present",
+]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -48,6 +54,21 @@ def check_dtype(dtype: DTypeLike) -> np.dtype:
     if (dtype := jnp.dtype(dtype)).name not in _DTYPES:
         raise UsageError(f"`dtype` must be one of {_DTYPES}. Got {dtype.name}.")
     return dtype
+
+
+def present(parse: ParseName, absent: Collection[str]) -> ParseName:
+    """A reader of names that leaves alone what is stored as NAME.LEAF for absent names.
+
+    Args:
+      parse: For all other names.
+      absent: Stored names.
+    """
+    left = frozenset(absent)
+
+    def parse_present(stored: str) -> StoredName | None:
+        return None if stored.rpartition(".")[0] in left else parse(stored)
+
+    return parse_present
 
 
 def load_variables(

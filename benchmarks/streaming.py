@@ -1,0 +1,196 @@
+"""Time and memory of `kashin quantize` on checkpoints larger than a test can hold.
+
+    python -m benchmarks.streaming
+    python -m benchmarks.streaming --layout=4gb --method=rtn --bits=4
+    python -m benchmarks.streaming --layout=opt-1.3b --method=kashin-joint --effort=fast
+
+Writes a checkpoint of random weights, quantizes it in a process of its own, and adds a
+record to results/benchmarks/streaming.jsonl. Needs Linux, whose kernel counts the peak,
+and as much free disk as the checkpoint and its result take. With rtn a few minutes on
+two CPU cores; with joint coding about ten minutes per 10^9 weights.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.layouts import LAYOUTS, Layout
+from experiments.cli import check_flags, flag, run_program
+from experiments.results import append_jsonl, environment_fields, prepare_output
+from experiments.tables import Column, aligned_table, fixed
+from kashin_jax.checkpoints import inspect_checkpoint
+from kashin_jax.coding.joint import EFFORTS
+from kashin_jax.errors import UsageError
+from kashin_jax.quantized import METHOD_NAMES
+from kashin_jax.storage import (
+    PlannedTensor,
+    TensorWriter,
+    open_shard,
+    plan_plain,
+    plan_shards,
+    record_file,
+    shard_names,
+    write_config,
+    write_index,
+)
+
+__all__ = ["main", "write_checkpoint"]
+
+# `kashin`, and on the last line how much of the memory was its own at most. The
+# parent's count would be wrong: it begins with what the parent had when it forked.
+_CHILD = """
+import sys
+from pathlib import Path
+from kashin_jax.cli import main
+code = main(sys.argv[1:])
+status = Path("/proc/self/status").read_text().split()
+print(1024 * int(status[status.index("VmHWM:") + 1]))
+sys.exit(code)
+"""
+_SHARD_BYTES = 10**9
+_SLICE = 2**22  # weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamingConfig:
+    """What is quantized, and how; meanings are in the flags."""
+
+    layout: str = flag(
+        "opt-1.3b", f"One of {', '.join(LAYOUTS)}.", (LAYOUTS.__contains__, "known")
+    )
+    method: str = flag(
+        "rtn",
+        f"One of {', '.join(METHOD_NAMES)}.",
+        (METHOD_NAMES.__contains__, "known"),
+    )
+    bits: float = flag(4.0, "Code width.")
+    effort: str = flag(
+        "fast", "Of joint coding.", (EFFORTS.__contains__, f"one of {list(EFFORTS)}")
+    )
+    work: str = flag("", "Directory for the checkpoints; a temporary one when empty.")
+    out: str = flag("results/benchmarks", "Directory of the results.", (bool, "given"))
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+        if not Path("/proc/self/status").exists():
+            raise UsageError("The peak of a process is measured on Linux only.")
+
+    def rules(self) -> dict[str, Any]:
+        """As `--rules` reads them."""
+        method = {"method": self.method, "bits": self.bits}
+        joint = {"effort": self.effort} if self.method == "kashin-joint" else {}
+        return {"config": method | joint}
+
+
+def write_checkpoint(directory: Path, layout: Layout) -> None:
+    """Random weights, slice by slice and the same every time."""
+    directory.mkdir(parents=True)
+    planned = [plan_plain(n, "float16", s) for n, s in layout.tensors.items()]
+    shards = plan_shards(planned, _SHARD_BYTES)
+    records = []
+    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
+        with open_shard(directory / name, shard) as writer:
+            for tensor in shard:
+                _write_random(writer, tensor, seed=planned.index(tensor))
+        records.append(record_file(directory / name))
+    write_index(directory, records)
+    write_config(directory, layout.config)
+
+
+def _write_random(writer: TensorWriter, tensor: PlannedTensor, seed: int) -> None:
+    (spec,) = tensor.specs.values()
+    rng = np.random.default_rng(seed)
+    left = math.prod(spec.shape)
+    while left:
+        count = min(left, _SLICE)
+        values = rng.standard_normal(count, np.float32) * np.float32(0.02)
+        writer.append(tensor.name, values.astype(np.float16).tobytes())
+        left -= count
+
+
+def measure(work: Path, layout: Layout, rules: dict[str, Any]) -> dict[str, Any]:
+    """Writes a checkpoint below `work` and quantizes it; a record of what that took."""
+    source, target, file = work / "source", work / "target", work / "rules.json"
+    write_checkpoint(source, layout)
+    file.write_text(json.dumps(rules), "utf-8")
+    start = time.perf_counter()
+    peak = _quantize(source, target, file)
+    seconds = time.perf_counter() - start
+    before = inspect_checkpoint(source, verify=False)
+    after = inspect_checkpoint(target, verify=False)
+    packed = [t for t in after.tensors if t.relative_squared_error is not None]
+    return {
+        "weights": after.weights,
+        "quantized_weights": after.packed_weights,
+        "largest_quantized_float32": 4 * max(math.prod(t.shape) for t in packed),
+        "largest_copied": max(
+            2 * math.prod(t.shape) for t in after.tensors if t not in packed
+        ),
+        "source_bytes": before.disk_bytes,
+        "result_bytes": after.disk_bytes,
+        "bits_per_weight": after.bits_per_weight,
+        "model_bits_per_weight": after.model_bits_per_weight,
+        "minutes": seconds / 60,
+        "peak_bytes": peak,
+    }
+
+
+def _quantize(source: Path, target: Path, rules: Path) -> int:
+    """Runs the command; its peak resident size in bytes."""
+    command = [sys.executable, "-c", _CHILD, "quantize", str(source), str(target)]
+    result = subprocess.run(
+        [*command, f"--rules={rules}"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return int(result.stdout.split()[-1])
+
+
+@contextlib.contextmanager
+def _work(directory: str) -> Iterator[Path]:
+    parent = prepare_output(directory) if directory else None
+    with tempfile.TemporaryDirectory(prefix="streaming-", dir=parent) as work:
+        yield Path(work)
+
+
+def run(config: StreamingConfig) -> int:
+    """Measures a layout beside a single small matrix; returns the exit code."""
+    out, layout = prepare_output(config.out), LAYOUTS[config.layout]
+    with _work(config.work) as work:
+        bare = measure(work / "bare", LAYOUTS["bare"], config.rules())
+        found = measure(work / "full", layout, config.rules())
+    above = found["peak_bytes"] - bare["peak_bytes"]
+    record = {
+        "layout": config.layout, **config.rules()["config"], **found,
+        "bare_peak_bytes": bare["peak_bytes"],
+        "peak_bytes_above_bare": above,
+        "times_largest": above / found["largest_quantized_float32"],
+    }  # fmt: skip
+    rows = [{"what": key, "value": value} for key, value in record.items()]
+    columns = [Column("what", "", str), Column("value", "", _shown)]
+    print(aligned_table(rows, columns))
+    append_jsonl(out / "streaming.jsonl", record | environment_fields())
+    return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return fixed(3)(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_program("benchmarks.streaming", __doc__, StreamingConfig, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

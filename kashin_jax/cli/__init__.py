@@ -1,0 +1,5 @@
+"""The `kashin` command."""
+
+from kashin_jax.cli.program import main as main
+
+__all__ = ["main"]

@@ -1,0 +1,258 @@
+"""What the subcommands of `kashin` do; each returns an exit code."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from kashin_jax.checkpoints import (
+    Inspection,
+    Plan,
+    dequantize_checkpoint,
+    inspect_checkpoint,
+    load_quantized,
+    plan_checkpoint,
+    quantize_checkpoint,
+)
+from kashin_jax.errors import DataError, UsageError
+from kashin_jax.evaluation import (
+    make_windows,
+    perplexity,
+    score_windows,
+    window_nll,
+)
+from kashin_jax.layers.table import aligned
+from kashin_jax.models.generation import generate
+from kashin_jax.models.loading import LoadedModel
+from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
+from kashin_jax.quantized import (
+    Rules,
+    config_from_json,
+    config_to_json,
+    rules_from_json,
+)
+from kashin_jax.storage import open_checkpoint, read_json
+
+__all__ = [
+    "run_dequantize",
+    "run_eval",
+    "run_generate",
+    "run_inspect",
+    "run_quantize",
+]
+
+
+def run_quantize(
+    src: str,
+    dst: str,
+    *,
+    bits: int | float | None,
+    method: str | None,
+    rules: str | None,
+    skip: Sequence[str],
+    seed: int,
+    max_shard_size: int,
+    dry_run: bool,
+) -> int:
+    """Quantizes a checkpoint, or prints what would become of it."""
+    chosen = _rules(bits, method, rules, skip)
+    if dry_run:
+        _print_plan(plan_checkpoint(open_checkpoint(src), chosen))
+        return 0
+    result = quantize_checkpoint(
+        src, dst, chosen, seed=seed, max_shard_bytes=max_shard_size
+    )
+    if result.resumed:
+        print(f"{result.resumed} shards were finished already.")
+    _print_totals(inspect_checkpoint(dst, verify=False))
+    return 0
+
+
+def _rules(
+    bits: int | float | None, method: str | None, file: str | None, skip: Sequence[str]
+) -> Rules:
+    given = {"bits": bits, "method": method}
+    default = config_from_json({k: v for k, v in given.items() if v is not None})
+    content: dict[str, Any] = {} if file is None else _read_rules(Path(file))
+    if "config" in content and (bits is not None or method is not None):
+        raise UsageError(
+            f"{file}: has a `config`, which --bits and --method would contradict; "
+            "leave one of them out."
+        )
+    found = rules_from_json(content, default)
+    return Rules(config=found.config, rules=found.rules, skip=(*found.skip, *skip))
+
+
+def _read_rules(path: Path) -> dict[str, Any]:
+    text = path.read_text("utf-8").lstrip() if path.is_file() else ""
+    if text.startswith("["):
+        try:
+            return {"rules": json.loads(text)}
+        # Nesting of some thousand levels ends in a RecursionError.
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: is not valid JSON ({error}).") from error
+    return dict(read_json(path))
+
+
+def _print_plan(plan: Plan) -> None:
+    rows = [["tensor", "layer", "shape", "method", "bits/weight", "bytes"]]
+    for tensor in plan.tensors:
+        if tensor.name not in plan.layers or tensor.description is None:
+            continue
+        layer = plan.layers[tensor.name]
+        m, n = tensor.description["layout"]["shape"]
+        fields = config_to_json(layer.config)
+        rows.append([
+            tensor.name, layer.path, f"{m} x {n}",
+            f"{fields['method']}, {fields['bits']} bits",
+            f"{8 * tensor.size / (m * n):.3f}", f"{tensor.size:,}",
+        ])  # fmt: skip
+    print(aligned(rows, left=4))
+    kept = [t for t in plan.tensors if t.name not in plan.layers]
+    print(
+        f"{len(plan.layers)} matrices quantized, {len(kept)} tensors copied "
+        f"({sum(t.size for t in kept):,} bytes); "
+        f"{sum(t.size for t in plan.tensors):,} bytes in all."
+    )
+
+
+def run_inspect(src: str, *, verify: bool, as_json: bool) -> int:
+    """Lists a checkpoint; exit code 1 if a file has changed."""
+    found = inspect_checkpoint(src, verify=verify)
+    if as_json:
+        print(_as_json(found))
+    else:
+        print(aligned(_table(found), left=3))
+        _print_totals(found)
+    if found.damaged:
+        names = ", ".join(found.damaged)
+        print(f"Changed since they were written: {names}.", file=sys.stderr)
+    return 1 if found.damaged else 0
+
+
+def _table(found: Inspection) -> list[list[str]]:
+    rows = [["tensor", "stored as", "shape", "bits/weight", "rel. sq. error"]]
+    for row in found.tensors:
+        error = row.relative_squared_error
+        rows.append([
+            row.name, row.form, " x ".join(map(str, row.shape)) or "scalar",
+            f"{row.bits_per_weight:.3f}", "-" if error is None else f"{error:.5f}",
+        ])  # fmt: skip
+    return rows
+
+
+def _as_json(found: Inspection) -> str:
+    bits = {
+        "bits_per_weight": found.bits_per_weight,
+        "model_bits_per_weight": found.model_bits_per_weight,
+    }
+    tensors = {"tensors": [row._asdict() for row in found.tensors]}
+    return json.dumps(found._asdict() | bits | tensors, indent=2)
+
+
+def _print_totals(found: Inspection) -> None:
+    if found.bits_per_weight is not None:
+        print(
+            f"{found.packed_weights:,} weights quantized, "
+            f"{found.bits_per_weight:.3f} stored bits each."
+        )
+    print(
+        f"{found.weights:,} weights in {found.disk_bytes:,} bytes, "
+        f"{found.model_bits_per_weight:.3f} bits each."
+    )
+    if found.damaged == ():
+        print("Every file is as it was written.")
+
+
+def run_dequantize(src: str, dst: str, *, max_shard_size: int) -> int:
+    """Decodes a checkpoint."""
+    dequantize_checkpoint(src, dst, max_shard_bytes=max_shard_size)
+    _print_totals(inspect_checkpoint(dst, verify=False))
+    return 0
+
+
+def run_eval(
+    src: str,
+    *,
+    text: str,
+    max_tokens: int | None,
+    context: int | None,
+    batch_size: int,
+) -> int:
+    """Prints the perplexity of a language model."""
+    loaded = _language_model(src)
+    tokenizer = load_tokenizer(loaded.directory)
+    check_vocabulary(tokenizer, loaded.config.vocab_size)
+    tokens = tokenizer.encode(_read_text(Path(text)))
+    if tokenizer.bos_id is not None:
+        tokens = np.insert(tokens, 0, tokenizer.bos_id)
+    limit = loaded.config.max_position_embeddings
+    length = context or limit
+    if not 2 <= length <= limit:
+        raise UsageError(
+            f"`--context` must lie in [2, {limit}] for this model. Got {length}."
+        )
+    windows = make_windows(tokens[:max_tokens], context=length, drop_last=False)
+    graphdef, state = nnx.split(loaded.model)
+    batches = score_windows(
+        lambda ids, scored: _nll(graphdef, state, ids, scored),
+        windows,
+        batch_size=batch_size,
+    )
+    nlls = np.concatenate([batch.nlls for batch in batches])
+    count = int(windows.scored.sum())
+    value = float(perplexity(nlls, windows))
+    print(f"{value!r} perplexity, {count} predictions, context {length}")
+    return 0
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text ({error.reason}).") from error
+
+
+@jax.jit(static_argnums=0)
+def _nll(
+    graphdef: Any, state: Any, tokens: Int[Array, "b t"], scored: Bool[Array, "b t"]
+) -> Float[Array, " b"]:
+    return window_nll(nnx.merge(graphdef, state)(tokens), tokens, scored)
+
+
+def run_generate(
+    src: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
+) -> int:
+    """Prints the prompt and its continuation."""
+    loaded = _language_model(src)
+    tokenizer = load_tokenizer(loaded.directory)
+    ids = tokenizer.encode(prompt)
+    if tokenizer.bos_id is not None:
+        ids = np.insert(ids, 0, tokenizer.bos_id)
+    if not ids.size:
+        raise UsageError("The prompt is empty; give at least one word.")
+    found = generate(
+        loaded.model,
+        jnp.asarray(ids)[None],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        key=jax.random.key(seed),
+        eos_token_id=loaded.config.eos_token_id,
+    )
+    skip = 0 if tokenizer.bos_id is None else 1
+    print(tokenizer.decode(np.asarray(found[0, skip:])))
+    return 0
+
+
+def _language_model(src: str) -> LoadedModel:
+    loaded = load_quantized(src)
+    if not isinstance(loaded, LoadedModel):
+        raise UsageError(f"{src}: is a classifier; name a language model.")
+    return loaded

@@ -1,0 +1,180 @@
+"""Command line: `kashin quantize`, `inspect`, `dequantize`, `eval`, `generate`."""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kashin_jax.cli.arguments import (
+    read_bits,
+    read_count,
+    read_seed,
+    read_size,
+    read_temperature,
+)
+from kashin_jax.errors import UsageError
+from kashin_jax.quantized import METHOD_NAMES
+
+__all__ = ["main"]
+
+_EPILOGUE = """\
+Exit codes: 0 done; 1 a file or its content is unusable; 2 wrong use; 130 interrupted
+(an interrupted `quantize` goes on where it was when it is repeated).
+"""
+_Parser = argparse.ArgumentParser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `kashin`; returns the exit code.
+
+    Args:
+      arguments: Without the program's name; those of the process when None.
+    """
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    try:
+        code = _run(options)
+        # Here rather than at exit, where nobody catches what goes wrong.
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"kashin {options.command}: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has had enough; Python would flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        # Messages of other libraries, which some errors quote, have several lines.
+        text = " ".join(str(error).split())
+        print(f"kashin {options.command}: {text}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Late, so that `--help` and wrong use need not wait for the models.
+    from kashin_jax.cli import commands
+
+    values = vars(options).copy()
+    run: Callable[..., int] = getattr(commands, f"run_{values.pop('command')}")
+    return run(**values)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="kashin",
+        description="Quantizes checkpoints by Kashin's and other methods.",
+        epilog=_EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = importlib.metadata.version("kashin_jax")
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_quantize, _inspect, _dequantize, _eval, _generate):
+        add(commands)
+    return parser
+
+
+def _quantize(commands: Any) -> None:
+    parser: _Parser = commands.add_parser(
+        "quantize",
+        help="quantize a checkpoint, tensor by tensor",
+        description="Quantizes SRC, a directory of safetensors files in Hugging Face's "
+        "layout, into DST. Repeat the same command to go on after an interruption.",
+    )
+    parser.add_argument("src", metavar="SRC")
+    parser.add_argument("dst", metavar="DST")
+    parser.add_argument(
+        "--bits", type=read_bits, help="code width; the method's own when left out"
+    )
+    parser.add_argument(
+        "--method", choices=METHOD_NAMES, help=f"{METHOD_NAMES[0]} when left out"
+    )
+    parser.add_argument(
+        "--rules",
+        metavar="FILE",
+        help="JSON with rules for single layers, see the docs",
+    )
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="leave layers in full precision, beside embeddings, heads and norms; may "
+        "be repeated",
+    )
+    parser.add_argument("--seed", type=read_seed, default=0)
+    parser.add_argument(
+        "--max-shard-size",
+        type=read_size,
+        default="5GB",
+        metavar="SIZE",
+        help="such as 500MB; 5GB when left out",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and write nothing"
+    )
+
+
+def _inspect(commands: Any) -> None:
+    parser: _Parser = commands.add_parser(
+        "inspect",
+        help="list tensors, stored bits and errors, and verify hashes",
+        description="Exit code 1 if a file has changed since it was written.",
+    )
+    parser.add_argument("src", metavar="DIR")
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="hash no files"
+    )
+    parser.add_argument(
+        "--json", dest="as_json", action="store_true", help="print a JSON object"
+    )
+
+
+def _dequantize(commands: Any) -> None:
+    parser: _Parser = commands.add_parser(
+        "dequantize", help="decode a quantized checkpoint to its original layout"
+    )
+    parser.add_argument("src", metavar="SRC")
+    parser.add_argument("dst", metavar="DST")
+    parser.add_argument(
+        "--max-shard-size", type=read_size, default="5GB", metavar="SIZE"
+    )
+
+
+def _eval(commands: Any) -> None:
+    parser: _Parser = commands.add_parser(
+        "eval",
+        help="perplexity of an OPT checkpoint, quantized or not, on a text",
+        description="Windows that do not overlap, all but the first token of each "
+        "predicted. Needs the extra `cli`.",
+    )
+    parser.add_argument("src", metavar="DIR")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--max-tokens", type=read_count, help="only the first tokens")
+    parser.add_argument(
+        "--context",
+        type=read_count,
+        help="tokens of a window; the model's when left out",
+    )
+    parser.add_argument(
+        "--batch-size", type=read_count, default=4, help="windows at a time"
+    )
+
+
+def _generate(commands: Any) -> None:
+    parser: _Parser = commands.add_parser(
+        "generate",
+        help="continue a text with an OPT checkpoint, quantized or not",
+        description="Needs the extra `cli`.",
+    )
+    parser.add_argument("src", metavar="DIR")
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=read_count, default=50)
+    parser.add_argument("--temperature", type=read_temperature, default=0.0)
+    parser.add_argument("--seed", type=read_seed, default=0)

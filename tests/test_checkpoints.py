@@ -1,0 +1,217 @@
+"""A checkpoint quantized on disk is the model quantized in memory."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from opt_checkpoints import WIKI
+from quantized_sources import RTN, every_method, make_source, method
+from tiny_classifier import make_classifier
+
+from kashin_jax import Rule, Rules, quantize_model
+from kashin_jax.checkpoints import (
+    REPORT_NAME,
+    inspect_checkpoint,
+    load_quantized,
+    packed_layers,
+    plan_checkpoint,
+    quantize_checkpoint,
+)
+from kashin_jax.layers import KashinEmbed, KashinLinear, selected_kernels
+from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.models.loading import load_opt
+from kashin_jax.quantized import METHOD_NAMES, stored_bits
+from kashin_jax.storage import open_checkpoint
+
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("checkpoints") / "source")
+
+
+def packed_in(model):
+    """The packed matrices of a model by path of their layer."""
+    found = {}
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, KashinLinear | KashinEmbed):
+            variable = node.kernel if isinstance(node, KashinLinear) else node.table
+            found["/".join(map(str, path))] = variable.get_value()
+    return found
+
+
+def assert_same_layers(found, expected):
+    assert found.keys() == expected.keys()
+    for path, tensor in expected.items():
+        # What was stored in half precision is loaded in single.
+        layout = dataclasses.replace(found[path].layout, dtype=tensor.dtype)
+        assert layout == tensor.layout
+        for ours, theirs in zip(
+            jax.tree.leaves(found[path]), jax.tree.leaves(tensor), strict=True
+        ):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs, err_msg=path)
+
+
+class Both:
+    """One checkpoint quantized on disk, and in memory."""
+
+    def __init__(self, source, target, rules, load):
+        self.result = quantize_checkpoint(source, target, rules, seed=SEED)
+        self.target, self.rules = target, rules
+        self.loaded = load_quantized(target)
+        self.dense = load(source)
+        self.in_memory, self.reports = quantize_model(
+            self.dense.model, key=jax.random.key(SEED), rules=rules
+        )
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("opt")
+    # In the type that it is loaded in, so that both compile the same programs.
+    source = make_source(directory / "source", dtype="float32")
+    paths = sorted(selected_kernels(load_opt(source).model), key=len)[::-1]
+    return Both(source, directory / "quantized", every_method(paths), load_opt)
+
+
+def test_every_method_finds_the_codes_on_disk_that_it_finds_in_memory(opt):
+    used = {record["method"] for record in opt.result.reports}
+    assert used == set(METHOD_NAMES)
+    found = packed_layers(open_checkpoint(opt.target))
+    assert len(found) == 12
+    assert_same_layers(found, packed_in(opt.in_memory))
+
+
+def test_the_report_on_disk_is_that_of_quantize_model(opt):
+    lines = (opt.target / REPORT_NAME).read_text().splitlines()
+    records = {record["path"]: record for record in map(json.loads, lines)}
+    assert list(records.values()) == list(opt.result.reports)
+    assert records.keys() == opt.reports.keys()
+    for path, report in opt.reports.items():
+        expected = float(report.relative_squared_error)
+        assert records[path]["relative_squared_error"] == expected
+        assert 0 < expected < 0.1
+    assert "residual" in next(r for r in records.values() if r["method"] == "kashin")
+
+
+@jax.jit(static_argnums=0)
+def logits(graphdef, state, inputs):
+    return nnx.merge(graphdef, state)(*inputs)
+
+
+def outputs(model, *inputs):
+    graphdef, state = nnx.split(model)
+    return np.asarray(logits(graphdef, state, inputs))
+
+
+def test_a_quantized_opt_has_the_logits_of_quantizing_in_memory(opt):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 320, (2, 33)))
+    found = outputs(opt.loaded.model, tokens)
+    np.testing.assert_array_equal(found, outputs(opt.in_memory, tokens))
+    assert np.abs(found - outputs(opt.dense.model, tokens)).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bert")
+    source = make_classifier(directory / "source", "sst2", intermediate_size=128)
+    rules = Rules(config=method("kashin-joint"), rules=[Rule("pooler", method("nf4"))])
+    return Both(source, directory / "quantized", rules, load_classifier)
+
+
+def test_a_quantized_classifier_is_the_one_quantized_in_memory(classifier):
+    found = packed_layers(open_checkpoint(classifier.target))
+    assert "pooler" in found and len(found) == 13
+    expected = packed_in(classifier.in_memory)
+    assert found.keys() == expected.keys()
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 44, (3, 16)))
+    mask = jnp.ones_like(ids)
+    ours = outputs(classifier.loaded.model, ids, mask)
+    np.testing.assert_array_equal(ours, outputs(classifier.in_memory, ids, mask))
+    assert not np.array_equal(ours, outputs(classifier.dense.model, ids, mask))
+
+
+def test_embeddings_that_a_rule_names_are_quantized_as_in_memory(source, tmp_path):
+    rules = Rules(config=method("rtn"), rules=[Rule("embed_tokens", method("nf4"))])
+    both = Both(source, tmp_path / "q", rules, load_opt)
+    found = packed_layers(open_checkpoint(both.target))
+    assert found["decoder/embed_tokens"].shape == (320, 64)
+    assert_same_layers(found, packed_in(both.in_memory))
+    tokens = jnp.arange(20)[None]
+    np.testing.assert_array_equal(
+        outputs(both.loaded.model, tokens), outputs(both.in_memory, tokens)
+    )
+
+
+def test_what_the_rules_leave_is_copied_byte_for_byte(source, tmp_path):
+    rules = Rules(config=method("rtn"), skip=["fc1"])
+    quantize_checkpoint(source, tmp_path / "q", rules)
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "q")
+    assert set(after.names()) == set(before.names())
+    kept = [name for name in before.names() if not after.is_packed(name)]
+    assert sum(name.endswith("fc1.weight") for name in kept) == 2
+    for name in kept:
+        assert after.load(name).dtype == before.load(name).dtype
+        np.testing.assert_array_equal(after.load(name), before.load(name))
+
+
+def test_files_that_are_no_weights_go_along(source, tmp_path):
+    copied = tmp_path / "source"
+    copied.mkdir()
+    for path in source.iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    (copied / "LICENSE").write_text("free")
+    (copied / "pytorch_model.bin").write_bytes(b"weights once more")
+    (copied / ".cache").mkdir()
+    quantize_checkpoint(copied, tmp_path / "q", RTN)
+    assert {path.name for path in (tmp_path / "q").iterdir()} == {
+        "LICENSE", "config.json", "tokenizer.json", "model.safetensors",
+        "model.safetensors.index.json", REPORT_NAME,
+    }  # fmt: skip
+    for name in ("LICENSE", "tokenizer.json"):
+        assert (tmp_path / "q" / name).read_bytes() == (copied / name).read_bytes()
+
+
+def test_the_configuration_says_how_it_was_quantized(opt):
+    described = open_checkpoint(opt.target).quantization
+    assert described["quant_method"] == "kashin"
+    assert described["seed"] == SEED
+    packed = packed_layers(open_checkpoint(opt.target)).values()
+    assert described["tensors"]["packed_bits"] == sum(map(stored_bits, packed))
+    assert len(described["rules"]["rules"]) == len(METHOD_NAMES) + 1
+
+
+def test_the_plan_has_the_sizes_that_are_written(opt):
+    plan = plan_checkpoint(open_checkpoint(opt.dense.directory), opt.rules)
+    written = open_checkpoint(opt.target)
+    for tensor in plan.tensors:
+        file = written.file_of(tensor.name)
+        for name, spec in tensor.specs.items():
+            assert file.entry(name).spec == spec
+    assert {layer.path for layer in plan.layers.values()} == opt.reports.keys()
+
+
+def test_the_files_are_as_large_as_the_stored_bits_claim(tmp_path):
+    result = quantize_checkpoint(
+        WIKI, tmp_path / "q", Rules(config=method("rtn", bits=2, group_size=128))
+    )
+    found = inspect_checkpoint(result.directory)
+    source = open_checkpoint(WIKI)
+    kept = sum(
+        source.spec(row.name).size
+        for row in found.tensors
+        if row.relative_squared_error is None
+    )
+    claimed = found.packed_bits / 8
+    # Headers, index and configuration are the price of the packed matrices here.
+    names = ("config.json", "model.safetensors.index.json", "model.safetensors")
+    taken = sum((result.directory / name).stat().st_size for name in names) - kept
+    assert claimed < taken < 1.02 * claimed
+    assert 2 < found.bits_per_weight < 2.2
+    assert found.damaged == ()

@@ -1,0 +1,123 @@
+"""`kashin eval` and `kashin generate` say what the library says."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from quantized_sources import make_source, method
+from tiny_classifier import make_classifier
+
+from kashin_jax import Rules, quantize_model
+from kashin_jax.cli import main
+from kashin_jax.evaluation import make_windows, perplexity, score_windows, window_nll
+from kashin_jax.models.generation import generate
+from kashin_jax.models.loading import load_opt
+from kashin_jax.models.tokenizer import load_tokenizer
+
+RULES = Rules(config=method("rtn", bits=3, group_size=128))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("checkpoints") / "source")
+
+
+@pytest.fixture(scope="module")
+def quantized(source):
+    target = source.parent / "quantized"
+    flags = ["--method=rtn", "--bits=3", "--seed=5"]
+    assert main(["quantize", str(source), str(target), *flags]) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def in_memory(source):
+    """The same model, quantized without a file."""
+    return quantize_model(
+        load_opt(source).model, key=jax.random.key(5), rules=RULES
+    ).model
+
+
+def perplexity_of(model, source, *, context, batch_size, max_tokens=None):
+    tokenizer = load_tokenizer(source)
+    tokens = tokenizer.encode(source.with_suffix(".txt").read_text("utf-8"))
+    tokens = np.insert(tokens, 0, tokenizer.bos_id)[:max_tokens]
+    windows = make_windows(tokens, context=context, drop_last=False)
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def nll(ids, scored, state):
+        return window_nll(nnx.merge(graphdef, state)(ids), ids, scored)
+
+    batches = score_windows(
+        lambda ids, scored: nll(ids, scored, state), windows, batch_size=batch_size
+    )
+    nlls = np.concatenate([batch.nlls for batch in batches])
+    return float(perplexity(nlls, windows)), int(windows.scored.sum())
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], {"context": 64, "batch_size": 4}),
+        (
+            ["--context=16", "--batch-size=3", "--max-tokens=101"],
+            {"context": 16, "batch_size": 3, "max_tokens": 101},
+        ),
+    ],
+    ids=["default", "flags"],
+)
+def test_the_perplexity_printed_is_bit_for_bit_that_of_quantizing_in_memory(
+    source, quantized, in_memory, capsys, flags, options
+):
+    text = f"--text={source.with_suffix('.txt')}"
+    assert main(["eval", str(quantized), text, *flags]) == 0
+    value, count = perplexity_of(in_memory, source, **options)
+    assert capsys.readouterr().out == (
+        f"{value!r} perplexity, {count} predictions, context {options['context']}\n"
+    )
+
+
+def test_a_dense_checkpoint_is_evaluated_too(source, capsys):
+    assert main(["eval", str(source), f"--text={source.with_suffix('.txt')}"]) == 0
+    value, _ = perplexity_of(load_opt(source).model, source, context=64, batch_size=4)
+    assert float(capsys.readouterr().out.split()[0]) == value
+
+
+def test_a_prompt_is_continued_as_by_the_library(source, quantized, in_memory, capsys):
+    tokenizer = load_tokenizer(source)
+    ids = np.insert(tokenizer.encode("the of"), 0, tokenizer.bos_id)
+    tokens = generate(in_memory, jnp.asarray(ids)[None], max_new_tokens=6)
+    expected = tokenizer.decode(np.asarray(tokens[0, 1:]))
+    assert main(["generate", str(quantized), "the of", "--max-new-tokens=6"]) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert expected.startswith("the of") and len(expected) > len("the of")
+
+
+def line(capsys, code, *arguments):
+    assert main([str(argument) for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"kashin \w+: [^\n]+\n", err)
+    return err
+
+
+def test_what_cannot_be_evaluated_is_named(source, quantized, tmp_path, capsys):
+    text = f"--text={source.with_suffix('.txt')}"
+    assert "[2, 64]" in line(capsys, 2, "eval", quantized, text, "--context=65")
+    assert "[2, 64]" in line(capsys, 2, "eval", quantized, text, "--context=1")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    assert "UTF-8" in line(
+        capsys, 1, "eval", quantized, f"--text={tmp_path / 'binary'}"
+    )
+    (tmp_path / "empty").write_text("")
+    assert "2 tokens" in line(
+        capsys, 1, "eval", quantized, f"--text={tmp_path / 'empty'}"
+    )
+
+
+def test_classifiers_have_no_perplexity(tmp_path, capsys):
+    make_classifier(tmp_path / "bert", "sst2")
+    assert "classifier" in line(capsys, 2, "generate", tmp_path / "bert", "a prompt")
