@@ -25,7 +25,7 @@ from kashin_jax.layers import KashinEmbed, KashinLinear, selected_kernels
 from kashin_jax.models.classifier_loading import load_classifier
 from kashin_jax.models.loading import load_opt
 from kashin_jax.quantized import METHOD_NAMES, stored_bits
-from kashin_jax.storage import open_checkpoint
+from kashin_jax.storage import open_checkpoint, save_checkpoint
 
 SEED = 3
 
@@ -147,6 +147,21 @@ def test_embeddings_that_a_rule_names_are_quantized_as_in_memory(source, tmp_pat
     np.testing.assert_array_equal(
         outputs(both.loaded.model, tokens), outputs(both.in_memory, tokens)
     )
+
+
+def test_a_tied_head_that_is_stored_too_may_stay_beside_a_packed_embedding(
+    source, tmp_path
+):
+    before = open_checkpoint(source)
+    tensors = {name: before.load(name) for name in before.names()}
+    embedding = "model.decoder.embed_tokens.weight"
+    tensors["lm_head.weight"] = tensors[embedding].copy()
+    save_checkpoint(tmp_path / "source", tensors, before.config)
+    rules = Rules(config=method("rtn"), rules=[Rule("embed_tokens", method("nf4"))])
+    quantize_checkpoint(tmp_path / "source", tmp_path / "q", rules)
+    loaded = load_quantized(tmp_path / "q")
+    assert packed_in(loaded.model).keys() >= {"decoder/embed_tokens"}
+    outputs(loaded.model, jnp.arange(20)[None])
 
 
 def test_what_the_rules_leave_is_copied_byte_for_byte(source, tmp_path):
