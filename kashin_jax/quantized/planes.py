@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from kashin_jax.quantized.tensor import KashinLayout, QuantizedTensor, select_levels
 
-__all__ = ["factor_products", "plane_rows"]
+__all__ = ["dot", "factor_products", "plane_rows"]
 
 # Weights decoded at a time: 1 MiB of codes as float32, in the cache of a core.
 _TILE = 2**18
@@ -116,8 +116,8 @@ def _stream_products(
         packed, scale, x_tile, rotated_tile = part
         products = [
             (
-                _dot(x_tile, select_levels(table[:, 0], codes, stream.bits), precision),
-                _dot(
+                dot(x_tile, select_levels(table[:, 0], codes, stream.bits), precision),
+                dot(
                     rotated_tile,
                     select_levels(table[:, 1], codes, stream.bits),
                     precision,
@@ -154,9 +154,10 @@ def _unpacked(
     return found
 
 
-def _dot(
+def dot(
     x: Float[Array, "r s"], w: Float[Array, "s p"], precision: str | None
 ) -> Float[Array, "r p"]:
+    """`x @ w` in the type of x, accumulated in float32."""
     return jnp.matmul(
         x,
         w.astype(x.dtype),

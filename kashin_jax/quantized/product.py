@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.packing import packed_size
 from kashin_jax.quantized.layout import Quantized
-from kashin_jax.quantized.planes import factor_products, plane_rows
+from kashin_jax.quantized.planes import dot, factor_products, plane_rows
 from kashin_jax.quantized.tensor import (
     QuantizedTensor,
     band_count,
@@ -69,7 +69,7 @@ def matmul(
         )
     rows = x.reshape(-1, x.shape[-1])
     if not isinstance(tensor, QuantizedTensor):
-        y = _product(rows, tensor.decode(), precision)
+        y = dot(rows, tensor.decode(), precision)
     else:
         basis = derive_basis(tensor) if basis is None else basis
         rotation = derive_rotation(tensor) if rotation is None else rotation
@@ -115,29 +115,18 @@ def _by_bands(
 ) -> Float[Array, "r n"]:
     """Decodes bands of rows one after the other; a product with each."""
     if bands == 1:
-        return _product(x, decode_with(tensor, basis), precision)
+        return dot(x, decode_with(tensor, basis), precision)
 
     def add(
         y: Float[Array, "r n"], part: tuple[Array, QuantizedTensor]
     ) -> tuple[Float[Array, "r n"], None]:
         x_band, band = part
-        return y + _product(x_band, decode_with(band, basis), precision), None
+        return y + dot(x_band, decode_with(band, basis), precision), None
 
     by_band = x.reshape(x.shape[0], bands, -1).transpose(1, 0, 2)
     start = jnp.zeros((x.shape[0], tensor.shape[1]), jnp.float32)
     y, _ = jax.lax.scan(add, start, (by_band, cut_rows(tensor, bands)))
     return y
-
-
-def _product(
-    x: Float[Array, "r m"], w: Float[Array, "m n"], precision: str | None
-) -> Float[Array, "r n"]:
-    return jnp.matmul(
-        x,
-        w.astype(x.dtype),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _by_tiles(
@@ -181,8 +170,8 @@ def _by_tiles(
         codes = unpack_rows(packed, coarse, layout, tile)
         u, v = decode_pairs(tensor, codes, scales)
         return (
-            sums[0] + _product(x_tile, u, precision),
-            sums[1] + _product(rotated_tile, v, precision),
+            sums[0] + dot(x_tile, u, precision),
+            sums[1] + dot(rotated_tile, v, precision),
         ), None
 
     zeros = jnp.zeros((x.shape[0], n), jnp.float32)
