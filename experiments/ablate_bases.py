@@ -35,11 +35,12 @@ from experiments.cli import (
     run_program,
 )
 from experiments.convergence.ablation import ablate, cost_fields, seeded_bases
-from experiments.convergence.choices import ALL, chosen_names
 from experiments.convergence.layers import EMBEDDED, Kernels, model_kernels
 from experiments.convergence.spread import spread_fields
 from experiments.convergence.trade_off import draw_trade_off
 from experiments.flag_values import (
+    ALL,
+    chosen_names,
     command_line,
     file_stem,
     plain_differences,

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from kashin_jax import BasisSpec
 from kashin_jax.errors import UsageError
 
 __all__ = [
+    "ALL",
+    "chosen_names",
     "command_line",
     "file_stem",
     "flag_text",
@@ -19,6 +22,25 @@ __all__ = [
     "plain_differences",
     "short_model_name",
 ]
+
+ALL = ("all",)
+
+
+def chosen_names(
+    name: str, texts: tuple[str, ...], allowed: Iterable[str]
+) -> tuple[str, ...]:
+    """The allowed names that a flag lists, in the order of `allowed`, each once.
+
+    Raises:
+      UsageError: If a text is neither allowed nor `all`; names the flag.
+    """
+    names = tuple(allowed)
+    if not set(texts) <= {*ALL, *names}:
+        raise UsageError(
+            f"`--{name}` must be all or a list of: {', '.join(names)}. "
+            f"Got {flag_text(texts)!r}."
+        )
+    return names if "all" in texts else tuple(n for n in names if n in texts)
 
 
 def parse_numbers(name: str, texts: tuple[str, ...], low: int, high: int) -> list[int]:

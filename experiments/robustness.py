@@ -35,12 +35,17 @@ from experiments.cli import (
     flag,
     run_program,
 )
-from experiments.convergence.choices import ALL, chosen_names
 from experiments.convergence.heat_map import draw_heat_map, one_decimal
 from experiments.convergence.matrices import MATRICES, MAX_SIZE, draw_matrices
 from experiments.convergence.spread import spread_fields
 from experiments.convergence.sweep import Convergence, stack_bases, sweep
-from experiments.flag_values import command_line, file_stem, plain_differences
+from experiments.flag_values import (
+    ALL,
+    chosen_names,
+    command_line,
+    file_stem,
+    plain_differences,
+)
 from experiments.results import (
     atomic_path,
     environment_fields,

@@ -22,9 +22,9 @@ import jax
 
 from experiments.cli import COUNT, GIVEN, POSITIVE_COUNT, check_flags, flag, run_program
 from experiments.flag_values import (
+    chosen_names,
     command_line,
     file_stem,
-    flag_text,
     parse_numbers,
     plain_differences,
 )
@@ -33,7 +33,6 @@ from experiments.paper.table1_ratios import SEEDS, SIZES, STARTS, STEPS, table1
 from experiments.results import prepare_output
 from experiments.tables import aligned_table
 from kashin_jax.bases import FAMILIES
-from kashin_jax.errors import UsageError
 
 __all__ = ["Table1Config", "main", "run"]
 
@@ -61,12 +60,7 @@ class Table1Config:
     def __post_init__(self) -> None:
         check_flags(self)
         parse_numbers("sizes", self.sizes, 2, 4096)
-        unknown = [name for name in self.bases if name not in ("all", *FAMILIES)]
-        if unknown:
-            raise UsageError(
-                f"`--bases` must be all or a list of: {', '.join(FAMILIES)}. "
-                f"Got {flag_text(self.bases)!r}."
-            )
+        chosen_names("bases", self.bases, FAMILIES)
 
 
 def run(config: Table1Config) -> int:
@@ -81,7 +75,7 @@ def run(config: Table1Config) -> int:
         with jax.default_matmul_precision("highest"):
             table = table1(
                 jax.random.key(0),
-                families=[f for f in FAMILIES if {f, "all"} & set(config.bases)],
+                families=list(chosen_names("bases", config.bases, FAMILIES)),
                 sizes=parse_numbers("sizes", config.sizes, 2, 4096),
                 seeds=config.seeds,
                 starts=config.starts,
