@@ -1,7 +1,7 @@
-"""Time, memory and quality of the decomposition, the codebooks and the packed product.
+"""Time, memory and quality of the decomposition and the codebooks.
 
     python -m benchmarks.core
-    python -m benchmarks.core --only=decomposition,matmul --repeats=5
+    python -m benchmarks.core --only=decomposition,memory --repeats=5
 
 Prints a table per part and writes results/benchmarks/PART.jsonl. Times are the median
 of `--repeats` runs after one that compiles, on the machine as it is: quote the ratios.
@@ -27,10 +27,8 @@ from experiments.timing import median_seconds
 from kashin_jax import (
     BasisSpec,
     KashinConfig,
-    dequantize,
     kashin_decompose,
     make_pair,
-    matmul,
     quantize,
 )
 from kashin_jax.codebooks.plane import (
@@ -55,8 +53,8 @@ class BenchConfig:
     """Which parts to run, and how often."""
 
     only: tuple[str, ...] = flag(
-        ("decomposition", "model", "starts", "memory", "matmul"),
-        "Parts: decomposition, model, starts, memory, matmul.",
+        ("decomposition", "model", "starts", "memory"),
+        "Parts: decomposition, model, starts, memory.",
         (lambda names: set(names) <= set(PARTS) and names, "a list of parts"),
     )
     repeats: int = flag(3, "Timed runs.", (lambda x: x >= 1, "at least 1"))
@@ -182,28 +180,6 @@ def _polish(u: Array, v: Array, start: Array) -> PairCodebook:
     return lloyd_pairs(u, v, start, rtol=1e-3, max_steps=20)
 
 
-def _matmul(config: BenchConfig) -> list[Row]:
-    """Packed against dense products, 4 bits."""
-    rows = []
-    for shape in ((384, 1536), (1536, 384), (2048, 2048)):
-        kernel = jax.random.normal(jax.random.key(0), shape)
-        tensor, _ = quantize(kernel, KashinConfig(rtol=1e-2), jax.random.key(1))
-        dense = dequantize(tensor)
-        for count in (1, 64, 512, 2048):
-            x = jax.random.normal(jax.random.key(2), (count, shape[0]))
-            packed = jax.jit(lambda x, q: matmul(x, q))
-            streamed = jax.jit(lambda x, q: matmul(x, q, max_tile=2**16))
-            plain = median_seconds(
-                partial(jax.jit(jnp.matmul), x, dense), config.repeats
-            )
-            row = {"shape": str(shape), "rows": count, "dense_ms": 1e3 * plain}
-            for name, run in (("packed", packed), ("tiles", streamed)):
-                seconds = median_seconds(partial(run, x, tensor), config.repeats)
-                row |= {f"{name}_ms": 1e3 * seconds, f"{name}_ratio": seconds / plain}
-            rows.append(row)
-    return rows
-
-
 def _kernels() -> dict[str, Array]:
     return selected_kernels(load_opt(str(ASSETS / "opt-wiki-18m")).model)
 
@@ -213,7 +189,6 @@ PARTS: dict[str, Callable[[BenchConfig], list[Row]]] = {
     "model": _model,
     "starts": _starts,
     "memory": _memory,
-    "matmul": _matmul,
 }
 
 

@@ -11,12 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8, UInt32
 
-from kashin_jax.bases import BasisSpec, key_from_seed, make_pair
+from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.coding.affine import ungroup_rows
 from kashin_jax.coding.scalar import NF4_LEVELS
 from kashin_jax.packing import unpack_codes
 
-__all__ = ["AffineTensor", "CodebookTensor", "GroupLayout"]
+__all__ = [
+    "AffineTensor",
+    "CodebookTensor",
+    "GroupLayout",
+    "control_basis",
+    "unpacked_zero",
+]
 
 
 @jax.tree_util.register_static
@@ -77,13 +83,9 @@ class AffineTensor(NamedTuple):
 
     def decode(self) -> Float[Array, "m n"]:
         """The matrix in float32."""
-        zero = self.zero
-        if zero.dtype == jnp.uint8:
-            codes = unpack_codes(zero, bits=self.layout.bits, count=self.scale.size)
-            zero = codes.reshape(self.scale.shape)
         codes = self.layout.unpack(self.packed_codes).astype(jnp.float32)
-        scaled = self.scale.astype(jnp.float32) * (codes - zero.astype(jnp.float32))
-        return _rotate_back(scaled, self.seed, self.layout)
+        scaled = self.scale.astype(jnp.float32) * (codes - unpacked_zero(self))
+        return _rotate_back(scaled, self)
 
 
 class CodebookTensor(NamedTuple):
@@ -122,14 +124,29 @@ class CodebookTensor(NamedTuple):
             per_channel = levels.astype(jnp.float32)[None]
             values = jnp.take_along_axis(per_channel, codes, axis=1, mode="clip")
         scaled = self.scale.astype(jnp.float32) * values
-        return _rotate_back(scaled, self.seed, self.layout)
+        return _rotate_back(scaled, self)
+
+
+def unpacked_zero(tensor: AffineTensor) -> Float[Array, "g 1 c"]:
+    """Zero points in float32, in the shape of the scales."""
+    zero = tensor.zero
+    if zero.dtype == jnp.uint8:
+        bits, count = tensor.layout.bits, tensor.scale.size
+        zero = unpack_codes(zero, bits=bits, count=count).reshape(tensor.scale.shape)
+    return zero.astype(jnp.float32)
+
+
+def control_basis(tensor: AffineTensor | CodebookTensor) -> KroneckerBasis | None:
+    """The rotation of the matrix as a whole; None without one."""
+    basis, seed = tensor.layout.basis, tensor.seed
+    if seed is None or basis is None:
+        return None
+    return make_pair(basis, key_from_seed(seed), tensor.shape)
 
 
 def _rotate_back(
-    groups: Float[Array, "g s n"], seed: UInt32[Array, "2"] | None, layout: GroupLayout
+    groups: Float[Array, "g s n"], tensor: AffineTensor | CodebookTensor
 ) -> Float[Array, "m n"]:
-    rotated = ungroup_rows(groups, layout.shape[0])
-    if seed is None or layout.basis is None:
-        return rotated
-    pair = make_pair(layout.basis, key_from_seed(seed), layout.shape)
-    return pair.synthesis(rotated)
+    rotated = ungroup_rows(groups, tensor.shape[0])
+    pair = control_basis(tensor)
+    return rotated if pair is None else pair.synthesis(rotated)

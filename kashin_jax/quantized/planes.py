@@ -2,51 +2,40 @@
 
 Of 4-bit codes the low halves of all bytes are one plane of W's columns and the high
 halves another. Each plane is decoded and multiplied by itself, so that codes are never
-put in order, and the scales of blocks are taken into the sums instead of the weights.
+put in order, and scales of columns are taken into the sums instead of the weights.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from kashin_jax.quantized.tensor import KashinLayout, QuantizedTensor, select_levels
-
-__all__ = ["dot", "factor_products", "plane_rows"]
+__all__ = ["add_planes", "by_tile", "dot", "plane_rows"]
 
 # Weights decoded at a time: 1 MiB of codes as float32, in the cache of a core.
 _TILE = 2**18
 _LEAST_ROWS = 8
 
 
-class _Stream(NamedTuple):
-    """Rows of W whose codes have one width."""
-
-    packed: UInt8[Array, " q"]
-    bits: int
-    first_row: int
-    step: int
-    first_centroid: int
-
-
-def plane_rows(layout: KashinLayout, most: int) -> int | None:
+def plane_rows(
+    columns: int, height: int, widths: Sequence[int], most: int
+) -> int | None:
     """Rows of W to decode at a time; None if its codes do not suit this way.
 
-    Args:
-      layout: Of W.
-      most: Weights to decode at a time.
+    They must divide a block or group, so that one row of scales is theirs, and a row of
+    codes must end between bytes at the same place in every row.
 
-    They must divide a block, so that one row of scales is theirs, and a row of codes
-    must end between bytes at the same place in every row.
+    Args:
+      columns: Of W.
+      height: Of a block or a group.
+      widths: Bits of the codes; of every stream, where rows take turns between them.
+      most: Weights to decode at a time.
     """
-    (_, n), (height, _) = layout.shape, layout.block_shape
-    streams = 1 if layout.coarse_bits is None else 2
-    widths = {layout.fine_bits, layout.coarse_bits or layout.fine_bits}
-    if any(n % _planes(bits) for bits in widths) or height % streams:
+    if any(columns % _planes(bits) for bits in widths) or height % len(widths):
         return None
-    own, fitting = height // streams, max(1, min(most, _TILE) // n)
+    own, fitting = height // len(widths), max(1, min(most, _TILE) // columns)
     rows = max(d for d in range(1, min(own, fitting) + 1) if own % d == 0)
     return rows if rows >= min(own, fitting, _LEAST_ROWS) else None
 
@@ -55,87 +44,57 @@ def _planes(bits: int) -> int:
     return math.lcm(8, bits) // bits
 
 
-def factor_products(
-    x: Float[Array, "r m"],
-    rotated: Float[Array, "r m"],
-    tensor: QuantizedTensor,
+def add_planes(
+    start: tuple[Float[Array, "r n"], ...],
+    packed: UInt8[Array, " q"],
+    bits: int,
     rows: int,
-    precision: str | None,
-) -> tuple[Float[Array, "r n"], Float[Array, "r n"]]:
-    """`x @ U` and `rotated @ V` for the factors of all blocks.
+    parts: dict[str, Array],
+    product: Callable[[dict[str, Array], Array, slice], tuple[Array, ...]],
+) -> tuple[Float[Array, "r n"], ...]:
+    """Adds to every sum what `product` makes of the planes of all tiles.
 
     Args:
-      x: What U is multiplied by.
-      rotated: What V is multiplied by.
-      tensor: Of a layout for which `plane_rows` is not None.
-      rows: That of `plane_rows`.
-      precision: Of the products.
+      start: The sums so far.
+      packed: Codes of all rows of W.
+      bits: Of a code.
+      rows: Of a tile.
+      parts: What belongs to the tiles, along the first axes. One of them is `scale`, a
+        factor for every so many columns of W.
+      product: Called with the part of a tile, the codes of one of its planes and the
+        columns of that plane; gives an array `[r, p]` for every sum.
     """
-    sums = [
-        _stream_products(x, rotated, tensor, stream, rows, precision)
-        for stream in _streams(tensor)
-    ]
-    from_u, from_v = (sum(parts[1:], parts[0]) for parts in zip(*sums, strict=True))
-    return from_u, from_v
-
-
-def _streams(tensor: QuantizedTensor) -> list[_Stream]:
-    layout = tensor.layout
-    if layout.coarse_bits is None or tensor.packed_coarse is None:
-        return [_Stream(tensor.packed_codes, layout.fine_bits, 0, 1, 0)]
-    return [
-        _Stream(tensor.packed_codes, layout.fine_bits, 0, 2, 0),
-        _Stream(
-            tensor.packed_coarse, layout.coarse_bits, 1, 2, 2**layout.fine_bits
-        ),
-    ]  # fmt: skip
-
-
-def _stream_products(
-    x: Float[Array, "r m"],
-    rotated: Float[Array, "r m"],
-    tensor: QuantizedTensor,
-    stream: _Stream,
-    rows: int,
-    precision: str | None,
-) -> tuple[Float[Array, "r n"], Float[Array, "r n"]]:
-    layout = tensor.layout
-    (m, n), (height, width) = layout.shape, layout.block_shape
-    tiles = m // stream.step // rows
-    planes = _planes(stream.bits)
-    last = stream.first_centroid + 2**stream.bits
-    table = tensor.centroids[stream.first_centroid : last]
-
-    def by_tile(x: Float[Array, "r m"]) -> Float[Array, "t r s"]:
-        own = x[:, stream.first_row :: stream.step]
-        return own.reshape(x.shape[0], tiles, rows).transpose(1, 0, 2)
+    n, planes = start[0].shape[1], _planes(bits)
+    # Plane p has the columns p, p + planes, p + 2 planes ...
+    own = [slice(first, None, planes) for first in range(planes)]
 
     def add(
-        sums: tuple[Array, Array], part: tuple[Array, Array, Array, Array]
-    ) -> tuple[tuple[Array, Array], None]:
-        packed, scale, x_tile, rotated_tile = part
-        products = [
-            (
-                dot(x_tile, select_levels(table[:, 0], codes, stream.bits), precision),
-                dot(
-                    rotated_tile,
-                    select_levels(table[:, 1], codes, stream.bits),
-                    precision,
-                ),
-            )
-            for codes in _unpacked(packed, stream.bits, planes)
-        ]
-        # Plane p has the columns p, p + planes, p + 2 planes ...
-        columns = jnp.repeat(scale, width).reshape(1, -1, planes)
-        u, v = (jnp.stack(parts, axis=2) for parts in zip(*products, strict=True))
-        return (sums[0] + u * columns, sums[1] + v * columns), None
+        sums: list[tuple[Array, ...]], tile: tuple[Array, dict[str, Array]]
+    ) -> tuple[list[tuple[Array, ...]], None]:
+        codes, part = tile
+        scale = part["scale"].astype(jnp.float32)
+        columns = jnp.repeat(scale, n // scale.shape[0])
+        added = []
+        for plane, of_plane, before in zip(
+            _unpacked(codes, bits, planes), own, sums, strict=True
+        ):
+            found = product(part, plane, of_plane)
+            scaled = (each * columns[of_plane][None] for each in found)
+            added.append(tuple(map(jnp.add, before, scaled)))
+        return added, None
 
-    scale = jnp.repeat(tensor.scale, height // stream.step // rows, axis=0)
-    packed = stream.packed.reshape(tiles, rows, -1)
-    zeros = jnp.zeros((x.shape[0], n // planes, planes), jnp.float32)
-    parts = (packed, scale, by_tile(x), by_tile(rotated))
-    (from_u, from_v), _ = jax.lax.scan(add, (zeros, zeros), parts)
-    return from_u.reshape(-1, n), from_v.reshape(-1, n)
+    tiles = packed.reshape(-1, rows, n * bits // 8)
+    by_plane = [tuple(each[:, columns] for each in start) for columns in own]
+    sums, _ = jax.lax.scan(add, by_plane, (tiles, parts))
+    joined = (
+        jnp.stack(planes_of_one, axis=2) for planes_of_one in zip(*sums, strict=True)
+    )
+    return tuple(each.reshape(each.shape[0], n) for each in joined)
+
+
+def by_tile(x: Float[Array, "r m"], rows: int) -> Float[Array, "t r s"]:
+    """Columns of x as the tiles of W's rows take them."""
+    return x.reshape(x.shape[0], x.shape[1] // rows, rows).transpose(1, 0, 2)
 
 
 def _unpacked(

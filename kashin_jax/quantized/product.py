@@ -1,16 +1,25 @@
 """`x @ W` for a packed W, never holding more of W than a bounded tile."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from kashin_jax.bases import KroneckerBasis
+from kashin_jax.bases.identity import IdentityBasis
 from kashin_jax.packing import packed_size
+from kashin_jax.quantized.controls import AffineTensor, CodebookTensor, control_basis
+from kashin_jax.quantized.factors import factor_products, factor_rows, row_product
+from kashin_jax.quantized.grouped import (
+    group_rows,
+    grouped_by_planes,
+    grouped_by_tiles,
+)
 from kashin_jax.quantized.layout import Quantized
-from kashin_jax.quantized.planes import dot, factor_products, plane_rows
+from kashin_jax.quantized.planes import dot
 from kashin_jax.quantized.tensor import (
     QuantizedTensor,
     band_count,
@@ -22,15 +31,24 @@ from kashin_jax.quantized.tensor import (
     unpack_rows,
 )
 
-__all__ = ["MAX_TILE", "matmul"]
+__all__ = ["MANY_ROWS", "MAX_TILE", "many_rows_of_backend", "matmul"]
 
 # Most weights decoded at a time: 4 MiB as float32, which a CPU core's cache holds.
 MAX_TILE = 2**20
-# Up to so many rows of x codes are decoded plane by plane, from so many rows on bands
-# of W are decoded whole, and in between U and V tile by tile, with a product each. At 4
-# bits, 4096 x 4096, on two CPU cores that others shared: one row took 8 ms by planes
-# and 34 by tiles, 32 rows 50 and 42, 512 rows 583 by tiles and 512 by bands.
-FEW_ROWS, MANY_ROWS = 16, 256
+
+
+MANY_ROWS: Mapping[str, int] = MappingProxyType({"cpu": 256})
+"""Rows of x from which on parts of W are decoded whole, by backend.
+
+Measured with `benchmarks.matmul`; backends that are not listed take that of the CPU. At
+4 bits, 4096 x 4096 and blocks of 64 x 64, two CPU cores take 1.7 times as long as for a
+dense product with 128 rows by planes and 2.5 times by parts, with 512 rows 2.6 and 1.3.
+"""
+
+
+def many_rows_of_backend() -> int:
+    """That of the default backend."""
+    return MANY_ROWS.get(jax.default_backend(), MANY_ROWS["cpu"])
 
 
 def matmul(
@@ -41,20 +59,26 @@ def matmul(
     rotation: KroneckerBasis | None = None,
     max_tile: int = MAX_TILE,
     precision: str | None = None,
+    many_rows: int | None = None,
 ) -> Float[Array, "*b n"]:
     """`x @ W` in the type of `x`, accumulated in float32.
 
     For a `QuantizedTensor` this is x U + ((x Q1) V) Q2^T: the transforms act on the
     activations, and U and V are decoded a bounded part at a time; for many rows of x
-    parts of W are. Other quantized matrices are decoded whole.
+    parts of W are, where blocks are smaller than a part. The controls are decoded in
+    parts too, and those that were rotated rotate activations. Matrices of other types
+    are decoded whole.
 
     Args:
       x: Activations, any batch axes.
       tensor: The matrix.
-      basis: `derive_basis(tensor)` where the caller keeps it; derived when None.
+      basis: `derive_basis(tensor)`, of a control `control_basis(tensor)`, where the
+        caller keeps it; derived when None.
       rotation: `derive_rotation(tensor)`, in the same way.
       max_tile: Most weights decoded at a time.
       precision: Of the products, as for `jnp.matmul`.
+      many_rows: Rows of x from which on parts of W are decoded whole; None takes what
+        suits the backend, `MANY_ROWS`.
 
     Raises:
       TypeError: If `x` is not floating point.
@@ -68,13 +92,16 @@ def matmul(
             f"{tensor.shape} [in, out]."
         )
     rows = x.reshape(-1, x.shape[-1])
-    if not isinstance(tensor, QuantizedTensor):
+    if isinstance(tensor, AffineTensor | CodebookTensor):
+        y = _grouped(rows, tensor, basis, max_tile, precision)
+    elif not isinstance(tensor, QuantizedTensor):
         y = dot(rows, tensor.decode(), precision)
     else:
         basis = derive_basis(tensor) if basis is None else basis
         rotation = derive_rotation(tensor) if rotation is None else rotation
         y = _prepared(rows, tensor, rotation)
-        y = _block_product(y, tensor, basis, max_tile, precision)
+        many = many_rows_of_backend() if many_rows is None else many_rows
+        y = _block_product(y, tensor, basis, max_tile, precision, len(y) >= many)
         y = _finished(y, tensor, rotation)
     return y.astype(x.dtype).reshape(*x.shape[:-1], tensor.shape[1])
 
@@ -85,19 +112,43 @@ def _block_product(
     basis: KroneckerBasis,
     max_tile: int,
     precision: str | None,
+    is_many: bool,
 ) -> Float[Array, "r n"]:
     """`x @ (U + Q1 V Q2^T)`, the way that suits the number of rows."""
     layout = tensor.layout
     bands = band_count(layout, max_tile)
-    if bands is not None and x.shape[0] >= MANY_ROWS:
+    if bands is not None and is_many:
         return _by_bands(x, _plain(tensor), basis, bands, precision)
     rotated = _by_blocks(basis.left.analysis, x, layout.block_shape[0])
-    rows = plane_rows(layout, max_tile)
-    if rows is not None and x.shape[0] <= FEW_ROWS:
-        u, v = factor_products(x, rotated, tensor, rows, precision)
-    else:
+    rows = factor_rows(layout, max_tile)
+    if rows is None or is_many:
         u, v = _by_tiles(x, rotated, tensor, max_tile, precision)
+    else:
+        if x.shape[0] == 1 and isinstance(basis.right, IdentityBasis):
+            y = row_product(x, rotated, tensor, rows)
+            if y is not None:
+                return y
+        u, v = factor_products(x, rotated, tensor, rows, precision)
     return u + _by_blocks(basis.right.synthesis, v, layout.block_shape[1])
+
+
+def _grouped(
+    x: Float[Array, "r m"],
+    tensor: AffineTensor | CodebookTensor,
+    basis: KroneckerBasis | None,
+    max_tile: int,
+    precision: str | None,
+) -> Float[Array, "r n"]:
+    """`x @ Q1 A Q2^T`, or without rotation `x @ A`."""
+    (m, n), pair = tensor.shape, control_basis(tensor) if basis is None else basis
+    if pair is not None:
+        x = _by_blocks(pair.left.analysis, x, m)
+    rows = group_rows(tensor, max_tile)
+    if rows is None:
+        y = grouped_by_tiles(x, tensor, max_tile, precision)
+    else:
+        y = grouped_by_planes(x, tensor, rows, precision)
+    return y if pair is None else _by_blocks(pair.right.synthesis, y, n)
 
 
 def _plain(tensor: QuantizedTensor) -> QuantizedTensor:

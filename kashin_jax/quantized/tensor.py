@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8, UInt32
 from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.coding.blocks import from_blocks, to_blocks
 from kashin_jax.packing import pack_codes, unpack_codes
+from kashin_jax.quantized.levels import factor_codes, factor_levels, select_levels
 
 __all__ = [
     "KashinLayout",
@@ -22,11 +23,8 @@ __all__ = [
     "derive_rotation",
     "make_rotation",
     "pack_rows",
-    "select_levels",
     "unpack_rows",
 ]
-
-_MOST_SELECTED_BITS = 5
 
 
 @jax.tree_util.register_static
@@ -43,6 +41,9 @@ class KashinLayout:
       dtype: Name of the type that the matrix had.
       rotation: Families of the bases in which every block was coded, drawn from the
         seed apart from Q1 and Q2; None for the standard one.
+      v_bits: Low bits of a code that alone decide v, the others deciding u, where the
+        centroids are all pairs of a level of u and one of v; None where they are any
+        pairs. Makes decoding faster and is not stored: readers see it in the centroids.
     """
 
     shape: tuple[int, int]
@@ -51,6 +52,7 @@ class KashinLayout:
     basis: BasisSpec
     dtype: str
     rotation: BasisSpec | None = None
+    v_bits: int | None = None
 
     @property
     def fine_bits(self) -> int:
@@ -236,30 +238,8 @@ def decode_pairs(
     scale: Float[Array, "r c"],
 ) -> tuple[Float[Array, "r n"], Float[Array, "r n"]]:
     """U and V of some rows, given their codes and the scales of their blocks."""
-    columns = jnp.repeat(scale, tensor.layout.block_shape[1], axis=1)
-    bits = tensor.layout.fine_bits if tensor.layout.coarse_bits is None else 8
-    u = select_levels(tensor.centroids[:, 0], codes, bits)
-    v = select_levels(tensor.centroids[:, 1], codes, bits)
+    layout = tensor.layout
+    columns = jnp.repeat(scale, layout.block_shape[1], axis=1)
+    levels = factor_levels(tensor.centroids, layout.v_bits)
+    u, v = map(select_levels, levels, factor_codes(codes, layout.v_bits))
     return u * columns, v * columns
-
-
-def select_levels(
-    levels: Float[Array, " k"], codes: UInt8[Array, "*b"], bits: int
-) -> Float[Array, "*b"]:
-    """The levels that codes stand for.
-
-    Args:
-      levels: At least `2**bits` where few bits are selected one by one.
-      codes: Indices.
-      bits: Of a code.
-    """
-    if bits > _MOST_SELECTED_BITS:
-        # mode="clip" drops the bounds check; codes have exactly as many values as rows.
-        return levels.at[codes].get(mode="clip")
-    # A tree of selects: loads of single numbers are not vectorized on a CPU.
-    tree = [levels[i] for i in range(2**bits)]
-    for bit in range(bits):
-        is_set = (codes >> bit) & 1 != 0
-        pairs = zip(tree[::2], tree[1::2], strict=True)
-        tree = [jnp.where(is_set, high, low) for low, high in pairs]
-    return jnp.broadcast_to(tree[0], codes.shape)

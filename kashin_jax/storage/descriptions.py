@@ -28,6 +28,8 @@ TYPES: Mapping[str, Any] = MappingProxyType(
 """Packed tensors by the name that files give their type."""
 
 _KEYS = {"type", "is_transposed", "layout", "leaves"}
+# Of layouts, but seen in the leaves rather than stored.
+_DERIVED = frozenset({"v_bits"})
 _FLOATS = frozenset(
     {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
 )
@@ -77,15 +79,15 @@ class Described(NamedTuple):
 def layout_to_json(layout: KashinLayout | GroupLayout) -> dict[str, Any]:
     """The fields of a layout; bases as text, groups no longer than the matrix."""
     content: dict[str, Any] = {}
-    for field in dataclasses.fields(layout):
-        value = getattr(layout, field.name)
+    for name in _stored_fields(type(layout)):
+        value = getattr(layout, name)
         if isinstance(value, BasisSpec):
             value = str(value)
         elif isinstance(value, tuple):
             value = list(value)
         elif isinstance(value, float) and value == int(value):
             value = int(value)
-        content[field.name] = value
+        content[name] = value
     if content.get("group_size") is not None:
         # One group either way, and readers need not guard against huge ones.
         content["group_size"] = min(content["group_size"], layout.shape[0])
@@ -180,8 +182,13 @@ def _group_layout(content: Any) -> GroupLayout:
 
 def _require_fields(content: Any, cls: type[KashinLayout] | type[GroupLayout]) -> None:
     _require(isinstance(content, Mapping), "layout", content)
-    names = {field.name for field in dataclasses.fields(cls)}
-    _require(content.keys() == names, "fields of `layout`", list(content))
+    known = content.keys() == set(_stored_fields(cls))
+    _require(known, "fields of `layout`", list(content))
+
+
+def _stored_fields(cls: type[KashinLayout] | type[GroupLayout]) -> list[str]:
+    names = (field.name for field in dataclasses.fields(cls))
+    return [name for name in names if name not in _DERIVED]
 
 
 def _pair(content: Mapping[str, Any], name: str) -> tuple[int, int]:

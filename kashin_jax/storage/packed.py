@@ -1,5 +1,6 @@
 """Packed tensors as named arrays and a description, and back."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from jaxtyping import Shaped
 
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.quantized import Quantized
+from kashin_jax.quantized.levels import product_bits
+from kashin_jax.quantized.tensor import KashinLayout
 from kashin_jax.storage.descriptions import (
     TYPES,
     Described,
@@ -113,11 +116,15 @@ def from_leaves(
         _check_values(
             np.asarray(value), described.streams.get(leaf), shown(f"{name}.{leaf}")
         )
+    layout = described.layout
+    if isinstance(layout, KashinLayout):
+        v_bits = product_bits(np.asarray(leaves["centroids"]), layout.fine_bits)
+        layout = dataclasses.replace(layout, v_bits=v_bits)
     cls = TYPES[described.type]
     fields = dict.fromkeys(cls._fields) | {
         leaf: jax.device_put(np.asarray(value)) for leaf, value in leaves.items()
     }
-    tensor: Quantized = cls(**fields | {"layout": described.layout})
+    tensor: Quantized = cls(**fields | {"layout": layout})
     return tensor
 
 

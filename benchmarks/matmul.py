@@ -1,0 +1,253 @@
+"""Products with packed matrices against dense ones: time, bytes, share of bandwidth.
+
+    python -m benchmarks.matmul
+    python -m benchmarks.matmul --blocks=square-4096 --methods=kashin-joint --bits=4
+    python -m benchmarks.matmul --blocks=square-4096 --bits=4 --breakdown
+
+All matrices of a block of a transformer are multiplied in one compiled program, one
+after the other: a single product would measure its dispatch. Codes are random, which
+changes no time. The dense product that the others are compared with is the faster of
+`x @ K` and `x @ W.T`, in float32. Bandwidth is what a dense product with one row of x
+reads, or a copy reads and writes, whichever is more.
+
+Prints a table and adds a record per row to results/benchmarks/matmul.jsonl as it goes;
+the same command goes on where an earlier one stopped. Half an hour on two CPU cores.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from benchmarks.blocks import BLOCKS, Layer, chain, random_layers
+from benchmarks.methods import METHODS, method_config
+from experiments.cli import check_flags, flag, run_program
+from experiments.flag_values import chosen_names, parse_numbers, parse_widths
+from experiments.results import (
+    append_jsonl,
+    environment_fields,
+    prepare_output,
+    read_jsonl,
+)
+from experiments.tables import Column, aligned_table, fixed, share
+from kashin_jax import matmul, stored_bits
+from kashin_jax.bases import KroneckerBasis
+from kashin_jax.bases.identity import IdentityBasis
+from kashin_jax.quantized import QuantizedTensor, QuantizerConfig
+from kashin_jax.quantized.product import many_rows_of_backend
+
+__all__ = ["main"]
+
+Row = dict[str, Any]
+_PARTS = ("decode", "product", "transform")
+_STREAMED = (2**13, 2**14)  # 512 MiB as float32, more than caches hold
+
+
+class _Through(NamedTuple):
+    """No transform, but not known to be none: keeps the ways of a two-sided basis."""
+
+    def analysis(
+        self, x: Float[Array, "*shape"], axis: int = -1
+    ) -> Float[Array, "*shape"]:
+        return x
+
+    def synthesis(
+        self, y: Float[Array, "*shape"], axis: int = -1
+    ) -> Float[Array, "*shape"]:
+        return y
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatmulConfig:
+    """What is multiplied, and how often."""
+
+    blocks: tuple[str, ...] = flag(("all",), f"all, or some of {', '.join(BLOCKS)}.")
+    methods: tuple[str, ...] = flag(("all",), f"all, or some of {', '.join(METHODS)}.")
+    bits: tuple[str, ...] = flag(("2", "3", "4", "5"), "Code widths; 2.5 for joint.")
+    rows: tuple[str, ...] = flag(("1", "8", "64", "512"), "Rows of x.")
+    breakdown: bool = flag(True, "Whether to time decode, transform and product.")
+    repeats: int = flag(5, "Timed runs.", (lambda x: x >= 1, "at least 1"))
+    seconds: float = flag(4.0, "Longest time for them.", (lambda x: x > 0, "positive"))
+    out: str = flag("results/benchmarks", "Directory of the results.", (bool, "given"))
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+
+
+def run(config: MatmulConfig) -> int:
+    """Times every combination that has no record yet; returns the exit code."""
+    path = prepare_output(config.out) / "matmul.jsonl"
+    names = chosen_names("methods", config.methods, METHODS)
+    widths = parse_widths("bits", config.bits, 1, 8)
+    rows = parse_numbers("rows", config.rows, 1, 2**16)
+    known = {_cell(record) for record in read_jsonl(path)}
+    for block in chosen_names("blocks", config.blocks, BLOCKS):
+        cells = [
+            (name, bits, quantizer)
+            for name, bits in itertools.product(names, widths)
+            if (quantizer := method_config(name, bits)) is not None
+            and any((block, name, bits, r) not in known for r in rows)
+        ]
+        if cells:
+            baseline = _dense(block, rows, config)
+            for record in baseline:
+                append_jsonl(path, record)
+            fastest = {r: _fastest(baseline, r) for r in rows}
+            for name, bits, quantizer in cells:
+                for found in _packed(block, quantizer, rows, config):
+                    ratio = found["milliseconds"] / fastest[found["rows"]]
+                    head = {"block": block, "method": name, "bits": bits}
+                    append_jsonl(path, head | found | {"times_dense": ratio})
+        shown = [r for r in read_jsonl(path) if r["block"] == block]
+        print(f"\n{block}\n\n{aligned_table(_latest(shown), COLUMNS)}")
+    return 0
+
+
+def _cell(record: Row) -> tuple[Any, ...]:
+    return record["block"], record["method"], record["bits"], record["rows"]
+
+
+def _latest(records: list[Row]) -> list[Row]:
+    return list({_cell(record): record for record in records}.values())
+
+
+def _fastest(records: list[Row], rows: int) -> float:
+    return min(
+        r["milliseconds"] for r in records if r["rows"] == rows and r["bits"] == 32
+    )
+
+
+def _seconds(run: Callable[[], Any], config: MatmulConfig) -> float:
+    """The least of several runs: others on the machine only make them longer."""
+    jax.block_until_ready(run())
+    times: list[float] = []
+    while len(times) < config.repeats and sum(times) < config.seconds:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _activations(rows: int, features: int) -> Float[Array, "r m"]:
+    return jax.random.normal(jax.random.key(rows), (rows, features))
+
+
+def _dense(block: str, rows: list[int], config: MatmulConfig) -> list[Row]:
+    """Both layouts in float32 and bfloat16."""
+    found = []
+    shapes = BLOCKS[block]
+    for dtype, bits in ((jnp.float32, 32), (jnp.bfloat16, 16)):
+        for name in ("x @ K", "x @ W.T"):
+            is_kernel = name == "x @ K"
+            layers = [
+                jax.random.normal(jax.random.key(0), s if is_kernel else s[::-1], dtype)
+                for s in shapes
+            ]
+            times = jnp.matmul if is_kernel else _transposed
+            run = jax.jit(functools.partial(chain, product=times))
+            size = sum(w.nbytes for w in layers)
+            for r in rows:
+                x = _activations(r, shapes[0][0]).astype(dtype)
+                seconds = _seconds(functools.partial(run, x, layers), config)
+                head = {"block": block, "method": f"dense {name}", "bits": bits}
+                found.append(head | _measured(r, seconds, size, config))
+    return found
+
+
+def _transposed(x: Float[Array, "r m"], w: Float[Array, "n m"]) -> Float[Array, "r n"]:
+    return jnp.matmul(x, w.T)
+
+
+def _measured(rows: int, seconds: float, size: int, config: MatmulConfig) -> Row:
+    return {
+        "rows": rows,
+        "milliseconds": 1e3 * seconds,
+        "megabytes": size / 1e6,
+        "bandwidth_share": size / seconds / _bandwidth(config),
+    } | environment_fields()
+
+
+@functools.lru_cache(maxsize=1)
+def _bandwidth(config: MatmulConfig) -> float:
+    """Bytes per second that this machine moves."""
+    a = jnp.ones(_STREAMED, jnp.float32)
+    x = jnp.ones((1, len(a)), jnp.float32)
+    read = _seconds(functools.partial(jax.jit(jnp.matmul), x, a), config)
+    copied = _seconds(functools.partial(jax.jit(lambda a: a + 1), a), config)
+    return max(a.nbytes / read, 2 * a.nbytes / copied)
+
+
+def _packed(
+    block: str, quantizer: QuantizerConfig, rows: list[int], config: MatmulConfig
+) -> Iterator[Row]:
+    layers = random_layers(BLOCKS[block], quantizer)
+    size = sum(stored_bits(layer.tensor) for layer in layers) // 8
+
+    def timed(r: int, layers: list[Layer], many_rows: int) -> float:
+        product = functools.partial(_product, many_rows=many_rows)
+        run = jax.jit(functools.partial(chain, product=product))
+        x = _activations(r, BLOCKS[block][0][0])
+        return _seconds(functools.partial(run, x, layers), config)
+
+    many = many_rows_of_backend()
+    for r in rows:
+        seconds = timed(r, layers, many)
+        record = _measured(r, seconds, size, config)
+        if config.breakdown:
+            plain = [_without_transforms(layer, r) for layer in layers]
+            untransformed = timed(r, plain, many)
+            # One row, decoded in the way that so many are.
+            decode = timed(1, plain, 1 if r >= many else many)
+            parts = decode, untransformed - decode, seconds - untransformed
+            for name, part in zip(_PARTS, parts, strict=True):
+                record[f"{name}_milliseconds"] = max(0.0, 1e3 * part)
+        yield record
+
+
+def _product(
+    x: Float[Array, "r m"], layer: Layer, many_rows: int
+) -> Float[Array, "r n"]:
+    tensor, basis, rotation = layer
+    return matmul(x, tensor, basis=basis, rotation=rotation, many_rows=many_rows)
+
+
+def _without_transforms(layer: Layer, rows: int) -> Layer:
+    tensor, basis, _ = layer
+    if not isinstance(tensor, QuantizedTensor):
+        bare = dataclasses.replace(tensor.layout, basis=None)
+        return Layer(tensor._replace(layout=bare, seed=None), None, None)
+    bare = dataclasses.replace(tensor.layout, rotation=None)
+    one = rows == 1 and basis is not None and isinstance(basis.right, IdentityBasis)
+    through = KroneckerBasis(_Through(), IdentityBasis() if one else _Through())
+    tensor = tensor._replace(layout=bare, in_scale=None, out_scale=None)
+    return Layer(tensor, through, None)
+
+
+COLUMNS = (
+    Column("method", "method"),
+    Column("bits", "bits"),
+    Column("rows", "rows"),
+    Column("milliseconds", "ms", fixed(2)),
+    Column("times_dense", "times dense", fixed(2)),
+    Column("megabytes", "MB read", fixed(1)),
+    Column("bandwidth_share", "of bandwidth", share),
+    Column("decode_milliseconds", "decode", fixed(2)),
+    Column("product_milliseconds", "product", fixed(2)),
+    Column("transform_milliseconds", "transform", fixed(2)),
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_program("benchmarks.matmul", __doc__, MatmulConfig, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

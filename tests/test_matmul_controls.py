@@ -1,0 +1,97 @@
+"""Products with the controls, decoded a tile at a time."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_matmul import (
+    activations,
+    dense_product,
+    inner_jaxprs,
+    largest_float,
+    relative,
+)
+
+from kashin_jax import (
+    ChannelKMeansConfig,
+    HQQConfig,
+    KMeansConfig,
+    NF4Config,
+    RotatedKMeansConfig,
+    RTNConfig,
+    UniformConfig,
+    matmul,
+    quantize,
+)
+from kashin_jax.quantized import RotatedRTNConfig
+from kashin_jax.quantized.controls import control_basis
+
+CONFIGS = [
+    RTNConfig(),
+    RTNConfig(group_size=26, bits=3),
+    RTNConfig(group_size=16),  # the last group is shorter
+    RTNConfig(group_size=5, bits=2),
+    RTNConfig(group_size=None),
+    HQQConfig(group_size=4),
+    HQQConfig(group_size=26, bits=2),
+    NF4Config(group_size=32),
+    UniformConfig(bits=8),
+    KMeansConfig(bits=3),
+    KMeansConfig(bits=6),
+    ChannelKMeansConfig(bits=4),
+    ChannelKMeansConfig(bits=6),
+    RotatedKMeansConfig(bits=1),
+    RotatedRTNConfig(group_size=26),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+@pytest.mark.parametrize("rows, columns, max_tile", [(1, 24, 2**20), (5, 7, 200)])
+def test_the_controls_multiply_like_their_decoded_matrices(
+    config, rows, columns, max_tile
+):
+    q, _ = quantize(activations((52, columns)), config, jax.random.key(0))
+    x = activations((rows, 52), seed=2)
+    product = jax.jit(lambda x, q: matmul(x, q, max_tile=max_tile, precision="highest"))
+    assert relative(product(x, q), dense_product(x, q)) < 1e-5
+
+
+@pytest.mark.parametrize("config", CONFIGS[::4], ids=repr)
+def test_controls_take_batches_and_half_precision(config):
+    q, _ = quantize(activations((52, 24)), config, jax.random.key(0))
+    x = activations((2, 3, 52), seed=2).astype(jnp.bfloat16)
+    y = matmul(x, q)
+    assert y.shape == (2, 3, 24) and y.dtype == jnp.bfloat16
+    # Weights, activations and outputs are rounded to 8 bits of mantissa.
+    assert relative(y, dense_product(x, q)) < 3 * float(jnp.finfo(jnp.bfloat16).eps)
+
+
+def test_a_rotation_that_the_caller_keeps_gives_the_same_product():
+    config = RotatedRTNConfig(group_size=26)
+    q, _ = quantize(activations((52, 24)), config, jax.random.key(0))
+    x = activations((3, 52), seed=2)
+    kept = matmul(x, q, basis=control_basis(q))
+    assert relative(kept, matmul(x, q)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "config, columns",
+    [
+        (RTNConfig(), 256),
+        (RTNConfig(), 255),
+        (NF4Config(), 255),
+        (ChannelKMeansConfig(), 256),
+        (RotatedRTNConfig(), 256),
+        (UniformConfig(), 256),
+    ],
+    ids=repr,
+)
+def test_no_float_array_as_large_as_a_control_is_formed(config, columns):
+    q, _ = quantize(activations((256, columns)), config, jax.random.key(0))
+
+    def largest(function):
+        traced = jax.make_jaxpr(function)(activations((5, 256)), q)
+        return largest_float(inner_jaxprs(traced)[0])
+
+    # Levels of all channels, 16 for each, are leaves of their own size.
+    assert largest(lambda x, q: matmul(x, q, max_tile=4096)) <= 16 * 256
+    assert largest(lambda x, q: x @ q.decode()) >= 256 * columns
