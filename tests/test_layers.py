@@ -104,8 +104,9 @@ def test_the_layer_names_its_features_and_parts():
     packed, _ = pair()
     assert (packed.in_features, packed.out_features) == (16, 24)
     assert isinstance(packed.kernel, PackedKernel)
-    assert isinstance(packed.basis, DerivedBasis)
-    assert pair(config=RTNConfig())[0].basis is None
+    assert isinstance(packed.inputs, DerivedBasis)
+    assert isinstance(packed.outputs, DerivedBasis)
+    assert pair(config=RTNConfig())[0].inputs is None
 
 
 def test_packed_layers_split_merge_and_run_under_jit():
@@ -122,7 +123,7 @@ def test_state_filters_tell_stored_from_derived_and_trained():
         packed, PackedKernel, DerivedBasis, nnx.Param
     )
     assert stored_bits(kernel) == stored_bits(packed.kernel.get_value())
-    assert set(params) == {"bias"} and set(derived) == {"basis"}
+    assert set(params) == {"bias"} and set(derived) == {"inputs", "outputs"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(kernel)} == {
         "uint8",
         "uint32",

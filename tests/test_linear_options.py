@@ -144,7 +144,7 @@ def test_layers_that_share_a_matrix_share_its_variables():
     tensor = random_tensor(CONFIG, (16, 24))
     first = KashinLinear.from_linear(linear(), tensor)
     second = KashinLinear(first.packed)
-    assert second.kernel is first.kernel and second.basis is first.basis
+    assert second.kernel is first.kernel and second.inputs is first.inputs
     assert len(nnx.to_flat_state(nnx.state((first, second), PackedKernel))) == 1
 
 

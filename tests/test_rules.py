@@ -11,6 +11,7 @@ from kashin_jax import BasisSpec, JointConfig, KashinConfig, NF4Config, RTNConfi
 from kashin_jax.errors import UsageError
 from kashin_jax.quantized import (
     METHOD_NAMES,
+    SHARED_INPUTS,
     Rule,
     Rules,
     config_from_json,
@@ -97,7 +98,10 @@ def test_a_pattern_that_matches_nothing_is_an_error(rules):
         rules.check(PATHS)
 
 
-@pytest.mark.parametrize("make", [lambda: Rule("(", None), lambda: Rules(skip=("[",))])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Rule("(", None), lambda: Rules(skip=("[",)), lambda: Rules(share=("[",))],
+)
 def test_a_pattern_that_is_no_expression_is_an_early_error(make):
     with pytest.raises(UsageError, match="no regular expression"):
         make()
@@ -130,6 +134,52 @@ def test_fields_survive_json(bits, effort, balance, block_shape):
     assert rules_from_json(written) == rules
 
 
+def test_layers_to_share_survive_json_and_rules_without_are_written_as_before():
+    rules = Rules(share=(r"[qkv]_proj$", *SHARED_INPUTS))
+    written = json.loads(json.dumps(rules_to_json(rules)))
+    assert rules_from_json(written) == rules
+    assert rules_to_json(Rules()).keys() == {"config", "rules", "skip"}
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("decoder/layers/0/self_attn/q_proj", "decoder/layers/0/self_attn/"),
+        ("q_proj", ""),
+        ("layers/1/mlp/gate_proj", "layers/1/mlp/"),
+        ("encoder/layers/2/attention/query", "encoder/layers/2/attention/"),
+        ("block/0/layer/1/DenseReluDense/wi_1", "block/0/layer/1/DenseReluDense/"),
+        ("layers/0/self_attn/out_proj", None),
+        ("layers/0/seq_proj", None),
+        ("layers/0/mlp/down_proj", None),
+    ],
+)
+def test_usual_names_of_layers_that_read_one_input_are_known(path, name):
+    found = Rules(share=SHARED_INPUTS).shared_name(path)
+    assert (found and found[1]) == name
+
+
+def test_paths_that_different_patterns_make_equal_do_not_share():
+    rules = Rules(share=SHARED_INPUTS)
+    assert rules.shared_name("a/q_proj") == rules.shared_name("a/k_proj")
+    assert rules.shared_name("a/q_proj") != rules.shared_name("a/up_proj")
+
+
+@pytest.mark.parametrize(
+    ("share", "named"),
+    [
+        (("fc3",), r"'fc3' matches none of 6 layers"),
+        (("fc1",), r"'fc1' makes no two of 6 layers share"),
+        ((r"layers/\d+/", "0/f.1"), "f.1.*makes no two"),
+        (SHARED_INPUTS, r"gate.*makes no two of 6 layers"),
+    ],
+)
+def test_a_pattern_by_which_nothing_is_shared_is_an_error(share, named):
+    with pytest.raises(UsageError, match=named):
+        Rules(share=share).check(PATHS)
+    Rules(share=(r"layers/\d+/",)).check(PATHS)
+
+
 def test_a_rule_takes_from_the_default_what_it_does_not_say():
     default = KashinConfig(bits=4, max_steps=50)
     rules = rules_from_json(
@@ -156,6 +206,9 @@ def test_a_rule_takes_from_the_default_what_it_does_not_say():
         ([["fc1"]], "rules"),
         ({"skip": "fc1"}, "skip"),
         ({"skip": [1]}, "skip"),
+        ({"share": "fc1"}, "share"),
+        ({"share": [1]}, "share"),
+        ({"share": ["("]}, r"\("),
         ({"config": []}, "config"),
         ([{"pattern": "a", "skip": False}], "skip"),
         ([{"pattern": "a", "skip": True, "bits": 3}], "skip"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kashin_jax.checkpoints.names import LayerName, layer_names
 from kashin_jax.errors import UsageError
+from kashin_jax.layers.sharing import Group, Reader, find_groups
 from kashin_jax.quantized import QuantizerConfig, Rules, encode
 from kashin_jax.storage import (
     Checkpoint,
@@ -43,10 +44,12 @@ class Plan(NamedTuple):
     Attributes:
       tensors: As they will be stored.
       layers: Those to quantize, by stored name.
+      groups: Of layers that read the same input, by path of every layer in one.
     """
 
     tensors: tuple[PlannedTensor, ...]
     layers: Mapping[str, LayerPlan]
+    groups: Mapping[str, Group]
 
 
 def plan_checkpoint(source: Checkpoint, rules: Rules) -> Plan:
@@ -81,7 +84,11 @@ def plan_checkpoint(source: Checkpoint, rules: Rules) -> Plan:
             "change them."
         )
     tensors = tuple(_planned(source, name, plans.get(name)) for name in source.names())
-    return Plan(tensors, plans)
+    readers = (
+        Reader(each.path, each.config, (_inputs(source.spec(name), each),))
+        for name, each in plans.items()
+    )
+    return Plan(tensors, plans, find_groups(readers, rules))
 
 
 def refuse_foreign(checkpoint: Checkpoint) -> None:
@@ -96,6 +103,10 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
 
 def _is_matrix(spec: TensorSpec) -> bool:
     return len(spec.shape) == 2 and 0 not in spec.shape
+
+
+def _inputs(spec: TensorSpec, plan: LayerPlan) -> int:
+    return spec.shape[1 if plan.is_transposed else 0]
 
 
 def _chosen(found: LayerName, rules: Rules) -> LayerPlan | None:

@@ -152,6 +152,7 @@ def joint_code(
     config: JointConfig,
     block_shape: tuple[int, int],
     importance: Float[Array, " m"] | None = None,
+    in_scale: Float16[Array, " m"] | None = None,
     *,
     part_size: int = _PART,
 ) -> JointCode:
@@ -169,6 +170,7 @@ def joint_code(
       importance: Weight of every input in the error, the mean square of what the input
         takes, say. The scales of inputs then are those of least weighted error, and
         `balance` is not used.
+      in_scale: To use in place of what `balance` gives, see `common_input_scale`.
       part_size: Weights coded at a time, one column of blocks at least.
     """
     (m, n), width = weight.shape, block_shape[1]
@@ -177,15 +179,18 @@ def joint_code(
     x = weight.astype(jnp.float32) / jnp.where(peak > 0, peak, 1.0)
     # Outputs first: a few strong ones would otherwise decide what inputs weigh.
     out_scale = relative_rms(x, axis=0, power=1.0)
-    in_scale = input_scale(x / out_scale[None, :], config.balance, importance)
+    if in_scale is None:
+        factor = input_scale(x / out_scale[None, :], config.balance, importance)
+    else:
+        factor = in_scale.astype(jnp.float32)
 
     def coded(
         w: Float[Array, "m p"], scale: Float[Array, " p"], levels: Levels | None = None
     ) -> _Part:
         y = w.astype(jnp.float32) / jnp.where(peak > 0, peak, 1.0) / scale[None, :]
-        y = y if in_scale is None else y / in_scale[:, None]
+        y = y if factor is None else y / factor[:, None]
         return _code_part(
-            y, basis, rotation, config, block_shape, in_scale, scale, levels
+            y, basis, rotation, config, block_shape, factor, scale, levels
         )
 
     taken = _most_columns(m, n, width, part_size)
@@ -207,7 +212,7 @@ def joint_code(
         codes=jnp.moveaxis(parts.codes, 0, 1).reshape(m, n),
         centroids=_all_pairs(levels),
         scale=jnp.moveaxis(parts.scale, 0, 1).reshape(m // block_shape[0], -1) * peak,
-        in_scale=None if in_scale is None else in_scale.astype(jnp.float16),
+        in_scale=None if factor is None else factor.astype(jnp.float16),
         out_scale=parts.out_scale.reshape(-1).astype(jnp.float16),
     )
 

@@ -105,7 +105,8 @@ def kashin_code(
     """Decomposes every block and clusters all pairs of the matrix together.
 
     Compiled in stages, so that the loop's buffers are gone before the codebook's are
-    made: 7 times the float32 size of the matrix at the most, 8.3 as one program.
+    made, and the factors before they are clustered, which needs a copy of them: 6.7
+    times the float32 size of the matrix at the most, 8.3 as one program.
 
     Args:
       weight: Matrix of any scale; must be finite.
@@ -119,17 +120,22 @@ def kashin_code(
     """
     # The widths of one table share the compiled decomposition.
     shared = KashinConfig(rtol=config.rtol, max_steps=config.max_steps)
-    factors = decompose_blocks(weight, basis, shared, block_shape)
-    codes, centroids = cluster_factors(factors.u, factors.v, key, config)
+    u, v, *verdict = decompose_blocks(weight, basis, shared, block_shape)
+    scale, residual, num_steps, converged = verdict
+    max_u, max_v = (jnp.max(jnp.abs(factor), axis=(2, 3)) for factor in (u, v))
+    # Flat, so that matrices of equal size share the compiled fit.
+    grid, flat_u, flat_v = u.shape, u.reshape(-1), v.reshape(-1)
+    del u, v
+    codes, centroids = _cluster_points(flat_u, flat_v, key, config)
     return KashinCode(
-        codes=codes,
+        codes=from_blocks(codes.reshape(grid)),
         centroids=centroids,
-        scale=factors.scale,
-        residual=factors.residual,
-        num_steps=factors.num_steps,
-        converged=factors.converged,
-        max_u=jnp.max(jnp.abs(factors.u), axis=(2, 3)),
-        max_v=jnp.max(jnp.abs(factors.v), axis=(2, 3)),
+        scale=scale,
+        residual=residual,
+        num_steps=num_steps,
+        converged=converged,
+        max_u=max_u,
+        max_v=max_v,
     )
 
 
@@ -161,12 +167,20 @@ def cluster_factors(
     config: KashinConfig,
 ) -> tuple[UInt8[Array, "m n"], Float[Array, "k 2"]]:
     """Codes of all weights in the order of the matrix, and the codebook."""
-    # Flat, so that matrices of equal size share the compiled fit.
-    flat_u, flat_v = u.reshape(-1), v.reshape(-1)
+    codes, centroids = _cluster_points(u.reshape(-1), v.reshape(-1), key, config)
+    return from_blocks(codes.reshape(u.shape)), centroids
+
+
+def _cluster_points(
+    u: Float[Array, " p"],
+    v: Float[Array, " p"],
+    key: Key[Array, ""],
+    config: KashinConfig,
+) -> tuple[UInt8[Array, " p"], Float[Array, "k 2"]]:
     book = fit_pairs(
         key,
-        flat_u,
-        flat_v,
+        u,
+        v,
         2**config.bits,
         num_restarts=config.num_restarts,
         sample=config.sample,
@@ -174,5 +188,5 @@ def cluster_factors(
         max_steps=config.codebook_steps,
         polish_steps=config.polish_steps,
     )
-    codes, _ = assign_pairs(flat_u, flat_v, book.centroids)
-    return from_blocks(codes.reshape(u.shape)), book.centroids
+    codes, _ = assign_pairs(u, v, book.centroids)
+    return codes, book.centroids

@@ -1,9 +1,19 @@
 """Scales of inputs and outputs, as they are stored: in half precision."""
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from collections.abc import Iterable
+from functools import partial
 
-__all__ = ["as_half", "expansion", "input_scale", "relative_rms"]
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float16
+
+__all__ = [
+    "as_half",
+    "common_input_scale",
+    "expansion",
+    "input_scale",
+    "relative_rms",
+]
 
 
 def input_scale(
@@ -26,6 +36,39 @@ def input_scale(
     return relative_rms(x, axis=1, power=balance) if balance else None
 
 
+def common_input_scale(
+    weights: Iterable[Float[Array, "*stack m _"]], balance: float
+) -> Float16[Array, "*stack m"]:
+    """One scale of inputs for matrices that read the same ones.
+
+    The geometric mean of those that each would have alone. In trained attention an
+    input may weigh 4 times the mean in k and .08 of it in v, which then is an input of
+    large values: by the root-mean-square over the columns of all matrices v would be
+    coded at the cost of k (a perplexity of 39 at 2 bits, where apart it is 31 and by
+    the geometric mean 32).
+
+    Args:
+      weights: Must be finite. Taken one at a time, so that an iterator need not hold
+        more than one. Matrices of a stack have a scale each.
+      balance: As in `JointConfig`.
+    """
+    logs = [jnp.log(scale) for scale in map(partial(_own_scale, balance), weights)]
+    return as_half(jnp.exp(sum(logs) / len(logs))).astype(jnp.float16)
+
+
+@partial(jax.jit, static_argnums=0)
+def _own_scale(
+    balance: float, weight: Float[Array, "*stack m n"]
+) -> Float[Array, "*stack m"]:
+    if weight.ndim > 2:
+        return jax.lax.map(partial(_own_scale, balance), weight)
+    # As in `joint_code`, in units of the largest entry.
+    peak = jnp.max(jnp.abs(weight)).astype(jnp.float32)
+    x = weight.astype(jnp.float32) / jnp.where(peak > 0, peak, 1.0)
+    x = x / relative_rms(x, axis=0, power=1.0)[None, :]
+    return relative_rms(x, axis=1, power=balance)
+
+
 def relative_rms(
     x: Float[Array, "m n"], *, axis: int, power: float
 ) -> Float[Array, " k"]:
@@ -39,7 +82,7 @@ def relative_rms(
     return as_half(jnp.where(rms > 0, relative, 1.0))
 
 
-def as_half(scale: Float[Array, " k"]) -> Float[Array, " k"]:
+def as_half(scale: Float[Array, "*stack k"]) -> Float[Array, "*stack k"]:
     # What half precision cannot hold as a normal number is left to the block's scale.
     return jnp.clip(scale, 1e-4, 6e4).astype(jnp.float16).astype(jnp.float32)
 

@@ -34,8 +34,8 @@ class KashinEmbed(nnx.Module):
 
     Attributes:
       table: The packed matrix, a row for every token.
-      basis: Q1 and Q2 of a `QuantizedTensor`; None for the controls.
-      rotation: The bases in which its blocks were coded; None for the standard ones.
+      inputs: Bases of the rows of a `QuantizedTensor`; None for the controls.
+      outputs: Those of the features, in the same way.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class KashinEmbed(nnx.Module):
         """
         packed = pack(tensor)
         self.table = packed.kernel
-        self.basis = nnx.data(packed.basis)
-        self.rotation = nnx.data(packed.rotation)
+        self.inputs = nnx.data(packed.inputs)
+        self.outputs = nnx.data(packed.outputs)
         found = packed.kernel.get_value()
         self.num_embeddings, self.features = found.shape
         self.dtype = jnp.dtype(dtype or found.dtype)
@@ -89,7 +89,7 @@ class KashinEmbed(nnx.Module):
     @property
     def packed(self) -> Packed:
         """The variables of the table, for another layer to share."""
-        return Packed(self.table, self.basis, self.rotation)
+        return Packed(self.table, self.inputs, self.outputs)
 
     @property
     def bits_per_weight(self) -> float:
@@ -120,12 +120,13 @@ class KashinEmbed(nnx.Module):
             raise ValueError(
                 f"`inputs` has type {inputs.dtype}; an embedding takes whole numbers."
             )
-        tensor, count = self.table.get_value(), self.num_embeddings
+        tensor, *bases = self.packed.operands()
+        count = self.num_embeddings
         index = inputs.reshape(-1).astype(jnp.int32)
         # As nnx.Embed: a table of one row is that row for everything.
         index = jnp.zeros_like(index) if count == 1 else index
         index = jnp.where(index < 0, index + count, index)
-        rows = take_rows(tensor, jnp.clip(index, 0, count - 1), *self._bases())
+        rows = take_rows(tensor, jnp.clip(index, 0, count - 1), *bases)
         known = ((index >= 0) & (index < count))[:, None]
         rows = jnp.where(known, rows, jnp.nan).astype(tensor.dtype)
         (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
@@ -140,20 +141,14 @@ class KashinEmbed(nnx.Module):
           query: Any batch axes.
           out_sharding: As for `nnx.Embed`.
         """
-        tensor = self.table.get_value()
+        tensor, *bases = self.packed.operands()
         query, table = self.promote_dtype(
             (query, jnp.zeros((0, 0), tensor.dtype)), dtype=self.dtype
         )
         query = query.astype(jnp.result_type(query.dtype, table.dtype))
         flat = query.reshape(-1, self.features)
-        y = times_transpose(flat, tensor, *self._bases())
+        y = times_transpose(flat, tensor, *bases)
         return _placed(y.reshape(*query.shape[:-1], -1), out_sharding)
-
-    def _bases(self) -> tuple[Any, Any]:
-        return (
-            None if self.basis is None else self.basis.get_value(),
-            None if self.rotation is None else self.rotation.get_value(),
-        )
 
 
 def _placed(y: Float[Array, "*b"], out_sharding: Any) -> Float[Array, "*b"]:

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.layers.packed import Packed, pack
+from kashin_jax.layers.stacks import full_shape, quantize_stack
 from kashin_jax.quantized import (
     Quantized,
     QuantizerConfig,
     bits_per_weight,
     matmul,
-    quantize,
 )
 
 __all__ = [
@@ -36,8 +36,9 @@ class KashinLinear(nnx.Module):
 
     Attributes:
       kernel: The packed matrix.
-      basis: Q1 and Q2 of a `QuantizedTensor`; None for the controls.
-      rotation: The bases in which its blocks were coded; None for the standard ones.
+      inputs: What the product does to its input, which layers that read the same one
+        may share; None for the controls.
+      outputs: What it does to its output, in the same way.
       bias: As in the layer that this one replaces, or None.
     """
 
@@ -75,8 +76,8 @@ class KashinLinear(nnx.Module):
         self.promote_dtype = promote_dtype
         self.preferred_element_type = preferred_element_type
         self.kernel = packed.kernel
-        self.basis = nnx.data(packed.basis)
-        self.rotation = nnx.data(packed.rotation)
+        self.inputs = nnx.data(packed.inputs)
+        self.outputs = nnx.data(packed.outputs)
         self.bias = nnx.data(bias)
 
     @classmethod
@@ -116,7 +117,7 @@ class KashinLinear(nnx.Module):
     @property
     def packed(self) -> Packed:
         """The variables of the matrix, for another layer to share."""
-        return Packed(self.kernel, self.basis, self.rotation)
+        return Packed(self.kernel, self.inputs, self.outputs)
 
     @property
     def bits_per_weight(self) -> float:
@@ -132,7 +133,7 @@ class KashinLinear(nnx.Module):
           x: Activations, any batch axes.
           out_sharding: As for `nnx.Linear`.
         """
-        tensor = self.kernel.get_value()
+        tensor, basis, rotation = self.packed.operands()
         bias = None if self.bias is None else self.bias.get_value()
         x, kernel, bias = self.promote_dtype(
             (x, jnp.zeros((0, 0), tensor.dtype), bias), dtype=self.dtype
@@ -146,8 +147,8 @@ class KashinLinear(nnx.Module):
         y = matmul(
             x.astype(dtype),
             tensor,
-            basis=None if self.basis is None else self.basis.get_value(),
-            rotation=None if self.rotation is None else self.rotation.get_value(),
+            basis=basis,
+            rotation=rotation,
             precision=self.precision,
         ).astype(out_dtype)
         if out_sharding is not None:
@@ -202,11 +203,12 @@ def quantized_of_shape(
       UsageError: If its shape is not that of the dense matrix.
     """
     if isinstance(tensor, QuantizerConfig):
-        return quantize(dense.get_value(), tensor, key, path=path)[0]
+        root = jax.random.key(0) if key is None else key
+        return quantize_stack(dense.get_value(), tensor, root, path=path)[0]
     found = tensor.kernel.get_value() if isinstance(tensor, Packed) else tensor
-    if found.shape != dense.get_value().shape:
+    if full_shape(found) != dense.get_value().shape:
         raise UsageError(
             f"`{path}` has shape {dense.get_value().shape}; the quantized matrix has "
-            f"{found.shape}."
+            f"{full_shape(found)}."
         )
     return tensor

@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from kashin_jax.layers.packed import pack
-from kashin_jax.layers.paths import join, path_key
+from kashin_jax.errors import UsageError
+from kashin_jax.layers.packed import Inputs, pack
+from kashin_jax.layers.paths import join
 from kashin_jax.layers.plan import Plan, make_plan
 from kashin_jax.layers.policy import (
     Choice,
@@ -21,13 +22,14 @@ from kashin_jax.layers.policy import (
     make_policy,
 )
 from kashin_jax.layers.report import LayerReport, run_layer, warn_of_outliers
+from kashin_jax.layers.sharing import InputScales, chosen_groups, layer_key
+from kashin_jax.layers.stacks import quantize_stack
 from kashin_jax.layers.targets import Target, find_targets, other_bytes, put
 from kashin_jax.quantized import (
     QuantizationReport,
     Quantized,
     QuantizerConfig,
     Rules,
-    quantize,
 )
 
 __all__ = [
@@ -69,11 +71,16 @@ def quantize_model(
 
     Every `nnx.Linear` becomes a `KashinLinear`, output heads apart; with rules, those
     that they say, and an `nnx.Embed` that one of them names becomes a `KashinEmbed`.
-    Norms and everything that is not exactly of these types stay as they are. Each
+    Norms and everything that is not exactly of these types stay as they are. Of a stack
+    of kernels, as `nnx.vmap` and `nnx.scan` make them, every matrix is quantized alone,
+    with a key folded from its index too, and the layer holds a stack again. Each
     matrix has a key folded from its path, so adding a layer leaves the codes of the
-    others unchanged. One that several layers share is quantized once and stays shared;
-    where one of them is to stay, or something else reads it, all stay. Layers that lost
-    much more than others are named in a logged warning, see `outliers`.
+    others unchanged; the layers of a group of `rules.share` have a key and a scale of
+    inputs in common, and the variables of what is done to their input, which under one
+    `jit` is then done once. A matrix that several layers share is quantized once and
+    stays shared; where one of them is to stay, or something else reads it, all stay.
+    Layers that lost much more than others are named in a logged warning, see
+    `outliers`.
 
     Args:
       model: Not changed, unless `in_place`.
@@ -107,19 +114,31 @@ def quantize_model(
         # Methods that cannot code a matrix say so before hours of work, not after.
         make_plan(choices, 0)
     methods = {c.path: c.config for c in choices if c.config is not None}
-
-    def run(path: str, kernel: Array) -> tuple[Any, LayerReport]:
-        if quantize_layer is not None:
-            return run_layer(lambda: quantize_layer(path, kernel), None)
-        method, own = methods[path], path_key(root, path)
-        return run_layer(lambda: quantize(kernel, method, own, path=path), method)
-
     result = model if in_place else nnx.clone(model, variables=False)
     pending = deque(
         target
         for target in find_targets(result)
         if target.candidate.paths[0] in methods
     )
+
+    def kernel_of(path: str) -> Array:
+        (target,) = (each for each in pending if each.candidate.paths[0] == path)
+        return target.variable.get_value()
+
+    groups = chosen_groups(choices, rules)
+    scales = InputScales(groups, kernel_of)
+
+    def run(path: str, kernel: Array) -> tuple[Any, LayerReport]:
+        if quantize_layer is not None:
+            return run_layer(lambda: quantize_layer(path, kernel), None)
+        method, own = methods[path], layer_key(root, path, groups)
+        return run_layer(
+            lambda: quantize_stack(
+                kernel, method, own, path=path, in_scale=scales(path)
+            ),
+            method,
+        )
+
     result, reports = _replace_each(result, pending, run)
     warn_of_outliers(reports)
     return QuantizedModel(result, reports)
@@ -131,19 +150,21 @@ def _replace_each(
     run: Callable[[str, Array], tuple[Any, LayerReport]],
 ) -> tuple[Any, dict[str, LayerReport]]:
     """Changes the model; a target is let go before the next one is quantized."""
-    reports = {}
+    reports, known = {}, Inputs()
     progress = tqdm(
         total=len(pending), desc="layers", unit="layer", disable=None, leave=False
     )
     with progress:
         while pending:
-            target = pending.popleft()
+            # Still pending while it is quantized: others may want to see its kernel.
+            target = pending[0]
             path = target.candidate.paths[0]
             tensor, reports[path] = run(path, target.variable.get_value())
-            packed = pack(tensor)
+            packed = pack(tensor, known)
             for layer in target.layers:
                 new = put(layer, packed)
                 model = new if layer.node is model else model
+            pending.popleft()
             del target, layer
             progress.update()
     return model, reports
@@ -176,11 +197,18 @@ def selected_kernels(
     """
     targets = find_targets(model)
     choices = _choices(targets, make_policy(None, None, select))
-    return {
+    kernels = {
         choice.path: target.variable.get_value()
         for choice, target in zip(choices, targets, strict=True)
         if choice.config is not None
     }
+    for path, kernel in kernels.items():
+        if kernel.ndim != 2:
+            raise UsageError(
+                f"`{path}/kernel` has shape {kernel.shape}, a stack of matrices; leave "
+                "it out by `select`."
+            )
+    return kernels
 
 
 def replace_kernels(model: Model, kernels: Mapping[str, Array]) -> Model:

@@ -1,17 +1,33 @@
 """The variables in which layers hold a packed matrix."""
 
+from collections.abc import Hashable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
+from kashin_jax.bases import Basis, KroneckerBasis
 from kashin_jax.quantized import (
     Quantized,
     QuantizedTensor,
     derive_basis,
     derive_rotation,
 )
+from kashin_jax.quantized.controls import control_basis
 
-__all__ = ["DerivedBasis", "Packed", "PackedKernel", "pack"]
+__all__ = [
+    "DerivedBasis",
+    "InputSide",
+    "Inputs",
+    "OutputSide",
+    "Packed",
+    "PackedKernel",
+    "pack",
+]
 
 
 class PackedKernel(nnx.Variable[Any]):
@@ -22,29 +38,119 @@ class DerivedBasis(nnx.Variable[Any]):
     """Holds the bases that the seed gives: kept for speed, never stored."""
 
 
+class InputSide(NamedTuple):
+    """What a product does to its input, of a `QuantizedTensor` or a rotated control.
+
+    Attributes:
+      basis: Q1, or of a control the rotation.
+      rotation: The basis in which columns of blocks were coded; None for the standard
+        one.
+      scale: That of the inputs, where several layers have it in common: one array that
+        they all read, so that what it gives can be computed once. None where the
+        matrix is to use its own.
+    """
+
+    basis: Basis
+    rotation: Basis | None
+    scale: Float[Array, "*m"] | None = None
+
+
+class OutputSide(NamedTuple):
+    """What a product does to its output, in the same way.
+
+    Attributes:
+      basis: Q2, or of a control the rotation.
+      rotation: The basis in which rows of blocks were coded; None for the standard one.
+    """
+
+    basis: Basis
+    rotation: Basis | None
+
+
 class Packed(NamedTuple):
     """Variables of one matrix; layers that share the matrix share them.
 
     Attributes:
       kernel: The packed matrix.
-      basis: Q1 and Q2 of a `QuantizedTensor`; None for the controls.
-      rotation: The bases in which its blocks were coded; None for the standard ones.
+      inputs: Its `InputSide`, which layers that read the same input may share; None for
+        controls without rotation.
+      outputs: Its `OutputSide`, in the same way.
     """
 
     kernel: PackedKernel
-    basis: DerivedBasis | None
-    rotation: DerivedBasis | None
+    inputs: DerivedBasis | None
+    outputs: DerivedBasis | None
+
+    def operands(self) -> tuple[Any, KroneckerBasis | None, KroneckerBasis | None]:
+        """The matrix, Q1 and Q2, and its rotation: what products take."""
+        tensor = self.kernel.get_value()
+        if self.inputs is None or self.outputs is None:
+            return tensor, None, None
+        left, right = self.inputs.get_value(), self.outputs.get_value()
+        if left.scale is not None:
+            tensor = tensor._replace(in_scale=left.scale)
+        rotation = None
+        if left.rotation is not None:
+            rotation = KroneckerBasis(left.rotation, right.rotation)
+        return tensor, KroneckerBasis(left.basis, right.basis), rotation
 
 
-def pack(tensor: Quantized | Packed) -> Packed:
-    """Variables of a matrix, the bases derived from its seed."""
+Inputs = dict[Hashable, DerivedBasis]
+"""Input sides that were packed, by value."""
+
+
+def pack(tensor: Quantized | Packed, known: Inputs | None = None) -> Packed:
+    """Variables of a matrix, the bases derived from its seed.
+
+    Args:
+      tensor: From `quantize`; variables are returned as they are.
+      known: Of the matrices that were packed before with the same argument, which is
+        added to. What is equal to one of them, bit by bit, is shared with it.
+    """
     if isinstance(tensor, Packed):
         return tensor
-    basis = rotation = None
+    sides = _sides(tensor)
+    if sides is None:
+        return Packed(PackedKernel(tensor), None, None)
+    left, right = sides
+    if known is None or not isinstance(tensor, QuantizedTensor):
+        inputs = DerivedBasis(left)
+    elif (found := known.get(name := _input_name(tensor))) is None:
+        inputs = known[name] = DerivedBasis(left)
+    else:
+        inputs = found
+        inputs.set_value(inputs.get_value()._replace(scale=tensor.in_scale))
+    return Packed(PackedKernel(tensor), inputs, DerivedBasis(right))
+
+
+def _sides(tensor: Any) -> tuple[InputSide, OutputSide] | None:
+    seed = getattr(tensor, "seed", None)
+    if seed is None:
+        return None
+    if seed.ndim > 1:
+        # One by one: some families cannot be drawn under `vmap` in any sensible time.
+        matrices = [jax.tree.map(itemgetter(i), tensor) for i in range(seed.shape[0])]
+        stacked: tuple[InputSide, OutputSide] = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *map(_sides, matrices)
+        )
+        return stacked
     if isinstance(tensor, QuantizedTensor):
         basis, rotation = derive_basis(tensor), derive_rotation(tensor)
-    return Packed(
-        PackedKernel(tensor),
-        None if basis is None else DerivedBasis(basis),
-        None if rotation is None else DerivedBasis(rotation),
+    elif (found := control_basis(tensor)) is not None:
+        basis, rotation = found, None
+    else:
+        return None
+    return (
+        InputSide(basis.left, None if rotation is None else rotation.left),
+        OutputSide(basis.right, None if rotation is None else rotation.right),
+    )
+
+
+def _input_name(tensor: QuantizedTensor) -> Hashable:
+    layout, scale = tensor.layout, tensor.in_scale
+    return (
+        (tensor.seed.shape, np.asarray(tensor.seed).tobytes()),
+        None if scale is None else (scale.dtype.name, np.asarray(scale).tobytes()),
+        (layout.shape[0], layout.block_shape[0]),
+        (layout.basis.left, layout.rotation and layout.rotation.left),
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 from tqdm import tqdm
 
-from kashin_jax.layers.paths import join, natural, path_key
+from kashin_jax.layers.paths import join, natural
 from kashin_jax.layers.plan import Plan, make_plan
 from kashin_jax.layers.policy import (
     Candidate,
@@ -18,6 +18,7 @@ from kashin_jax.layers.policy import (
     make_policy,
 )
 from kashin_jax.layers.report import LayerReport, run_layer, warn_of_outliers
+from kashin_jax.layers.sharing import InputScales, chosen_groups, layer_key
 from kashin_jax.quantized import (
     Quantized,
     QuantizerConfig,
@@ -76,7 +77,9 @@ def quantize_params(
       params: Not changed.
       config: The method; None takes that of the rules, or joint coding at 4 bits.
       key: Root key, folded with each path; `jax.random.key(0)` when None.
-      rules: A method for each layer.
+      rules: A method for each layer. The layers of a group of `share` have a seed and a
+        scale of inputs in common, equal arrays in every matrix; their products each
+        transform the input, unless `KashinLinear` layers are made of them.
       select: Called with paths; false leaves a layer out. None takes every kernel but
         those of the output head, or what the rules say.
       dry_run: Whether to print the plan, see `plan_params`, and stop there.
@@ -100,15 +103,19 @@ def quantize_params(
     make_plan(choices, 0)
     reports = {}
     chosen = [
-        (leaf, choice)
+        (leaf, choice.config)
         for leaf, choice in zip(known, choices, strict=True)
         if choice.config is not None
     ]
-    for leaf, (_, method, _) in tqdm(
+    kernels = {leaf.candidate.paths[0]: leaf.value for leaf, _ in chosen}
+    groups = chosen_groups(choices, rules)
+    scales = InputScales(groups, kernels.__getitem__)
+    for leaf, method in tqdm(
         chosen, desc="layers", unit="layer", disable=None, leave=False
     ):
         path = leaf.candidate.paths[0]
-        tensor, reports[path] = _coded(leaf.value, method, path_key(root, path), path)
+        own = layer_key(root, path, groups)
+        tensor, reports[path] = _coded(leaf.value, method, own, path, scales)
         for place in leaf.places:
             leaves[place] = tensor
     warn_of_outliers(reports)
@@ -151,10 +158,15 @@ def dequantize_params(params: PyTree[Any]) -> PyTree[Any]:
 
 
 def _coded(
-    weight: Any, config: QuantizerConfig | None, key: Key[Array, ""], path: str
+    weight: Any,
+    config: QuantizerConfig,
+    key: Key[Array, ""],
+    path: str,
+    scales: InputScales,
 ) -> tuple[Any, LayerReport]:
-    assert config is not None
-    return run_layer(lambda: quantize(weight, config, key, path=path), config)
+    return run_layer(
+        lambda: quantize(weight, config, key, path=path, in_scale=scales(path)), config
+    )
 
 
 def _choices(

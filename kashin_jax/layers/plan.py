@@ -99,10 +99,11 @@ def make_plan(choices: Iterable[Choice], other_bytes: int) -> Plan:
         candidate, config = choice.candidate, choice.config
         if config is None:
             return LayerPlan(choice, _dense_bits(candidate))
-        kind = (candidate.shape, candidate.dtype, config)
+        *stack, m, n = candidate.shape
+        kind = ((m, n), candidate.dtype, config)
         if kind not in sizes:
             sizes[kind] = _coded_bits(*kind, choice.path)
-        return LayerPlan(choice, sizes[kind])
+        return LayerPlan(choice, math.prod(stack) * sizes[kind])
 
     return Plan(tuple(map(planned, choices)), other_bytes)
 

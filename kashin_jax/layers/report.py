@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from kashin_jax.layers.plan import method_name
+from kashin_jax.layers.stacks import full_shape
 from kashin_jax.layers.table import aligned
 from kashin_jax.quantized import (
     QuantizationReport,
@@ -33,24 +35,27 @@ _logger = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """What quantizing one matrix lost and took.
+    """What quantizing one matrix, or a stack of them, lost and took.
 
     Attributes:
-      relative_squared_error: `|W - W_q|^2 / |W|^2`, measured on what is stored.
+      relative_squared_error: `|W - W_q|^2 / |W|^2`, measured on what is stored; the
+        mean over a stack.
       decomposition: Residuals, steps and verdicts of the Kashin coder; None for the
         other methods.
-      shape: Of the matrix.
+      shape: Of the matrix, after the axes of the stack.
       config: The method; None where the caller's own function chose it.
       stored_bits: That the packed matrix takes.
       seconds: Of wall clock, compilation included.
+      worst_squared_error: The largest of a stack; None for a single matrix.
     """
 
     relative_squared_error: Float[Array, ""]
     decomposition: dict[str, Array] | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     config: QuantizerConfig | None
     stored_bits: int
     seconds: float
+    worst_squared_error: Float[Array, ""] | None = None
 
     @property
     def relative_error(self) -> float:
@@ -86,9 +91,11 @@ def run_layer(
     start = time.perf_counter()
     tensor, report = jax.block_until_ready(quantizer())
     seconds = time.perf_counter() - start
+    errors = report.relative_squared_error
+    worst = None if errors.ndim == 0 else jnp.max(errors)
     return tensor, LayerReport(
-        report.relative_squared_error, report.decomposition, tensor.shape, config,
-        stored_bits(tensor), seconds,
+        errors if worst is None else jnp.mean(errors), report.decomposition,
+        full_shape(tensor), config, stored_bits(tensor), seconds, worst,
     )  # fmt: skip
 
 
@@ -144,10 +151,14 @@ def report_table(reports: Mapping[str, LayerReport]) -> str:
 
 def _row(path: str, report: LayerReport) -> tuple[str, ...]:
     levels = report.linf_levels or (None, None)
-    numbers = [report.relative_error, report.residual, *levels]
+    error = f"{report.relative_error:.3g}"
+    if report.worst_squared_error is not None:
+        error += f" (worst {math.sqrt(float(report.worst_squared_error)):.3g})"
+    numbers = [report.residual, *levels]
     return (
         path,
         "" if report.config is None else method_name(report.config),
+        error,
         *("" if number is None else f"{number:.3g}" for number in numbers),
         f"{report.bits_per_weight:.3f}",
         f"{report.seconds:.1f}",

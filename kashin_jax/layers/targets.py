@@ -154,15 +154,23 @@ def _target(
 
 def _problem(layers: tuple[Layer, ...], value: Any) -> str | None:
     path = layers[0].path
-    if value.ndim != 2:
-        name = _MATRIX[type(layers[0].node)]
-        return (
-            f"`{path}/{name}` has shape {value.shape}, as under nnx.vmap or nnx.scan; "
-            "only matrices can be quantized. Leave it out by `select` or a rule."
-        )
     for layer in layers:
+        if value.ndim != 2 and not _is_stack(layer.node, value.shape):
+            name = _MATRIX[type(layer.node)]
+            return (
+                f"`{path}/{name}` has shape {value.shape}; only matrices can be "
+                "quantized, and stacks of kernels [in, out] along leading axes. Leave "
+                "it out by `select` or a rule."
+            )
         try:
             require_plain_product(layer.node, layer.path)
         except UsageError as error:
             return str(error)
     return None
+
+
+def _is_stack(layer: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a kernel is some matrices of the layer along leading axes."""
+    if type(layer) is not nnx.Linear or 0 in shape[:-2]:
+        return False
+    return shape[-2:] == (layer.in_features, layer.out_features)

@@ -29,6 +29,7 @@ from kashin_jax.quantized.quantize import encode as encode
 from kashin_jax.quantized.quantize import quantize as quantize
 from kashin_jax.quantized.quantize import require_finite as require_finite
 from kashin_jax.quantized.rules import DEFAULT_SKIPS as DEFAULT_SKIPS
+from kashin_jax.quantized.rules import SHARED_INPUTS as SHARED_INPUTS
 from kashin_jax.quantized.rules import Rule as Rule
 from kashin_jax.quantized.rules import Rules as Rules
 from kashin_jax.quantized.rules import rules_from_json as rules_from_json
@@ -41,6 +42,7 @@ __all__ = [
     "DEFAULT_CONFIG",
     "DEFAULT_SKIPS",
     "METHOD_NAMES",
+    "SHARED_INPUTS",
     "AffineTensor",
     "ChannelKMeansConfig",
     "CodebookTensor",

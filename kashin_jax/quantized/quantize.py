@@ -1,11 +1,12 @@
 """`quantize`: one matrix to packed codes by any method, with a report."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, Num
+from jaxtyping import Array, Float, Float16, Key, Num
 
 from kashin_jax.bases import key_from_seed, make_pair, seed_from_key
 from kashin_jax.coding.blocks import resolve_block_shape
@@ -52,6 +53,7 @@ def quantize(
     *,
     path: str = "weight",
     importance: Num[Array | np.ndarray, " k"] | None = None,
+    in_scale: Num[Array | np.ndarray, " k"] | None = None,
 ) -> tuple[Any, QuantizationReport]:
     """Quantizes one matrix: checks it on the host, then runs `encode`.
 
@@ -65,15 +67,17 @@ def quantize(
       path: Name of the matrix in error messages.
       importance: Weight of every input in the error that a `JointConfig` lowers, say
         the mean square of what the input takes; None takes no side.
+      in_scale: Of a `JointConfig`: stored as the scale of inputs, in place of what its
+        `balance` gives, for matrices that share one (`common_input_scale`).
 
     Returns:
       The packed matrix (a `QuantizedTensor` for a `KashinConfig`) and the report.
 
     Raises:
       TypeError: If `weight` is not floating point, or the method has no use for
-        `importance`.
-      ValueError: If its shape does not suit the method, or `importance` does not suit
-        the matrix.
+        `importance` or `in_scale`.
+      ValueError: If its shape does not suit the method, `importance` or `in_scale` does
+        not suit the matrix, or both are given.
       NonFiniteError: If it holds NaN or infinity, or is too large to be stored.
     """
     weight = jnp.asarray(weight)  # NumPy's float64 too: the layout records the type
@@ -85,8 +89,11 @@ def quantize(
         raise ValueError(f"`{path}`: {error}") from None
     require_finite(weight, path)
     weights = _checked_importance(importance, weight.shape[0], config, path)
+    if importance is not None and in_scale is not None:
+        raise ValueError(f"`{path}`: give `importance` or `in_scale`, not both.")
+    scale = _checked_in_scale(in_scale, weight.shape[0], config, path)
     key = jax.random.key(0) if key is None else key
-    tensor, report = encode(weight, key, config, weights)
+    tensor, report = encode(weight, key, config, weights, scale)
     if not jnp.isfinite(report.relative_squared_error):
         is_kashin = isinstance(config, KashinConfig | JointConfig)
         raise NonFiniteError(
@@ -107,6 +114,42 @@ def require_finite(weight: Num[Array, "*shape"], path: str) -> None:
         )
 
 
+def _check_per_input(
+    name: str,
+    numbers: Num[Array | np.ndarray, " k"],
+    inputs: int,
+    config: QuantizerConfig,
+    path: str,
+) -> None:
+    if not isinstance(config, JointConfig):
+        raise TypeError(
+            f"`{path}`: {type(config).__name__} has no use for `{name}`; leave it "
+            "out, or take JointConfig."
+        )
+    if numbers.shape != (inputs,):
+        raise ValueError(
+            f"`{path}`: `{name}` has shape {numbers.shape}, but the matrix has "
+            f"{inputs} inputs; give one number for each."
+        )
+
+
+def _checked_in_scale(
+    in_scale: Num[Array | np.ndarray, " k"] | None,
+    inputs: int,
+    config: QuantizerConfig,
+    path: str,
+) -> Float16[Array, " m"] | None:
+    if in_scale is None:
+        return None
+    _check_per_input("in_scale", in_scale, inputs, config, path)
+    scale = jnp.asarray(in_scale).astype(jnp.float16)
+    if not jnp.all(jnp.isfinite(scale) & (scale > 0)):
+        raise ValueError(
+            f"`{path}`: `in_scale` must be finite and positive in half precision."
+        )
+    return scale
+
+
 def _checked_importance(
     importance: Num[Array | np.ndarray, " k"] | None,
     inputs: int,
@@ -115,16 +158,7 @@ def _checked_importance(
 ) -> Float[Array, " m"] | None:
     if importance is None:
         return None
-    if not isinstance(config, JointConfig):
-        raise TypeError(
-            f"`{path}`: {type(config).__name__} has no use for `importance`; leave it "
-            "out, or take JointConfig."
-        )
-    if importance.shape != (inputs,):
-        raise ValueError(
-            f"`{path}`: `importance` has shape {importance.shape}, but the matrix has "
-            f"{inputs} inputs; give one number for each."
-        )
+    _check_per_input("importance", importance, inputs, config, path)
     weights = jnp.asarray(importance, jnp.float32)
     if not jnp.all(jnp.isfinite(weights) & (weights >= 0)):
         raise ValueError(
@@ -140,6 +174,7 @@ def encode(
     key: Key[Array, ""],
     config: QuantizerConfig,
     importance: Float[Array, " m"] | None = None,
+    in_scale: Float16[Array, " m"] | None = None,
 ) -> tuple[Any, QuantizationReport]:
     """The pure core of `quantize`: no checks of values, works under `jit` and `vmap`.
 
@@ -154,7 +189,7 @@ def encode(
             decomposition = code._asdict()
             del decomposition["codes"], decomposition["centroids"]
         case JointConfig():
-            tensor = _encode_joint(weight, seed_key, config, importance)
+            tensor = _encode_joint(weight, seed_key, config, importance, in_scale)
         case _:
             x = weight.astype(jnp.float32)
             dtype = weight.dtype.name
@@ -189,6 +224,7 @@ def _encode_joint(
     seed_key: Key[Array, ""],
     config: JointConfig,
     importance: Float[Array, " m"] | None,
+    in_scale: Float16[Array, " m"] | None,
 ) -> QuantizedTensor:
     shape = _shape(weight)
     block_shape = resolve_block_shape(shape, joint_block_shape(shape, config))
@@ -196,7 +232,9 @@ def _encode_joint(
     basis = make_pair(config.basis, key_from_seed(seed), block_shape)
     spec = config.basis if config.rotation else None
     rotation = None if spec is None else make_rotation(spec, seed, block_shape)
-    code = joint_code(weight, basis, rotation, config, block_shape, importance)
+    code = joint_code(
+        weight, basis, rotation, config, block_shape, importance, in_scale
+    )
     layout = KashinLayout(
         shape=shape,
         block_shape=block_shape,
@@ -204,6 +242,7 @@ def _encode_joint(
         basis=config.basis,
         dtype=weight.dtype.name,
         rotation=spec,
+        v_bits=config.split.v,
     )
     packed, coarse = pack_rows(code.codes, layout)
     return QuantizedTensor(
@@ -232,20 +271,27 @@ def _relative_squared_error(
     peak = jnp.max(jnp.abs(weight)).astype(jnp.float32)
     unit = jnp.where(peak > 0, peak, 1.0)
 
-    def sums(part: tuple[Array, Quantized]) -> tuple[Array, Array]:
-        x = part[0].astype(jnp.float32)
-        return (
-            jnp.sum(jnp.square(x / unit)),
-            jnp.sum(jnp.square((x - part[1].decode()) / unit)),
-        )
+    def sums(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, decoded = part[0].astype(jnp.float32), part[1]
+        return jnp.sum(jnp.square(x / unit)), jnp.sum(jnp.square((x - decoded) / unit))
+
+    def stacked(x: Array, count: int) -> Array:
+        return x.reshape(count, -1, x.shape[1])
 
     bands = None
     if isinstance(tensor, QuantizedTensor):
         bands = band_count(tensor.layout, _BAND)
     if bands is None or bands == 1 or not isinstance(tensor, QuantizedTensor):
-        total, lost = sums((weight, tensor))
+        # XLA copies what is reduced, here a slice at a time: 3.5 times the float32 size
+        # of a matrix that is one block, 7 times without.
+        count = math.gcd(weight.shape[0], 16)
+        parts = jax.lax.map(
+            sums, (stacked(weight, count), stacked(tensor.decode(), count))
+        )
     else:
-        x = weight.reshape(bands, -1, weight.shape[1])
-        parts = jax.lax.map(sums, (x, cut_rows(tensor, bands)))
-        total, lost = jax.tree.map(jnp.sum, parts)
+        parts = jax.lax.map(
+            lambda part: sums((part[0], part[1].decode())),
+            (stacked(weight, bands), cut_rows(tensor, bands)),
+        )
+    total, lost = jax.tree.map(jnp.sum, parts)
     return lost / jnp.where(total > 0, total, 1.0)

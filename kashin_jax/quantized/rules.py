@@ -9,7 +9,14 @@ from kashin_jax.errors import UsageError
 from kashin_jax.quantized.config_json import config_from_json, config_to_json
 from kashin_jax.quantized.configs import DEFAULT_CONFIG, QuantizerConfig
 
-__all__ = ["DEFAULT_SKIPS", "Rule", "Rules", "rules_from_json", "rules_to_json"]
+__all__ = [
+    "DEFAULT_SKIPS",
+    "SHARED_INPUTS",
+    "Rule",
+    "Rules",
+    "rules_from_json",
+    "rules_to_json",
+]
 
 DEFAULT_SKIPS = (
     r"(^|/)(lm_head|classifier|pre_classifier|score|qa_outputs)(/|$)",
@@ -17,6 +24,15 @@ DEFAULT_SKIPS = (
     r"(^|[/_])(norm|layer_?norm|rms_?norm|ln(_\w+)?)(/|$)",
 )
 """Output heads, embeddings and norms: what published tables leave in full precision."""
+
+SHARED_INPUTS = (
+    r"\b[qkv]_proj$",
+    r"\b[qkv]_lin$",
+    r"\b(query|key|value)$",
+    r"\b(gate|up)_proj$",
+    r"\bwi_[01]$",
+)
+"""For `Rules.share`: what layers that read the same input are usually called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +67,22 @@ class Rules:
       config: For layers that nothing else speaks about.
       rules: The first one that matches a path decides.
       skip: Patterns of layers to leave in full precision, beside `DEFAULT_SKIPS`.
+      share: Patterns of layers that read the same input, such as `SHARED_INPUTS`. Those
+        that the same pattern is found in, whose paths become equal once what it matches
+        is cut out, and which have the same method and number of inputs, are quantized
+        with one seed and one scale of inputs: what the product does to its input is the
+        same for all of them. Where the inputs differ after all nothing is wrong. On
+        opt-wiki-18m joint coding has a perplexity of 32.3 so and 31.1 without at 2
+        bits, 25.18 and 25.16 at 4 (4,096 tokens, two seeds).
     """
 
     config: QuantizerConfig = DEFAULT_CONFIG
     rules: Sequence[Rule] = ()
     skip: Sequence[str] = ()
+    share: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for pattern in self.skip:
+        for pattern in (*self.skip, *self.share):
             _compiled(pattern)
 
     def config_for(self, path: str) -> QuantizerConfig | None:
@@ -72,13 +96,32 @@ class Rules:
             return None
         return self.config
 
+    def shared_name(self, path: str) -> tuple[str, str] | None:
+        """The first pattern of `share` found in a path, and the path without it."""
+        for pattern in self.share:
+            if (cut := _cut(pattern, path)) is not None:
+                return pattern, cut
+        return None
+
     def check(self, paths: Iterable[str]) -> None:
-        """Raises UsageError, naming it, if a pattern is found in none of the paths."""
+        """Raises UsageError, naming it, if a pattern has no effect on any of the paths.
+
+        Of `SHARED_INPUTS`, names of several families of models, one has to have one.
+        """
         known = list(paths)
-        for pattern in (*(rule.pattern for rule in self.rules), *self.skip):
+        own = [pattern for pattern in self.share if pattern not in SHARED_INPUTS]
+        for pattern in (*(rule.pattern for rule in self.rules), *self.skip, *own):
             if not any(_compiled(pattern).search(path) for path in known):
                 raise UsageError(
                     f"Rule {pattern!r} matches none of {len(known)} layers, such as "
+                    f"{', '.join(known[:2]) or 'none'}. Correct or remove it."
+                )
+        usual = [pattern for pattern in self.share if pattern in SHARED_INPUTS]
+        for patterns in filter(None, (*([pattern] for pattern in own), usual)):
+            if not any(_joins(pattern, known) for pattern in patterns):
+                raise UsageError(
+                    f"`share`: {', '.join(map(repr, patterns))} makes no two of "
+                    f"{len(known)} layers share an input, such as "
                     f"{', '.join(known[:2]) or 'none'}. Correct or remove it."
                 )
 
@@ -92,8 +135,25 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         ) from error
 
 
+def _cut(pattern: str, path: str) -> str | None:
+    """A path without what a pattern matches; None if it matches nothing."""
+    found = _compiled(pattern).search(path)
+    return None if found is None else path[: found.start()] + path[found.end() :]
+
+
+def _joins(pattern: str, paths: Iterable[str]) -> bool:
+    """Whether two paths become equal once what a pattern matches is cut out."""
+    found = [_cut(pattern, path) for path in set(paths)]
+    cuts = [cut for cut in found if cut is not None]
+    return len(set(cuts)) < len(cuts)
+
+
 def rules_to_json(rules: Rules) -> dict[str, Any]:
-    """`{"config": ..., "rules": [...], "skip": [...]}`, everything written out."""
+    """`{"config": ..., "rules": [...], "skip": [...]}`, everything written out.
+
+    And `share` where there is any: rules without are written as they were before.
+    """
+    share = {"share": list(rules.share)} if rules.share else {}
     return {
         "config": config_to_json(rules.config),
         "rules": [
@@ -102,7 +162,7 @@ def rules_to_json(rules: Rules) -> dict[str, Any]:
             for rule in rules.rules
         ],
         "skip": list(rules.skip),
-    }
+    } | share
 
 
 def rules_from_json(content: Any, default: QuantizerConfig = DEFAULT_CONFIG) -> Rules:
@@ -119,19 +179,29 @@ def rules_from_json(content: Any, default: QuantizerConfig = DEFAULT_CONFIG) -> 
       UsageError: If something is unknown or cannot work; names it.
     """
     whole = {"rules": content} if isinstance(content, list) else content
-    if not isinstance(whole, Mapping) or whole.keys() - {"config", "rules", "skip"}:
+    names, kind = {"config", "rules", "skip", "share"}, type(whole).__name__
+    if not isinstance(whole, Mapping) or whole.keys() - names:
         raise UsageError(
-            "Rules are a list, or an object with `config`, `rules` and `skip`. Got "
-            f"{sorted(whole) if isinstance(whole, Mapping) else type(whole).__name__}."
+            "Rules are a list, or an object with `config`, `rules`, `skip` and `share`."
+            f" Got {sorted(whole) if isinstance(whole, Mapping) else kind}."
         )
     config = config_from_json(_object(whole.get("config", {}), "config"), default)
-    listed, skip = whole.get("rules", []), whole.get("skip", [])
-    if not isinstance(listed, list) or not isinstance(skip, list):
-        raise UsageError("`rules` and `skip` must be lists.")
-    if not all(isinstance(pattern, str) for pattern in skip):
-        raise UsageError("`skip` must be a list of patterns.")
-    rules = tuple(_rule(_object(rule, "rules"), config) for rule in listed)
-    return Rules(config=config, rules=rules, skip=tuple(skip))
+    listed = whole.get("rules", [])
+    if not isinstance(listed, list):
+        raise UsageError("`rules` must be a list.")
+    return Rules(
+        config=config,
+        rules=tuple(_rule(_object(rule, "rules"), config) for rule in listed),
+        skip=_patterns(whole, "skip"),
+        share=_patterns(whole, "share"),
+    )
+
+
+def _patterns(content: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    found = content.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise UsageError(f"`{name}` must be a list of patterns.")
+    return tuple(found)
 
 
 def _rule(content: dict[str, Any], default: QuantizerConfig) -> Rule:
