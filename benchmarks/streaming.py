@@ -134,7 +134,8 @@ def measure(work: Path, layout: Layout, rules: dict[str, Any]) -> dict[str, Any]
         "quantized_weights": after.packed_weights,
         "largest_quantized_float32": 4 * max(math.prod(t.shape) for t in packed),
         "largest_copied": max(
-            2 * math.prod(t.shape) for t in after.tensors if t not in packed
+            (2 * math.prod(t.shape) for t in after.tensors if t not in packed),
+            default=0,
         ),
         "source_bytes": before.disk_bytes,
         "result_bytes": after.disk_bytes,

@@ -3,40 +3,47 @@
 Layers of the library, imported downwards only: `bases`, `decomposition`, `theory`,
 `codebooks`, `coding`, `packing`, `quantized`, `layers`, `models`. This module has the
 public names that need no model.
+
+Nothing is imported before it is asked for: `kashin --help` need not wait for JAX.
 """
 
-from kashin_jax.bases import BasisSpec as BasisSpec
-from kashin_jax.bases import KroneckerBasis as KroneckerBasis
-from kashin_jax.bases import make_basis as make_basis
-from kashin_jax.bases import make_pair as make_pair
-from kashin_jax.decomposition import KashinDecomposition as KashinDecomposition
-from kashin_jax.decomposition import kashin_decompose as kashin_decompose
-from kashin_jax.layers import KashinDense as KashinDense
-from kashin_jax.layers import KashinEmbed as KashinEmbed
-from kashin_jax.layers import KashinLinear as KashinLinear
-from kashin_jax.layers import dequantize_params as dequantize_params
-from kashin_jax.layers import quantize_model as quantize_model
-from kashin_jax.layers import quantize_params as quantize_params
-from kashin_jax.quantized import ChannelKMeansConfig as ChannelKMeansConfig
-from kashin_jax.quantized import HQQConfig as HQQConfig
-from kashin_jax.quantized import JointConfig as JointConfig
-from kashin_jax.quantized import KashinConfig as KashinConfig
-from kashin_jax.quantized import KMeansConfig as KMeansConfig
-from kashin_jax.quantized import NF4Config as NF4Config
-from kashin_jax.quantized import QuantizationReport as QuantizationReport
-from kashin_jax.quantized import QuantizedTensor as QuantizedTensor
-from kashin_jax.quantized import RotatedKMeansConfig as RotatedKMeansConfig
-from kashin_jax.quantized import RotatedRTNConfig as RotatedRTNConfig
-from kashin_jax.quantized import RTNConfig as RTNConfig
-from kashin_jax.quantized import Rule as Rule
-from kashin_jax.quantized import Rules as Rules
-from kashin_jax.quantized import UniformConfig as UniformConfig
-from kashin_jax.quantized import bits_per_weight as bits_per_weight
-from kashin_jax.quantized import dequantize as dequantize
-from kashin_jax.quantized import encode as encode
-from kashin_jax.quantized import matmul as matmul
-from kashin_jax.quantized import quantize as quantize
-from kashin_jax.quantized import stored_bits as stored_bits
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kashin_jax.bases import BasisSpec as BasisSpec
+    from kashin_jax.bases import KroneckerBasis as KroneckerBasis
+    from kashin_jax.bases import make_basis as make_basis
+    from kashin_jax.bases import make_pair as make_pair
+    from kashin_jax.decomposition import KashinDecomposition as KashinDecomposition
+    from kashin_jax.decomposition import kashin_decompose as kashin_decompose
+    from kashin_jax.layers import KashinDense as KashinDense
+    from kashin_jax.layers import KashinEmbed as KashinEmbed
+    from kashin_jax.layers import KashinLinear as KashinLinear
+    from kashin_jax.layers import dequantize_params as dequantize_params
+    from kashin_jax.layers import quantize_model as quantize_model
+    from kashin_jax.layers import quantize_params as quantize_params
+    from kashin_jax.quantized import ChannelKMeansConfig as ChannelKMeansConfig
+    from kashin_jax.quantized import HQQConfig as HQQConfig
+    from kashin_jax.quantized import JointConfig as JointConfig
+    from kashin_jax.quantized import KashinConfig as KashinConfig
+    from kashin_jax.quantized import KMeansConfig as KMeansConfig
+    from kashin_jax.quantized import NF4Config as NF4Config
+    from kashin_jax.quantized import QuantizationReport as QuantizationReport
+    from kashin_jax.quantized import QuantizedTensor as QuantizedTensor
+    from kashin_jax.quantized import RotatedKMeansConfig as RotatedKMeansConfig
+    from kashin_jax.quantized import RotatedRTNConfig as RotatedRTNConfig
+    from kashin_jax.quantized import RTNConfig as RTNConfig
+    from kashin_jax.quantized import Rule as Rule
+    from kashin_jax.quantized import Rules as Rules
+    from kashin_jax.quantized import UniformConfig as UniformConfig
+    from kashin_jax.quantized import bits_per_weight as bits_per_weight
+    from kashin_jax.quantized import dequantize as dequantize
+    from kashin_jax.quantized import encode as encode
+    from kashin_jax.quantized import matmul as matmul
+    from kashin_jax.quantized import quantize as quantize
+    from kashin_jax.quantized import stored_bits as stored_bits
 
 __all__ = [
     "BasisSpec",
@@ -72,3 +79,24 @@ __all__ = [
     "quantize_params",
     "stored_bits",
 ]
+
+# Where the public names are, the parts that import least first.
+_PARTS = ("bases", "decomposition", "quantized", "layers")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for part in map(_part, _PARTS):
+            if name in part.__all__:
+                return getattr(part, name)
+    if name in _PARTS:
+        return _part(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _part(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

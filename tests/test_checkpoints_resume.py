@@ -2,22 +2,29 @@
 
 import errno
 import functools
+import io
 import itertools
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import tqdm
 from quantized_sources import FEW, RTN, content, edit_json, make_source, method
 
 from kashin_jax import Rules
-from kashin_jax.checkpoints import dequantize_checkpoint, quantize_checkpoint
+from kashin_jax.checkpoints import (
+    dequantize_checkpoint,
+    quantize_checkpoint,
+    streaming,
+)
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
-from kashin_jax.storage import TensorWriter
+from kashin_jax.storage import TensorWriter, record_file
 
 SHARD = 50_000
 STATE = ".kashin_quantize.json"
@@ -130,7 +137,7 @@ def test_finished_shards_are_not_quantized_again(killer, source, whole, tmp_path
 PROGRAM = """
 import os, signal, sys
 from kashin_jax.cli import main
-from kashin_jax.storage import TensorWriter
+from kashin_jax.storage import TensorWriter, record_file
 append, count = TensorWriter.append, 0
 def counted(*args):
     global count
@@ -323,3 +330,39 @@ def test_a_report_that_was_removed_meanwhile_is_named(killer, source, tmp_path):
         part.unlink()
     options = {"max_shard_bytes": SHARD, "error": CheckpointError}
     refused("is missing or damaged", source, target, FEW, **options)
+
+
+class Progress(tqdm.tqdm):
+    """A bar that draws nothing and remembers what it was told."""
+
+    made: ClassVar[list["Progress"]] = []
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs | {"disable": False, "file": io.StringIO()})
+        self.made.append(self)
+
+
+def test_finished_shards_do_not_count_for_the_time_that_is_left(
+    source, whole, tmp_path, monkeypatch
+):
+    target = tmp_path / "q"
+    write, finished = streaming.write_part, []
+
+    def interrupted(directory, shard, records):
+        if len(finished) == 2:
+            raise KilledError
+        finished.append(shard)
+        write(directory, shard, records)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "write_part", interrupted)
+        with pytest.raises(KilledError):
+            quantize_checkpoint(source, target, FEW, max_shard_bytes=SHARD)
+    monkeypatch.setattr(streaming, "tqdm", Progress)
+    monkeypatch.setattr(Progress, "made", [])
+    result = quantize_checkpoint(source, target, FEW, max_shard_bytes=SHARD)
+    (bar,) = Progress.made
+    sizes = {path.name: record_file(path).size for path in whole.glob("*.safetensors")}
+    assert result.resumed == 2 and len(sizes) > 3
+    assert bar.initial == sum(sizes[name] for name in finished) > 0
+    assert bar.n == bar.total == sum(sizes.values())

@@ -9,6 +9,7 @@ from kashin_jax.checkpoints.plan import LayerPlan as LayerPlan
 from kashin_jax.checkpoints.plan import Plan as Plan
 from kashin_jax.checkpoints.plan import plan_checkpoint as plan_checkpoint
 from kashin_jax.checkpoints.reports import REPORT_NAME as REPORT_NAME
+from kashin_jax.checkpoints.sources import open_source as open_source
 from kashin_jax.checkpoints.streaming import StreamResult as StreamResult
 from kashin_jax.checkpoints.streaming import (
     dequantize_checkpoint as dequantize_checkpoint,
@@ -25,6 +26,7 @@ __all__ = [
     "dequantize_checkpoint",
     "inspect_checkpoint",
     "load_quantized",
+    "open_source",
     "packed_layers",
     "plan_checkpoint",
     "quantize_checkpoint",

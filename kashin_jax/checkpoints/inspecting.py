@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kashin_jax.checkpoints.reports import REPORT_NAME, read_report
-from kashin_jax.storage import Checkpoint, open_checkpoint
+from kashin_jax.checkpoints.sources import open_source
+from kashin_jax.storage import Checkpoint
 
 __all__ = ["Inspection", "TensorRow", "inspect_checkpoint"]
 
@@ -67,7 +68,7 @@ def inspect_checkpoint(directory: str | Path, *, verify: bool = True) -> Inspect
     Raises:
       CheckpointError: If a file is missing or malformed.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_source(directory)
     errors = _errors(checkpoint.directory / REPORT_NAME)
     rows = tuple(_rows(checkpoint, errors))
     packed = [row for row in rows if checkpoint.is_packed(row.name)]

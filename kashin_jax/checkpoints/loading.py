@@ -11,13 +11,15 @@ from jax.typing import DTypeLike
 
 from kashin_jax.checkpoints.names import layer_names
 from kashin_jax.checkpoints.plan import refuse_foreign
+from kashin_jax.checkpoints.sources import open_source
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.layers import KashinEmbed, KashinLinear
+from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
 from kashin_jax.models.hub import checkpoint_directory
 from kashin_jax.models.loading import LoadedModel, load_opt
 from kashin_jax.quantized import Quantized
-from kashin_jax.storage import Checkpoint, open_checkpoint
+from kashin_jax.storage import Checkpoint
 
 __all__ = ["load_quantized", "packed_layers"]
 
@@ -45,7 +47,7 @@ def load_quantized(
       NonFiniteError: If a weight is NaN or infinite, or overflows `dtype`.
     """
     directory = checkpoint_directory(path_or_id)
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_source(directory)
     refuse_foreign(checkpoint)
     packed = list(checkpoint.descriptions)
     loaded: LoadedModel | LoadedClassifier
@@ -90,16 +92,17 @@ def _of_type(tensor: Any, dtype: DTypeLike) -> Quantized:
 
 
 def _with_packed(model: Any, tensors: Mapping[str, Quantized], directory: Path) -> Any:
-    found = set()
+    found, known = set(), Inputs()
 
     def swap(parts: tuple[Any, ...], node: Any) -> Any:
         path = "/".join(map(str, parts))
         if path not in tensors or type(node) not in (nnx.Linear, nnx.Embed):
             return node
         found.add(path)
+        packed = pack(tensors[path], known)
         if type(node) is nnx.Embed:
-            return KashinEmbed.from_embed(node, tensors[path], path=path)
-        return KashinLinear.from_linear(node, tensors[path], path=path)
+            return KashinEmbed.from_embed(node, packed, path=path)
+        return KashinLinear.from_linear(node, packed, path=path)
 
     try:
         swapped = nnx.recursive_map(swap, model)

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array
 from tqdm import tqdm
 
 from kashin_jax.checkpoints.plan import (
     LayerPlan,
+    Plan,
     plan_checkpoint,
     refuse_foreign,
 )
@@ -27,8 +28,9 @@ from kashin_jax.checkpoints.reports import (
     remove_parts,
     write_part,
 )
+from kashin_jax.checkpoints.sources import open_source
 from kashin_jax.errors import UsageError
-from kashin_jax.layers import path_key
+from kashin_jax.layers.sharing import InputScales, layer_key
 from kashin_jax.quantized import (
     QuantizationReport,
     Rules,
@@ -87,7 +89,7 @@ def quantize_checkpoint(
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> StreamResult:
-    """Quantizes a directory of safetensors files into another one, tensor by tensor.
+    """Quantizes a checkpoint into a directory of safetensors files, tensor by tensor.
 
     Memory is bounded by the largest matrix to quantize; other tensors are copied in
     slices. Every shard appears whole; an interrupted run goes on after the last one
@@ -95,7 +97,8 @@ def quantize_checkpoint(
     `quantize_model` finds for the loaded model with `jax.random.key(seed)`.
 
     Args:
-      source: A checkpoint in Hugging Face's layout.
+      source: A checkpoint in Hugging Face's layout: safetensors, or else Flax's msgpack
+        files, which give the same result.
       target: Must not exist, be empty, or hold an unfinished run of the same call.
       rules: Which matrices, and how; None takes `Rules()`.
       seed: Of everything random.
@@ -107,19 +110,28 @@ def quantize_checkpoint(
       NonFiniteError: If a matrix holds NaN or infinity; names it.
     """
     rules = Rules() if rules is None else rules
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_source(source)
     plan = plan_checkpoint(checkpoint, rules)
     target = _separate(checkpoint.directory, Path(target))
     digest = fingerprint(checkpoint, rules, seed, max_shard_bytes)
     claim_directory(target, digest)
     root = jax.random.key(seed)
+    names = {layer.path: name for name, layer in plan.layers.items()}
+    scales = InputScales(
+        plan.groups, lambda path: _kernel(checkpoint, names[path], plan)
+    )
 
     def write(writer: TensorWriter, name: str) -> dict[str, Any] | None:
         if name not in plan.layers:
             copy_bytes(checkpoint.file_of(name), name, writer.sink(name))
             return None
         layer = plan.layers[name]
-        tensor, report = _quantized(checkpoint, name, layer, root)
+        key = layer_key(root, layer.path, plan.groups)
+        # First, and alone in memory: others of its group are read for it.
+        scale = scales(layer.path)
+        kernel = _kernel(checkpoint, name, plan)
+        tensor, report = quantize(kernel, layer.config, key, path=name, in_scale=scale)
+        del kernel
         write_stored(writer, name, tensor)
         return _record(name, layer, tensor, report)
 
@@ -138,15 +150,10 @@ def _separate(source: Path, target: Path) -> Path:
     return target
 
 
-def _quantized(
-    source: Checkpoint, name: str, layer: LayerPlan, root: Key[Array, ""]
-) -> tuple[Any, QuantizationReport]:
+def _kernel(source: Checkpoint, name: str, plan: Plan) -> Array:
     stored = source.load(name)
     assert isinstance(stored, np.ndarray)
-    kernel = jnp.asarray(stored.T if layer.is_transposed else stored)
-    del stored
-    key = path_key(root, layer.path)
-    return quantize(kernel, layer.config, key, path=name)
+    return jnp.asarray(stored.T if plan.layers[name].is_transposed else stored)
 
 
 def _record(
@@ -178,15 +185,17 @@ def _write_shards(
     """Writes what is missing, then the index; names, and how many were there."""
     shards = plan_shards(tensors, max_shard_bytes)
     names = shard_names(len(shards))
-    resumed, records = 0, []
-    size = sum(tensor.size for tensor in tensors)
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as progress:
+    finished = {name for name in names if (target / name).exists()}
+    sizes = [sum(tensor.size for tensor in shard) for shard in shards]
+    # Not part of the rate, which would otherwise promise the rest in no time.
+    done = sum(n for name, n in zip(names, sizes, strict=True) if name in finished)
+    records = []
+    with tqdm(
+        total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=None
+    ) as progress:
         for name, shard in zip(names, shards, strict=True):
             path = target / name
-            if path.exists():
-                resumed += 1
-                progress.update(sum(tensor.size for tensor in shard))
-            else:
+            if name not in finished:
                 with open_shard(path, shard) as writer:
                     found = []
                     for tensor in shard:
@@ -197,7 +206,7 @@ def _write_shards(
                     write_part(target, name, [each for each in found if each])
             records.append(record_file(path))
     write_index(target, records)
-    return names, resumed
+    return names, len(finished)
 
 
 def _copy_others(source: Path, target: Path) -> None:

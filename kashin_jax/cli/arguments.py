@@ -3,8 +3,28 @@
 import argparse
 import math
 
-__all__ = ["read_bits", "read_count", "read_seed", "read_size", "read_temperature"]
+__all__ = [
+    "METHODS",
+    "read_bits",
+    "read_count",
+    "read_seed",
+    "read_size",
+    "read_temperature",
+]
 
+# `METHOD_NAMES`, written out: importing it would import JAX.
+METHODS = (
+    "kashin-joint",
+    "kashin",
+    "uniform",
+    "k-means",
+    "k-means-channel",
+    "rtn",
+    "nf4",
+    "hqq",
+    "rotate-rtn",
+    "rotate-k-means",
+)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1, "": 1}
 
 

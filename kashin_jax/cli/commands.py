@@ -1,5 +1,6 @@
 """What the subcommands of `kashin` do; each returns an exit code."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from kashin_jax.checkpoints import (
     dequantize_checkpoint,
     inspect_checkpoint,
     load_quantized,
+    open_source,
     plan_checkpoint,
     quantize_checkpoint,
 )
@@ -38,7 +40,7 @@ from kashin_jax.quantized import (
     config_to_json,
     rules_from_json,
 )
-from kashin_jax.storage import open_checkpoint, read_json
+from kashin_jax.storage import read_json
 
 __all__ = [
     "run_dequantize",
@@ -64,7 +66,7 @@ def run_quantize(
     """Quantizes a checkpoint, or prints what would become of it."""
     chosen = _rules(bits, method, rules, skip)
     if dry_run:
-        _print_plan(plan_checkpoint(open_checkpoint(src), chosen))
+        _print_plan(plan_checkpoint(open_source(src), chosen))
         return 0
     result = quantize_checkpoint(
         src, dst, chosen, seed=seed, max_shard_bytes=max_shard_size
@@ -87,7 +89,7 @@ def _rules(
             "leave one of them out."
         )
     found = rules_from_json(content, default)
-    return Rules(config=found.config, rules=found.rules, skip=(*found.skip, *skip))
+    return dataclasses.replace(found, skip=(*found.skip, *skip))
 
 
 def _read_rules(path: Path) -> dict[str, Any]:

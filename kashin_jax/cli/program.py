@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kashin_jax.cli.arguments import (
+    METHODS,
     read_bits,
     read_count,
     read_seed,
@@ -15,7 +16,6 @@ from kashin_jax.cli.arguments import (
     read_temperature,
 )
 from kashin_jax.errors import UsageError
-from kashin_jax.quantized import METHOD_NAMES
 
 __all__ = ["main"]
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # Late, so that `--help` and wrong use need not wait for the models.
+    # Late, so that `--help` and wrong use need not wait for JAX and the models.
     from kashin_jax.cli import commands
 
     values = vars(options).copy()
@@ -84,17 +84,16 @@ def _quantize(commands: Any) -> None:
     parser: _Parser = commands.add_parser(
         "quantize",
         help="quantize a checkpoint, tensor by tensor",
-        description="Quantizes SRC, a directory of safetensors files in Hugging Face's "
-        "layout, into DST. Repeat the same command to go on after an interruption.",
+        description="Quantizes SRC, a checkpoint in Hugging Face's layout (safetensors "
+        "or flax_model.msgpack), into DST. Repeat the same command to go on after an "
+        "interruption.",
     )
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("dst", metavar="DST")
     parser.add_argument(
         "--bits", type=read_bits, help="code width; the method's own when left out"
     )
-    parser.add_argument(
-        "--method", choices=METHOD_NAMES, help=f"{METHOD_NAMES[0]} when left out"
-    )
+    parser.add_argument("--method", choices=METHODS, help=f"{METHODS[0]} when left out")
     parser.add_argument(
         "--rules",
         metavar="FILE",

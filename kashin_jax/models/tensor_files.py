@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kashin_jax.errors import CheckpointError
+from kashin_jax.models.flax_files import find_arrays, read_array
 
 __all__ = ["choose_weights", "find_weights", "iter_tensors", "read_json"]
 
@@ -147,14 +148,8 @@ def _read_safetensors(path: Path) -> Tensors:
 
 
 def _read_msgpack(path: Path) -> Tensors:
-    from flax import serialization, traverse_util
-
-    tree = serialization.msgpack_restore(path.read_bytes())
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    del tree
-    # Popped, so that each tensor is freed once its user is done with it.
-    while flat:
-        yield flat.popitem()
+    for name, array in find_arrays(path).items():
+        yield name, read_array(path, array)
 
 
 def _read_torch(path: Path) -> Tensors:

@@ -4,14 +4,18 @@ The format is specified in `docs/format.md`.
 """
 
 from kashin_jax.storage.checkpoint import Checkpoint as Checkpoint
+from kashin_jax.storage.checkpoint import join_files as join_files
 from kashin_jax.storage.checkpoint import open_checkpoint as open_checkpoint
+from kashin_jax.storage.checkpoint import read_config as read_config
 from kashin_jax.storage.descriptions import Described as Described
 from kashin_jax.storage.dtypes import DTYPES as DTYPES
+from kashin_jax.storage.dtypes import RANKS as RANKS
 from kashin_jax.storage.dtypes import TensorSpec as TensorSpec
 from kashin_jax.storage.files import atomic_path as atomic_path
 from kashin_jax.storage.files import read_json as read_json
 from kashin_jax.storage.files import write_json as write_json
 from kashin_jax.storage.header import Entry as Entry
+from kashin_jax.storage.index import check_weight_map as check_weight_map
 from kashin_jax.storage.index import write_index as write_index
 from kashin_jax.storage.packed import describe as describe
 from kashin_jax.storage.packed import expected_specs as expected_specs
@@ -46,6 +50,7 @@ from kashin_jax.storage.writer import write_tensors as write_tensors
 __all__ = [
     "DTYPES",
     "MAX_SHARD_BYTES",
+    "RANKS",
     "SCHEMA_VERSION",
     "Checkpoint",
     "Described",
@@ -57,11 +62,13 @@ __all__ = [
     "TensorSpec",
     "TensorWriter",
     "atomic_path",
+    "check_weight_map",
     "copy_bytes",
     "describe",
     "expected_specs",
     "from_leaves",
     "hash_file",
+    "join_files",
     "leaf_specs",
     "open_checkpoint",
     "open_shard",
@@ -70,6 +77,7 @@ __all__ = [
     "plan_plain",
     "plan_shards",
     "quantization_config",
+    "read_config",
     "read_header",
     "read_json",
     "read_rows",

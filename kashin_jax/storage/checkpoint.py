@@ -23,7 +23,7 @@ from kashin_jax.storage.tensor_file import (
     read_tensor,
 )
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "join_files", "open_checkpoint", "read_config"]
 
 _SINGLE = "model.safetensors"
 
@@ -138,9 +138,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         agree; names the file and the tensor.
     """
     directory = Path(directory)
-    config_path, index_path = directory / "config.json", directory / INDEX_NAME
-    config = read_json(config_path) if config_path.exists() else {}
-    _check_config(config, config_path)
+    index_path = directory / INDEX_NAME
+    config = read_config(directory)
     weight_map: dict[str, str] | None = None
     sha256: dict[str, str] = {}
     if index_path.exists():
@@ -159,8 +158,23 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             f"{index_path}: `sha256` must name the same files as `weight_map`; copy or "
             "download it again."
         )
+    return join_files(directory, config, files, sha256)
+
+
+def join_files(
+    directory: Path,
+    config: Mapping[str, Any],
+    files: Mapping[str, TensorFile],
+    sha256: Mapping[str, str],
+) -> Checkpoint:
+    """The checkpoint that files make up.
+
+    Raises:
+      CheckpointError: If a tensor is there twice, or descriptions agree neither with
+        the headers nor with the configuration.
+    """
     places, descriptions = _tensors(files)
-    _check_count(config, len(descriptions), config_path)
+    _check_count(config, len(descriptions), directory / "config.json")
     return Checkpoint(
         directory=directory,
         config=config,
@@ -171,7 +185,19 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     )
 
 
-def _check_config(config: Mapping[str, Any], path: Path) -> None:
+def read_config(directory: Path) -> Mapping[str, Any]:
+    """`config.json`; empty where there is none.
+
+    Raises:
+      CheckpointError: If it is damaged or of a newer schema.
+    """
+    path = directory / "config.json"
+    config = read_json(path) if path.exists() else {}
+    _check_quantization(config, path)
+    return config
+
+
+def _check_quantization(config: Mapping[str, Any], path: Path) -> None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return

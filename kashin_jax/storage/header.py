@@ -6,7 +6,7 @@ with spaces to a multiple of 8), and the data, without holes.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from kashin_jax.errors import CheckpointError, UsageError
@@ -32,17 +32,32 @@ class Entry(NamedTuple):
       shape: Of the array, row-major.
       start: First byte, counted from the start of the file.
       stop: The byte after the last one.
+      pieces: `(start, stop)` of every part where other bytes lie between them, as in
+        Flax's files; empty where the data are one piece, as in safetensors.
+      is_flipped: Whether the file holds the transpose of the matrix, row-major.
     """
 
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    pieces: tuple[tuple[int, int], ...] = ()
+    is_flipped: bool = False
 
     @property
     def spec(self) -> TensorSpec:
         """Type and shape."""
         return TensorSpec(self.dtype, self.shape)
+
+    def ranges(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Where `count` bytes of the data lie, from the byte `first` of them on."""
+        for start, stop in self.pieces or ((self.start, self.stop),):
+            begin, end = start + first, min(stop, start + first + count)
+            if begin < end:
+                yield begin, end
+                first, count = 0, count - (end - begin)
+            else:
+                first -= min(first, stop - start)
 
 
 def parse_header(

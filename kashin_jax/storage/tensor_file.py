@@ -1,5 +1,6 @@
 """Reading safetensors files by plain reads, so that memory is bounded.
 
+Flax's files are read alike, once `checkpoints` has found where their arrays lie.
 The safetensors library maps files, and pages of a map count as resident memory.
 """
 
@@ -95,7 +96,13 @@ def read_tensor(file: TensorFile, name: str) -> Shaped[np.ndarray, "..."]:
         neither 0 nor 1.
     """
     entry = file.entry(name)
-    return _read(file.path, name, entry.dtype, entry.shape, entry.start)
+    shape = entry.shape[::-1] if entry.is_flipped else entry.shape
+    # Sizes were checked against the file's own, so that no header allocates more.
+    array = np.zeros(shape, DTYPES[entry.dtype])
+    with _opened(file.path) as stream:
+        _fill(stream, _bytes(array), file, name)
+    _check_booleans(array, file, name)
+    return array.T if entry.is_flipped else array
 
 
 def read_rows(
@@ -113,25 +120,38 @@ def read_rows(
             f"{file.path}: tensor {shown(name)} of shape {entry.shape} has no rows "
             f"{start}:{stop}."
         )
-    row = math.prod(entry.shape[1:]) * DTYPES[entry.dtype].itemsize
-    shape = (stop - start, *entry.shape[1:])
-    return _read(file.path, name, entry.dtype, shape, entry.start + start * row)
+    with _opened(file.path) as stream:
+        if entry.is_flipped:
+            return _read_columns(stream, file, name, start, stop).T
+        array = np.zeros((stop - start, *entry.shape[1:]), DTYPES[entry.dtype])
+        row = math.prod(entry.shape[1:]) * array.itemsize
+        _fill(stream, _bytes(array), file, name, start * row)
+    _check_booleans(array, file, name)
+    return array
 
 
 def copy_bytes(file: TensorFile, name: str, sink: Sink, chunk: int = 2**22) -> None:
-    """Hands the bytes of an array to `sink.write`, at most `chunk` at a time.
+    """Hands the bytes of an array to `sink.write`, about `chunk` at a time.
+
+    Of a matrix that is stored transposed, every chunk gathers a part of each row.
 
     Raises:
       UsageError: If the file has none of that name.
       CheckpointError: If the file was cut since its header was read.
     """
     entry = file.entry(name)
-    buffer = memoryview(bytearray(max(1, min(chunk, entry.stop - entry.start))))
+    size = entry.spec.size
+    if entry.is_flipped:
+        step = max(1, chunk * entry.shape[0] // max(1, size))
+        for row in range(0, entry.shape[0], step):
+            rows = read_rows(file, name, row, min(row + step, entry.shape[0]))
+            sink.write(_bytes(np.ascontiguousarray(rows)))
+        return
+    buffer = memoryview(bytearray(max(1, min(chunk, size))))
     with _opened(file.path) as stream:
-        stream.seek(entry.start)
-        for position in range(entry.start, entry.stop, len(buffer)):
-            part = buffer[: min(len(buffer), entry.stop - position)]
-            _fill(stream, part, file.path, name)
+        for position in range(0, size, len(buffer)):
+            part = buffer[: min(len(buffer), size - position)]
+            _fill(stream, part, file, name, position)
             sink.write(part)
 
 
@@ -153,21 +173,32 @@ def hash_file(path: Path, chunk: int = 2**22) -> str:
     return digest.hexdigest()
 
 
-def _read(
-    path: Path, name: str, dtype: str, shape: tuple[int, ...], start: int
-) -> Shaped[np.ndarray, "..."]:
-    # Sizes were checked against the file's own, so that no header allocates more.
-    array = np.zeros(shape, DTYPES[dtype])
-    data = memoryview(array.reshape(-1).view(np.uint8))
-    with _opened(path) as stream:
-        stream.seek(start)
-        _fill(stream, data, path, name)
-    if dtype == "bool" and array.size and array.view(np.uint8).max() > 1:
-        raise CheckpointError(
-            f"{path}: tensor {shown(name)} has booleans other than 0 and 1; copy or "
-            "download it again."
-        )
+def _read_columns(
+    stream: BinaryIO, file: TensorFile, name: str, start: int, stop: int
+) -> Shaped[np.ndarray, "m n"]:
+    """Columns of the matrix that the file holds, row by row."""
+    entry = file.entry(name)
+    width, height = entry.shape
+    array = np.zeros((height, stop - start), DTYPES[entry.dtype])
+    for i, row in enumerate(array):
+        position = (i * width + start) * array.itemsize
+        _fill(stream, _bytes(row), file, name, position)
+    _check_booleans(array, file, name)
     return array
+
+
+def _bytes(array: Shaped[np.ndarray, "..."]) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _check_booleans(
+    array: Shaped[np.ndarray, "..."], file: TensorFile, name: str
+) -> None:
+    if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
+        raise CheckpointError(
+            f"{file.path}: tensor {shown(name)} has booleans other than 0 and 1; copy "
+            "or download it again."
+        )
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -180,14 +211,20 @@ def _opened(path: Path) -> BinaryIO:
         ) from error
 
 
-def _fill(stream: BinaryIO, data: memoryview, path: Path, name: str) -> None:
+def _fill(
+    stream: BinaryIO, data: memoryview, file: TensorFile, name: str, first: int = 0
+) -> None:
+    """Reads bytes of an array, from its byte `first` on."""
     done = 0
-    while done < len(data):
-        # One call returns 2 GiB at most.
-        count = stream.readinto(data[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise CheckpointError(
-                f"{path}: ends inside tensor {shown(name)}, so it was cut while in "
-                "use; copy or download it again."
-            )
-        done += count
+    for start, stop in file.entry(name).ranges(first, len(data)):
+        stream.seek(start)
+        end = done + stop - start
+        while done < end:
+            # One call returns 2 GiB at most.
+            count = stream.readinto(data[done:end])  # type: ignore[attr-defined]
+            if not count:
+                raise CheckpointError(
+                    f"{file.path}: ends inside tensor {shown(name)}, so it was cut "
+                    "while in use; copy or download it again."
+                )
+            done += count

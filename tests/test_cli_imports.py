@@ -1,0 +1,41 @@
+"""`kashin --help` and wrong use answer at once: nothing heavy is imported for them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kashin_jax.cli.arguments import METHODS
+from kashin_jax.quantized import METHOD_NAMES
+
+CODE = """
+import json, sys
+from kashin_jax.cli import main
+code = main(json.loads(sys.argv[1]))
+heavy = {"jax", "jaxlib", "flax", "numpy", "tqdm"} & set(sys.modules)
+print("code", code, *sorted(heavy))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["quantize", "--help"], 0),
+        (["eval", "--help"], 0),
+        ([], 2),
+        (["quantize", "a"], 2),
+        (["quantize", "a", "b", "--bits=x"], 2),
+        (["quantize", "a", "b", "--method=gptq"], 2),
+    ],
+)
+def test_help_and_wrong_use_do_not_import_jax(arguments, code):
+    command = [sys.executable, "-c", CODE, json.dumps(arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == f"code {code}"
+
+
+def test_the_methods_of_the_command_are_those_of_the_library():
+    assert METHODS == METHOD_NAMES
