@@ -15,11 +15,12 @@ first 10 % of the steps and weight decay of 0.01, where `run_glue` has neither; 
 was published with 6 % and 0.1. Biases and norms are not decayed. The loss is the cross
 entropy, or the squared error of STS-B's scores.
 
-With `--quantized=DIR`, from `experiments.glue --save=`, a quantized classifier is
-refined: codes, embeddings and the head's matrix stay, centroids, scales, biases and
-norms are trained, each packed leaf in units of its own root-mean-square. Rates around
-1e-3 suit that. `quantized/` then holds the result, in as many bits as before: biases
-and norms, which `hf/` has in float32, in the precision of the checkpoint.
+With `--quantized=DIR`, from `experiments.glue --save=` or `kashin quantize`, a
+quantized classifier is refined: codes, embeddings and the head's matrix stay,
+centroids, scales, biases and norms are trained, each packed leaf in units of its own
+root-mean-square. Rates around 1e-3 suit that. `quantized/` then holds the result, in as
+many bits as before: biases and norms, which `hf/` has in float32, in the precision of
+the checkpoint.
 
 Every epoch has an order of its own. Epochs are joined and cut into batches, so there is
 no smaller last batch, and up to a batch of examples is seen once more at the end.

@@ -7,7 +7,8 @@
 Without flags it takes the embedded encoder minilm-glue and the tasks whose evaluation
 files are embedded; it says which others were left out. `--model` is any BERT, RoBERTa
 or DistilBERT classifier in Hugging Face's layout; `{task}` in it stands for the name of
-the task, for one checkpoint per task. By the paper's protocol all matrices are
+the task, for one checkpoint per task. One that is quantized already, by `--save` or
+`kashin quantize`, is scored as it is. By the paper's protocol all matrices are
 quantized but embeddings and the classifier. It prints one row per method and writes
 STEM.jsonl, STEM.md and STEM.png to `--out`. The same command goes on where an
 interrupted one stopped.
@@ -24,11 +25,13 @@ from typing import Any
 import jax
 
 from experiments.classification.checkpoints import load_task_bench, resolve_tasks
+from experiments.classification.facts import table_facts
 from experiments.classification.plot import plot_glue
 from experiments.classification.rows import (
     GlueBench,
-    full_precision_records,
+    TaskBench,
     quantized_records,
+    unchanged_records,
 )
 from experiments.classification.table import glue_columns, table_rows
 from experiments.classification.tasks import TASKS, Task, choose_tasks
@@ -53,10 +56,12 @@ from experiments.results import (
 from experiments.tables import Record, aligned_table
 from experiments.text import ASSETS
 from kashin_jax.bases import FAMILIES
+from kashin_jax.errors import UsageError
 
 __all__ = ["GlueConfig", "main", "run"]
 
 EMBEDDED = ASSETS / "minilm-glue"
+_QUANTIZING = ("bits", "methods", "basis", "seeds", "rtol", "max_steps", "save")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +114,9 @@ class GlueConfig:
         1024, "Tokens per forward pass, padding included.", POSITIVE_COUNT
     )
     save: str = flag(
-        "", "Directory that receives each quantized classifier, for finetune_glue."
+        "",
+        "Directory that receives each quantized classifier, in the library's format "
+        "(docs/format.md).",
     )
     out: str = flag("results", "Directory of the results.", GIVEN)
 
@@ -139,11 +146,14 @@ def run(config: GlueConfig) -> int:
             load_task_bench(
                 task, config.model, labels=config.labels, data_dir=data_dir,
                 max_length=config.max_length, tokens_per_batch=config.batch_tokens,
+                takes_quantized=True,
             )
             for task in tasks
         )  # fmt: skip
+        if any(one.stored is not None for one in benches):
+            _refuse_choices(config)
         name = short_model_name(config.model)
-        stem = _stem(config, name, tasks)
+        stem = _stem(config, name, benches)
         work = start_work(out, stem)
         identity = {
             "model": name, "max_length": config.max_length, **environment_fields()
@@ -156,9 +166,19 @@ def run(config: GlueConfig) -> int:
     return 0
 
 
+def _refuse_choices(config: GlueConfig) -> None:
+    if plain_differences(config, dict.fromkeys(_QUANTIZING, "")):
+        raise UsageError(
+            f"`--model={config.model}` is quantized already and scored as it is; leave "
+            f"out --{', --'.join(_QUANTIZING)}, or name the original checkpoint."
+        )
+
+
 def _records(config: GlueConfig, bench: GlueBench) -> list[dict[str, Any]]:
-    records = full_precision_records(bench)
+    records = unchanged_records(bench)
     _announce(records)
+    if bench.is_quantized:
+        return records
     grid = table_grid(
         parse_widths("bits", config.bits, 1, 8),
         choose_methods(config.methods, GLUE_METHODS),
@@ -197,73 +217,30 @@ def _present(
 ) -> None:
     tasks = [one.task for one in bench.tasks]
     columns, rows = glue_columns(tasks, records), table_rows(tasks, records)
-    facts = _facts(config, bench, records, left_out)
+    facts = table_facts(bench, records, left_out, config.max_length, config.seeds)
     print("\n".join(facts) + "\n\n" + aligned_table(rows, columns))
     title = f"{records[0]['model']}: GLUE dev"
     written = write_results(
         out, stem, records, columns, rows=rows, title=title, facts=facts,
-        command=command_line("glue", config, always=("bits",)),
+        command=command_line("glue", config, always=_shown(bench)),
     )  # fmt: skip
     picture = out / f"{stem}.png"
     plot_glue(records, tasks, picture, title=title)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
 
 
-def _facts(
-    config: GlueConfig,
-    bench: GlueBench,
-    records: Sequence[Record],
-    left_out: Sequence[Task],
-) -> list[str]:
-    first = records[0]
-    sizes = "; ".join(
-        f"{one.task.title} {sum(len(s.labels) for s in one.sets):,}"
-        + _cut(sum(s.num_truncated for s in one.sets))
-        + _skipped(sum(s.num_skipped for s in one.sets))
-        for one in bench.tasks
-    )
-    facts = [
-        f"Model {first['model']}; examples: {sizes}; at most {config.max_length} "
-        "tokens each.",
-        "Percent: Matthews (CoLA), accuracy (SST-2, RTE, WNLI, QNLI), accuracy / F1 "
-        "(MRPC, QQP), Pearson / Spearman (STS-B), matched / mismatched (MNLI).",
-        "All matrices but embeddings and classifier are quantized, decoded, and run in "
-        "float32. Sizes are stored bits: codes, centroids, scales, zero points, seeds. "
-        "`seconds` is quantization time on this device, compilation included.",
-    ]
-    if left_out:
-        facts.append(
-            f"Left out: {', '.join(task.title for task in left_out)}, whose files are "
-            "not embedded (licences absent or restrictive); give `--data_dir`, or name "
-            "them by `--tasks` to have them fetched."
-        )
-    if config.seeds > 1:
-        facts.append(
-            f"Random methods: mean over seeds 0 to {config.seeds - 1}, ± standard "
-            "deviation."
-        )
-    facts.append(
-        f"{first['device']}, jax {first['jax_version']}, kashin_jax "
-        f"{first['kashin_jax_version']}."
-    )
-    return facts
+def _shown(bench: GlueBench) -> tuple[str, ...]:
+    return () if bench.is_quantized else ("bits",)
 
 
-def _cut(count: int) -> str:
-    return f" ({count} cut)" if count else ""
-
-
-def _skipped(count: int) -> str:
-    return f" ({count} damaged rows left out)" if count else ""
-
-
-def _stem(config: GlueConfig, model: str, tasks: Sequence[Task]) -> str:
-    bits = flag_text(config.bits) + "bit"
+def _stem(config: GlueConfig, model: str, benches: Sequence[TaskBench]) -> str:
+    is_quantized = any(one.stored is not None for one in benches)
+    bits = [] if is_quantized else [flag_text(config.bits) + "bit"]
     names = {
         "basis": "", "methods": "", "seeds": "seeds", "rtol": "rtol",
         "max_steps": "max_steps", "max_length": "max_length", "labels": "labels",
     }  # fmt: skip
-    fixed = ["glue", model, ",".join(task.name for task in tasks), bits]
+    fixed = ["glue", model, ",".join(one.task.name for one in benches), *bits]
     return file_stem([*fixed, *plain_differences(config, names)])
 
 

@@ -23,6 +23,7 @@ from kashin_jax.errors import UsageError
 from kashin_jax.quantized import QuantizerConfig
 
 __all__ = [
+    "AS_STORED",
     "FULL_PRECISION",
     "GLUE_METHODS",
     "JOINT",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 FULL_PRECISION = "full precision"
+AS_STORED = "as stored"
 JOINT = "kashin-joint"
 
 Width = int | float

@@ -41,6 +41,7 @@ from experiments.methods import METHODS, choose_methods, table_grid
 from experiments.perplexity_rows import Bench, full_precision_row, quantized_row
 from experiments.plots import plot_perplexity
 from experiments.published import published_perplexity
+from experiments.quantized_checkpoint import dense_directory
 from experiments.quantized_layers import checkpoint_sha256
 from experiments.results import (
     environment_fields,
@@ -67,6 +68,7 @@ from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
 __all__ = ["OptPplConfig", "main", "run"]
 
 EMBEDDED = ASSETS / "opt-wiki-18m"
+_INSTEAD = "`kashin eval` scores it."
 _GIVEN = (bool, "given")
 _DATASET = (lambda x: x in DATASETS, f"one of {', '.join(DATASETS)}")
 _POSITIVE = (lambda x: x >= 1, "at least 1")
@@ -130,7 +132,7 @@ def run(config: OptPplConfig) -> int:
     out = prepare_output(config.out)
     # TF32 would put the products of a float32 model at three digits on a GPU.
     with jax.default_matmul_precision("highest"):
-        loaded = load_opt(config.model)
+        loaded = load_opt(dense_directory(config.model, instead=_INSTEAD))
         text = _load_text(config, loaded)
         name = short_model_name(config.model)
         stem = _stem(config, name, text)

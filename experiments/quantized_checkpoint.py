@@ -1,53 +1,39 @@
-"""Quantized classifiers on disk: packed tensors, the parameters beside them, layouts.
+"""Quantized classifiers in the library's format, with what experiments need beside it.
 
-A directory in Hugging Face's layout whose `model.safetensors` holds, for every packed
-matrix, its leaves as `NAME.LEAF` (`bert.pooler.dense.weight.packed_codes`) instead of
-`NAME`. `config.json` has under `quantization` the type and layout of each. The format
-is that of the experiments and may change; it is not yet the library's.
+`kashin_jax.storage` writes them and `load_quantized` reads them; see `docs/format.md`.
 """
 
-import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 
+from experiments.quantized_layers import decode
 from experiments.results import atomic_path
-from kashin_jax import BasisSpec
-from kashin_jax.errors import CheckpointError
+from kashin_jax import Rules
+from kashin_jax.checkpoints import load_quantized
+from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.layers import KashinLinear, PackedKernel
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
+from kashin_jax.models.classifier_loading import LoadedClassifier
 from kashin_jax.models.classifier_names import classifier_name
-from kashin_jax.models.saving import stored_array, write_tensors
-from kashin_jax.models.tensor_files import iter_tensors, read_json
-from kashin_jax.quantized import (
-    AffineTensor,
-    CodebookTensor,
-    Quantized,
-    QuantizedTensor,
-)
-from kashin_jax.quantized.controls import GroupLayout
-from kashin_jax.quantized.tensor import KashinLayout
+from kashin_jax.models.hub import checkpoint_directory
+from kashin_jax.models.saving import stored_array
+from kashin_jax.quantized import Quantized, config_to_json, rules_from_json
+from kashin_jax.storage import read_json, save_checkpoint
 
 __all__ = [
     "QuantizedClassifier",
     "copy_tokenizer",
-    "load_quantized",
+    "dense_directory",
+    "is_quantized",
+    "load_classifier_packed",
     "save_quantized",
 ]
 
-_KEY = "quantization"
-# Fields of layouts that name bases, and are written as text.
-_SPECS = {"basis", "rotation"}
-_TYPES: Mapping[str, tuple[Any, Any]] = {
-    "QuantizedTensor": (QuantizedTensor, KashinLayout),
-    "AffineTensor": (AffineTensor, GroupLayout),
-    "CodebookTensor": (CodebookTensor, GroupLayout),
-}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,20 +49,72 @@ class QuantizedClassifier(NamedTuple):
     """A classifier with some matrices packed.
 
     Attributes:
-      model: Dense; its packed kernels are zero until `tensors` are decoded into them.
+      loaded: Its packed layers are `KashinLinear`.
       tensors: Packed kernels by path of their layer.
-      config: The architecture.
-      described: What the maker said about it: method, bits, seed, stored bits.
-      stored_dtype: NumPy name of the type of the parameters that are not packed.
-      directory: Where it lies; its tokenizer is there too.
+      rules: What was asked for.
+      seed: What was asked for.
     """
 
-    model: SequenceClassifier
+    loaded: LoadedClassifier
     tensors: dict[str, Quantized]
-    config: ClassifierConfig
-    described: dict[str, Any]
-    stored_dtype: str
-    directory: Path
+    rules: Rules
+    seed: int
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Method, its fields and seed, for records."""
+        return {**config_to_json(self.rules.config), "seed": self.seed}
+
+    def decoded(self) -> LoadedClassifier:
+        """The same with dense layers, as tables score them."""
+        model = nnx.recursive_map(_dense, self.loaded.model)
+        return self.loaded._replace(model=model)
+
+
+def _dense(path: tuple[Any, ...], node: Any) -> Any:
+    if type(node) is not KashinLinear:
+        return node
+    linear = nnx.Linear(
+        node.in_features,
+        node.out_features,
+        use_bias=node.use_bias,
+        dtype=node.dtype,
+        kernel_init=nnx.initializers.zeros_init(),
+        rngs=nnx.Rngs(0),
+    )
+    linear.kernel = nnx.Param(decode(node.kernel.get_value()))
+    linear.bias = node.bias
+    return linear
+
+
+def is_quantized(path_or_id: str | Path) -> bool:
+    """Whether the `config.json` of a checkpoint says so, whatever the method.
+
+    Raises:
+      CheckpointError: If it cannot be found or read.
+    """
+    config = read_json(checkpoint_directory(path_or_id) / "config.json")
+    return config.get("quantization_config") is not None
+
+
+def dense_directory(path_or_id: str | Path, *, instead: str) -> Path:
+    """The directory of a checkpoint that is not quantized.
+
+    Args:
+      path_or_id: The value of `--model`.
+      instead: What takes a quantized one, for the message.
+
+    Raises:
+      UsageError: If it is quantized.
+      CheckpointError: If it cannot be found.
+    """
+    directory = checkpoint_directory(path_or_id)
+    if (directory / "config.json").exists() and is_quantized(directory):
+        raise UsageError(
+            f"`--model={path_or_id}` is quantized already; name the original "
+            f"checkpoint, or undo it with `kashin dequantize`. {instead}"
+        )
+    return directory
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -95,137 +133,87 @@ def save_quantized(
     config: ClassifierConfig,
     *,
     tokenizer: Path,
-    described: Mapping[str, Any],
+    rules: Rules,
+    seed: int,
     dtype: str = "float16",
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a classifier whose packed kernels are in `tensors`, `config.json` last.
 
     Args:
       directory: Created where it does not exist.
-      model: Gives every other parameter.
+      model: Dense; gives every other parameter.
       tensors: Packed kernels by path of their layer, as `encoder/layers/0/query`.
       config: The architecture.
       tokenizer: Directory whose tokenizer files are copied.
-      described: Method, bits and so on, kept as they are.
+      rules: What was asked for.
+      seed: What was asked for.
       dtype: Of the parameters that are not packed.
+      extra: Further fields of `config.json`, such as `finetuning_task`.
 
     Raises:
       NonFiniteError: If a parameter is not finite in `dtype`; names it.
+      CheckpointError: If the directory cannot be written.
     """
-    leaves: dict[str, np.ndarray] = {}
+    stored: dict[str, np.ndarray | Quantized] = {}
+    packed = set()
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = classifier_name(path, config.model_type)
         layer = "/".join(map(str, path[:-1]))
         if path[-1] == "kernel" and layer in tensors:
-            leaves |= {
-                f"{name}.{leaf}": np.asarray(value)
-                for leaf, value in _fields(tensors[layer]).items()
-            }
+            stored[name] = tensors[layer]
+            packed.add(name)
             continue
-        leaves[name] = stored_array(name, path, np.asarray(variable[...]), dtype)
-    layers = {path: _description(tensor) for path, tensor in tensors.items()}
-    content = config.to_dict() | {_KEY: {**described, "dtype": dtype, "layers": layers}}
+        stored[name] = stored_array(name, path, np.asarray(variable[...]), dtype)
+    content = config.to_dict() | {"torch_dtype": dtype} | dict(extra or {})
     copy_tokenizer(tokenizer, directory)
-    with atomic_path(directory / "model.safetensors") as temporary:
-        write_tensors(temporary, leaves)
-    with atomic_path(directory / "config.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    save_checkpoint(
+        directory, stored, content, transposed=packed, rules=rules, seed=seed
+    )
 
 
-def _fields(tensor: Quantized) -> dict[str, Any]:
-    found: dict[str, Any] = tensor._asdict()  # type: ignore[attr-defined]
-    return {
-        name: value
-        for name, value in found.items()
-        if name != "layout" and value is not None
-    }
+def load_classifier_packed(
+    path_or_id: str | Path, head: str | None = None
+) -> QuantizedClassifier:
+    """Loads a quantized classifier, as `kashin quantize` and `save_quantized` write it.
 
-
-def _description(tensor: Any) -> dict[str, Any]:
-    layout = dataclasses.asdict(tensor.layout)
-    for name in _SPECS & layout.keys():
-        spec = getattr(tensor.layout, name)
-        layout[name] = None if spec is None else str(spec)
-    leaves = sorted(_fields(tensor))
-    return {"type": type(tensor).__name__, "leaves": leaves, "layout": layout}
-
-
-def load_quantized(directory: str | Path) -> QuantizedClassifier:
-    """Reads what `save_quantized` wrote.
+    Args:
+      path_or_id: A directory or hub id.
+      head: Which head, for checkpoints with several.
 
     Raises:
-      CheckpointError: If a file is missing or damaged, or the two do not belong
-        together.
+      CheckpointError: If it is not quantized, damaged, no classifier, or its embeddings
+        are packed.
+      UsageError: If another library quantized it.
     """
-    directory = Path(directory)
-    source = directory / "config.json"
-    content = read_json(source)
-    config = ClassifierConfig.from_dict(content, str(source))
-    described = content.get(_KEY)
-    if not isinstance(described, dict) or not isinstance(described.get("layers"), dict):
+    directory = checkpoint_directory(path_or_id)
+    if not is_quantized(directory):
         raise CheckpointError(
-            f"{source}: has no `{_KEY}` with `layers`; name a directory that "
-            "`experiments.glue --save=` wrote."
+            f"{directory}: is not quantized; name a directory of `experiments.glue "
+            "--save=` or `kashin quantize`."
         )
-    stored = dict(iter_tensors(directory / "model.safetensors"))
-    layers: dict[str, Any] = dict(described.pop("layers"))
-    dtype = str(described.pop("dtype", "float16"))
-    try:
-        model, tensors = _assembled(config, stored, layers)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    loaded = load_quantized(directory, head=head)
+    if not isinstance(loaded, LoadedClassifier):
+        raise CheckpointError(f"{directory}: is no classifier; name one.")
+    found = nnx.to_flat_state(nnx.state(loaded.model, PackedKernel))
+    kernels = {path: variable.get_value() for path, variable in found}
+    if odd := [path for path in kernels if path[-1] != "kernel"]:
         raise CheckpointError(
-            f"{directory}: `config.json` and `model.safetensors` do not belong "
-            f"together ({reason}); save it again."
+            f"{directory}: has the embedding `{'/'.join(map(str, odd[0]))}` packed; "
+            "quantize the original without a rule for embeddings."
+        )
+    tensors = {"/".join(map(str, path[:-1])): kernels[path] for path in kernels}
+    rules, seed = _asked_for(directory / "config.json")
+    return QuantizedClassifier(loaded, tensors, rules, seed)
+
+
+def _asked_for(path: Path) -> tuple[Rules, int]:
+    described = read_json(path)["quantization_config"]
+    try:
+        return rules_from_json(described["rules"]), int(described["seed"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: `quantization_config` does not say by what rules ({reason}); "
+            "copy it again, or quantize the original again."
         ) from error
-    return QuantizedClassifier(model, tensors, config, described, dtype, directory)
-
-
-def _assembled(
-    config: ClassifierConfig, stored: dict[str, np.ndarray], layers: dict[str, Any]
-) -> tuple[SequenceClassifier, dict[str, Quantized]]:
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: SequenceClassifier(config, rngs=nnx.Rngs(0)))
-    )
-    flat, tensors = {}, {}
-    for path, variable in nnx.to_flat_state(state):
-        name = classifier_name(path, config.model_type)
-        layer = "/".join(map(str, path[:-1]))
-        if path[-1] == "kernel" and layer in layers:
-            tensors[layer] = _tensor(name, layers[layer], stored)
-            if tensors[layer].shape != variable.shape:
-                raise ValueError(f"`{name}` has shape {tensors[layer].shape}")
-            value = np.zeros(variable.shape, np.float32)
-        else:
-            value = stored.pop(name).astype(np.float32)
-            value = value.T if path[-1] == "kernel" else value
-        if value.shape != variable.shape:
-            raise ValueError(f"`{name}` has shape {value.shape}")
-        flat[path] = variable.replace(jax.device_put(value))
-    if stored or layers.keys() - tensors.keys():
-        raise ValueError(f"unexpected {sorted([*stored, *layers])[0]!r}")
-    return nnx.merge(graphdef, nnx.from_flat_state(flat)), tensors
-
-
-def _tensor(
-    name: str, description: Mapping[str, Any], stored: dict[str, np.ndarray]
-) -> Quantized:
-    tensor_type, layout_type = _TYPES[description["type"]]
-    fields = dict(description["layout"])
-    specs = {
-        key: None if fields[key] is None else BasisSpec.parse(fields.pop(key))
-        for key in _SPECS & fields.keys()
-    }
-    shapes = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in fields.items()
-    }
-    layout = layout_type(**shapes | specs)
-    found = dict.fromkeys(tensor_type._fields) | {
-        leaf: jax.device_put(stored.pop(f"{name}.{leaf}"))
-        for leaf in description["leaves"]
-    }
-    tensor = tensor_type(**found | {"layout": layout})
-    # Decoding is what shows that codes, levels and scales fit the layout.
-    jax.eval_shape(lambda t: t.decode(), tensor)
-    return tensor

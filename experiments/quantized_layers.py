@@ -19,6 +19,7 @@ from kashin_jax.quantized import QuantizerConfig
 
 __all__ = [
     "checkpoint_sha256",
+    "decode",
     "decoded_kernels",
     "loss_fields",
     "quantize_each",
@@ -30,7 +31,8 @@ __all__ = [
 
 Layers = Mapping[str, StoredLayer]
 
-_decode = jax.jit(lambda tensor: tensor.decode())
+decode = jax.jit(lambda tensor: tensor.decode())
+"""The matrix of a packed tensor; compiled, it rounds otherwise than step by step."""
 
 
 def quantize_layers(
@@ -72,7 +74,7 @@ def quantize_each(
 
 def decoded_kernels(layers: Layers) -> dict[str, Float[Array, "m n"]]:
     """The matrices that the packed layers stand for."""
-    return {path: _decode(layer.tensor) for path, layer in layers.items()}
+    return {path: decode(layer.tensor) for path, layer in layers.items()}
 
 
 def unconverged(layers: Layers) -> frozenset[str]:

@@ -24,8 +24,8 @@ from experiments.classification.kept import saved_name
 from experiments.classification.plot import plot_refinement
 from experiments.classification.rows import (
     GlueBench,
-    full_precision_records,
     quantized_records,
+    unchanged_records,
 )
 from experiments.classification.tasks import TASKS, Task
 from experiments.cli import (
@@ -145,7 +145,7 @@ def _bench(config: RefineConfig, work: Path) -> GlueBench:
 
 def _before(config: RefineConfig, bench: GlueBench) -> list[dict[str, Any]]:
     """A record per row, with the metrics of the quantized model."""
-    rows = [full_precision_records(bench)]
+    rows = [unchanged_records(bench)]
     grid = table_grid(
         parse_numbers("bits", config.bits, 1, 8),
         choose_methods(config.methods),

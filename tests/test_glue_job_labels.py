@@ -21,7 +21,7 @@ from experiments import layer_store
 from experiments.classification.labels import output_order
 from experiments.classification.tasks import TASKS
 from experiments.glue import main
-from experiments.quantized_checkpoint import load_quantized
+from experiments.quantized_checkpoint import load_classifier_packed
 
 __all__ = ["copy", "given"]  # fixtures
 
@@ -128,10 +128,9 @@ def test_what_is_saved_says_what_its_outputs_mean(copy, tmp_path):
     edit_tensors(copy, swap_outputs)
     flags = (*FLAGS, "--labels=positive,negative", f"--save={tmp_path / 'saved'}")
     table(copy, tmp_path / "glue", tmp_path / "out", *flags)
-    found = load_quantized(tmp_path / "saved" / "sst2-uniform-4bit")
+    found = load_classifier_packed(tmp_path / "saved" / "sst2-uniform-4bit")
     # Refinement takes it without a flag, and in its own order.
-    assert output_order(TASKS["sst2"], found.config.id2label) == (1, 0)
-    assert found.described["task"] == "sst2"
+    assert output_order(TASKS["sst2"], found.loaded.config.id2label) == (1, 0)
 
 
 def test_a_run_with_other_labels_uses_no_outputs_of_an_interrupted_one(

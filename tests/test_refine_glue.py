@@ -14,17 +14,14 @@ from experiments.finetuning.model import load_start
 from experiments.finetuning.refinement import take_apart
 from experiments.finetuning.run import finetune
 from experiments.glue import main as glue
-from experiments.quantized_checkpoint import load_quantized
+from experiments.quantized_checkpoint import load_classifier_packed
 from experiments.refine_glue import main
 from experiments.results import read_jsonl
 from kashin_jax import stored_bits
 from kashin_jax.errors import UsageError
 from kashin_jax.models.classifier_loading import load_classifier
 
-pytestmark = [
-    pytest.mark.heavy,
-    pytest.mark.usefixtures("compiled_steps_are_kept"),
-]
+pytestmark = pytest.mark.heavy
 
 METHODS = ["kashin", "uniform", "rtn-g128", "rotate-k-means"]
 FLOATS = {"centroids", "levels", "scale", "zero"}
@@ -57,9 +54,9 @@ def saved(tmp_path_factory, trained, data):
         f"--out={directory / 'out'}",
     ]) == 0  # fmt: skip
     return {
-        load_quantized(path).described["method"]: path
-        for path in directory.iterdir()
-        if path.name != "out"
+        name: found
+        for name in METHODS
+        for found in directory.glob(f"sst2-{name}-2bit*")
     }
 
 
@@ -81,8 +78,8 @@ def leaves(tensor):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_taking_a_model_apart_and_putting_it_together_changes_nothing(saved, method):
-    found = load_quantized(saved[method])
-    parts = take_apart(found.model, found.tensors)
+    found = load_classifier_packed(saved[method])
+    parts = take_apart(found.loaded.model, found.tensors)
     again = parts.tensors(parts.params, parts.frozen)
     for path, tensor in found.tensors.items():
         for name, value in leaves(tensor).items():
@@ -96,8 +93,8 @@ def test_taking_a_model_apart_and_putting_it_together_changes_nothing(saved, met
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_what_decodes_and_vectors_are_trained(saved, method):
-    found = load_quantized(saved[method])
-    parts = take_apart(found.model, found.tensors)
+    found = load_classifier_packed(saved[method])
+    parts = take_apart(found.loaded.model, found.tensors)
     for path, trained in parts.params["packed"].items():
         floats = [
             v
@@ -134,8 +131,8 @@ def test_the_gradient_of_a_centroid_is_that_of_finite_differences(saved, data):
 
 
 def test_codes_seeds_and_sizes_stay_and_centroids_move(saved, refined):
-    before = load_quantized(saved["kashin"]).tensors
-    after = load_quantized(refined / "quantized").tensors
+    before = load_classifier_packed(saved["kashin"]).tensors
+    after = load_classifier_packed(refined / "quantized").tensors
     assert before.keys() == after.keys()
     for path in before:
         assert before[path].layout == after[path].layout
@@ -148,8 +145,8 @@ def test_codes_seeds_and_sizes_stay_and_centroids_move(saved, refined):
 
 
 def test_embeddings_and_the_heads_matrix_stay(saved, refined):
-    before = load_quantized(saved["kashin"]).model
-    after = load_quantized(refined / "quantized").model
+    before = load_classifier_packed(saved["kashin"]).loaded.model
+    after = load_classifier_packed(refined / "quantized").loaded.model
     for part in (
         lambda m: m.encoder.embeddings.word_embeddings.embedding,
         lambda m: m.classifier.out_proj.kernel,
@@ -158,7 +155,7 @@ def test_embeddings_and_the_heads_matrix_stay(saved, refined):
 
 
 def test_the_export_is_what_the_packed_classifier_decodes_to(refined):
-    found = load_quantized(refined / "quantized")
+    found = load_classifier_packed(refined / "quantized")
     dense = load_classifier(refined / "hf").model
     kernel = found.tensors["encoder/layers/0/query"].decode()
     np.testing.assert_allclose(
@@ -184,7 +181,20 @@ def test_a_dense_checkpoint_is_not_refined(trained, data, tmp_path, capsys):
 
     arguments = [f"--quantized={trained}", f"--data_dir={data}", "--task=sst2"]
     assert finetune_main([*arguments, f"--out={tmp_path / 'o'}"]) == 1
-    assert "has no `quantization`" in capsys.readouterr().err
+    assert "is not quantized; name a directory of" in capsys.readouterr().err
+
+
+def test_a_quantized_model_is_refused_by_what_quantizes_it(
+    saved, data, tmp_path, capsys
+):
+    from experiments.finetune_glue import main as finetune_main
+
+    flags = [f"--model={saved['kashin']}", f"--data_dir={data}", "--task=sst2"]
+    for program in (main, finetune_main):
+        assert program([*flags, f"--out={tmp_path / 'o'}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is quantized already; name the original checkpoint" in line
+        assert "--quantized=` " in line
 
 
 def job(trained, data, out, *more):

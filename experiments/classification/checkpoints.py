@@ -1,5 +1,6 @@
 """Which tasks a table has, and the classifier of each of them."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,15 +9,29 @@ from experiments.classification.evaluation import load_evaluation_sets
 from experiments.classification.labels import output_order
 from experiments.classification.rows import TaskBench
 from experiments.classification.tasks import TASKS, Task, choose_tasks
+from experiments.quantized_checkpoint import (
+    dense_directory,
+    is_quantized,
+    load_classifier_packed,
+)
 from experiments.quantized_layers import checkpoint_sha256
+from experiments.tables import Record
+from kashin_jax.checkpoints import inspect_checkpoint
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.models.classifier_loading import head_names, load_classifier
+from kashin_jax.models.classifier_loading import (
+    LoadedClassifier,
+    head_names,
+    load_classifier,
+)
 from kashin_jax.models.hub import checkpoint_directory
 from kashin_jax.models.tensor_files import read_json
 
 __all__ = ["load_task_bench", "resolve_tasks"]
 
 _PLACEHOLDER = "{task}"
+_INSTEAD = (
+    "`experiments.glue` scores it, `experiments.finetune_glue --quantized=` refines it."
+)
 
 
 def resolve_tasks(
@@ -86,8 +101,11 @@ def load_task_bench(
     data_dir: Path | None,
     max_length: int,
     tokens_per_batch: int,
+    takes_quantized: bool = False,
 ) -> TaskBench:
     """Loads the classifier of a task, checks its head, and reads the task's data.
+
+    One that is quantized already is decoded, or refused unless `takes_quantized`.
 
     Raises:
       CheckpointError: If the checkpoint cannot be used, or its head is not one for the
@@ -96,13 +114,15 @@ def load_task_bench(
       DataError: If the data cannot be used.
     """
     path = model.replace(_PLACEHOLDER, task.name)
+    if not takes_quantized:
+        dense_directory(path, instead=_INSTEAD)
     heads = head_names(path)
     if heads and task.name not in heads:
         raise CheckpointError(
             f"`--model={path}` has no head for {task.title}; its heads are "
             f"{', '.join(heads)}."
         )
-    loaded = load_classifier(path, head=task.name if heads else None)
+    loaded, stored = _loaded(path, task.name if heads else None)
     if loaded.config.is_regression != task.is_regression:
         kind = "a regression" if loaded.config.is_regression else "classes"
         raise CheckpointError(
@@ -118,4 +138,22 @@ def load_task_bench(
             tokens_per_batch=tokens_per_batch,
         ),
         weights_sha256=checkpoint_sha256(loaded.directory),
+        stored=stored,
     )  # fmt: skip
+
+
+def _loaded(path: str, head: str | None) -> tuple[LoadedClassifier, Record | None]:
+    """A classifier with dense layers and, if it was quantized, what it stores."""
+    if not is_quantized(path):
+        return load_classifier(path, head=head), None
+    found = load_classifier_packed(path, head)
+    inside = inspect_checkpoint(found.loaded.directory, verify=False)
+    bits = sum(row.bits_per_weight * math.prod(row.shape) for row in inside.tensors)
+    method, width = found.described["method"], found.described["bits"]
+    stored = {
+        "stored_bits_per_weight": inside.bits_per_weight,
+        "model_bits_per_weight": bits / inside.weights,
+        "note": f"Quantized already by {method} at {width} bits; decoded, and computed "
+        "in float32.",
+    }
+    return found.decoded(), stored

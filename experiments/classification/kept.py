@@ -12,12 +12,11 @@ from experiments.flag_values import file_stem
 from experiments.quantized_checkpoint import save_quantized
 from experiments.results import atomic_path, to_json
 from experiments.tables import Record
+from kashin_jax import Rules
 from kashin_jax.models.classifier_loading import LoadedClassifier
 from kashin_jax.quantized import Quantized
 
 __all__ = ["remembered", "save_row", "saved_name"]
-
-_DESCRIBED = ("method", "bits", "basis", "seed", "model", "stored_bits_per_weight")
 
 
 def remembered(
@@ -67,6 +66,7 @@ def save_row(
     order: tuple[int, ...],
     tensors: Mapping[str, Quantized],
     row: Record,
+    rules: Rules,
 ) -> None:
     """Writes the quantized classifier of a row, as `save_quantized` does.
 
@@ -77,6 +77,7 @@ def save_row(
       order: Its output for each label of the task, whose names are written.
       tensors: Its packed matrices.
       row: Describes them.
+      rules: What they were made by.
     """
     save_quantized(
         directory / saved_name(task, row),
@@ -84,6 +85,8 @@ def save_row(
         tensors,
         with_task_labels(loaded.config, task, order),
         tokenizer=loaded.directory,
-        described={name: row[name] for name in _DESCRIBED} | {"task": task.name},
+        rules=rules,
+        seed=row["seed"] or 0,
         dtype=loaded.stored_dtype,
+        extra={"finetuning_task": task.name},
     )

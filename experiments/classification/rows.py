@@ -1,6 +1,7 @@
 """Rows of the GLUE table: quantize, score all tasks, count bits, one method each."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from experiments.classification.kept import remembered, save_row
 from experiments.classification.metrics import flip_rate, log_loss
 from experiments.classification.tasks import Task
 from experiments.layer_store import LayerStore
-from experiments.methods import FULL_PRECISION, Method, Width
+from experiments.methods import AS_STORED, FULL_PRECISION, Method, Width
 from experiments.published import published_glue
 from experiments.quantized_layers import (
     decoded_kernels,
@@ -29,14 +30,14 @@ from experiments.quantized_layers import (
     unconverged,
 )
 from experiments.tables import Record
-from kashin_jax import BasisSpec
+from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.layers import replace_kernels, selected_kernels
 from kashin_jax.models.classifier import SequenceClassifier
 from kashin_jax.models.classifier_loading import LoadedClassifier
 from kashin_jax.quantized import Quantized, QuantizerConfig
 
-__all__ = ["GlueBench", "TaskBench", "full_precision_records", "quantized_records"]
+__all__ = ["GlueBench", "TaskBench", "quantized_records", "unchanged_records"]
 
 # Every record has every field, so that a reader of the file needs no special cases.
 _ABSENT = dict.fromkeys((
@@ -52,10 +53,12 @@ class TaskBench(NamedTuple):
 
     Attributes:
       task: What is scored.
-      loaded: The classifier in full precision.
+      loaded: The classifier, decoded if it was quantized.
       order: Its output for each label of the task.
       sets: The evaluation splits.
       weights_sha256: Of the checkpoint.
+      stored: Of a quantized checkpoint: its stored bits, as fields of a record, and a
+        note; None in full precision.
     """
 
     task: Task
@@ -63,6 +66,7 @@ class TaskBench(NamedTuple):
     order: tuple[int, ...]
     sets: tuple[EvaluationSet, ...]
     weights_sha256: str
+    stored: Record | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,11 @@ class GlueBench:
     work: Path
     identity: Record
     save: Path | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a classifier is scored as it is stored, so that no row is added."""
+        return any(one.stored is not None for one in self.tasks)
 
     @property
     def store(self) -> LayerStore:
@@ -152,28 +161,38 @@ _ONCE = " Deterministic: run once."
 
 
 class _Prepared(NamedTuple):
-    # A checkpoint after quantizing: fields of its records, decoded and packed matrices.
+    # A checkpoint after quantizing: fields of its records, decoded and packed matrices,
+    # and what they were made by.
     fields: Record
     kernels: dict[str, Array]
     tensors: dict[str, Quantized]
+    rules: Rules
 
 
-def full_precision_records(bench: GlueBench) -> list[dict[str, Any]]:
-    """The row that all others are compared with, a record for each metric."""
+def unchanged_records(bench: GlueBench) -> list[dict[str, Any]]:
+    """The row of the model itself, a record for each metric.
+
+    All others are compared with it; of a quantized checkpoint it is the only one.
+    """
     records: list[dict[str, Any]] = []
     for one in bench.tasks:
-        bits = stored_width(one.loaded.stored_dtype)
-        row = {
-            "method": FULL_PRECISION,
-            "bits": bits,
-            **_ABSENT,
-            "stored_bits_per_weight": float(bits),
-            "model_bits_per_weight": float(bits),
-            "note": f"{one.loaded.stored_dtype} checkpoint, computed in float32.",
-            **bench.identity,
-        }
+        first = dict.fromkeys(("method", "bits"))
+        row = {**first, **_ABSENT, **_itself(one), **bench.identity}
         records += _records(bench, one, row, _FULL, one.loaded.model, None)
     return records
+
+
+def _itself(one: TaskBench) -> Record:
+    if one.stored is not None:
+        return {"method": AS_STORED, "bits": None, **one.stored}
+    bits = stored_width(one.loaded.stored_dtype)
+    return {
+        "method": FULL_PRECISION,
+        "bits": bits,
+        "stored_bits_per_weight": float(bits),
+        "model_bits_per_weight": float(bits),
+        "note": f"{one.loaded.stored_dtype} checkpoint, computed in float32.",
+    }
 
 
 def quantized_records(
@@ -233,7 +252,10 @@ def _scored(
     loaded, row = one.loaded, {**row, **prepared.fields}
     model = replace_kernels(loaded.model, prepared.kernels)
     if bench.save is not None:
-        save_row(bench.save, one.task, loaded, one.order, prepared.tensors, row)
+        save_row(
+            bench.save, one.task, loaded, one.order, prepared.tensors, row,
+            prepared.rules,
+        )  # fmt: skip
     return _records(bench, one, row, computation, model, loaded.model)
 
 
@@ -253,9 +275,11 @@ def _prepared(
         kept = unconverged(layers) if keeps else frozenset()
         fields = size_fields(one.loaded.model, width, layers, kept)
         coded = {path: layer for path, layer in layers.items() if path not in kept}
+        skipped = [f"^{re.escape(path)}$" for path in sorted(kept)]
         prepared[one.weights_sha256] = _Prepared(
             {**fields, **loss_fields(config, layers, kept)},
             decoded_kernels(coded),
             {path: layer.tensor for path, layer in coded.items()},
+            Rules(config=config, skip=skipped),
         )
     return prepared

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from experiments.classification.rows import (
     GlueBench,
-    full_precision_records,
     quantized_records,
+    unchanged_records,
 )
 from experiments.depth.points import METHOD, Point
 from experiments.layer_store import LayerStore
@@ -102,7 +102,7 @@ def _joined(hashes: Sequence[str]) -> str:
 
 def _glue(bench: GlueBench, point: Point | None) -> dict[str, Any]:
     if point is None:
-        records = full_precision_records(bench)
+        records = unchanged_records(bench)
     else:
         records = quantized_records(
             bench, METHOD, METHODS[METHOD], bits=point.bits, basis=point.basis,

@@ -45,9 +45,9 @@ class FinetuneConfig:
     )
     quantized: str = flag(
         "",
-        "Quantized classifier, as `experiments.glue --save=` writes it, in place of "
-        "--model: codes stay; centroids, scales, biases and norms are trained, "
-        "without weight decay.",
+        "Quantized classifier, of `experiments.glue --save=` or `kashin quantize`, in "
+        "place of --model: codes stay; centroids, scales, biases and norms are "
+        "trained, without weight decay.",
     )
     head: str = flag(
         "",

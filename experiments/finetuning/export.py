@@ -38,8 +38,11 @@ def export_classifier(start: Start, task: Task, params: Params, out: Path) -> No
             start.packed.tensors(params, start.frozen),
             loaded.config,
             tokenizer=loaded.directory,
-            described=start.packed.described | {"refined": True},
+            rules=start.packed.rules,
+            seed=start.packed.seed,
             dtype=loaded.stored_dtype,
+            # Rules and seed alone would promise the codebooks that they began with.
+            extra={"finetuning_task": task.name, "refined": True},
         )
 
 

@@ -15,8 +15,9 @@ from experiments.classification.labels import output_order, with_task_labels
 from experiments.finetuning.batches import TrainBatch
 from experiments.finetuning.config import STORED, FinetuneConfig
 from experiments.finetuning.refinement import Build, abstract_classifier, take_apart
-from experiments.quantized_checkpoint import load_quantized
+from experiments.quantized_checkpoint import dense_directory, load_classifier_packed
 from experiments.training.step import LossFn, Params
+from kashin_jax import Rules
 from kashin_jax.models.classifier import ClassifierConfig
 from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
 from kashin_jax.quantized import Quantized
@@ -30,10 +31,14 @@ class Packed(NamedTuple):
     Attributes:
       tensors: The packed matrices, by path of their layer, that `(params, frozen)`
         mean.
-      described: Method, bits and so on.
+      rules: What they were made by.
+      seed: What they were made by.
+      described: Method, bits and so on, for records.
     """
 
     tensors: Callable[[Params, PyTree[Array]], dict[str, Quantized]]
+    rules: Rules
+    seed: int
     described: dict[str, Any]
 
 
@@ -62,6 +67,9 @@ class Start(NamedTuple):
     packed: Packed | None = None
 
 
+_REFINE = "`--quantized=` takes it as it is."
+
+
 def load_start(config: FinetuneConfig) -> Start:
     """Loads the encoder with the head that the flags ask for, or a quantized one.
 
@@ -76,7 +84,7 @@ def load_start(config: FinetuneConfig) -> Start:
         return _load_quantized_start(config)
     task = config.glue_task
     loaded = load_classifier(
-        config.model,
+        dense_directory(config.model, instead=_REFINE),
         head=None if config.head in ("", STORED) else config.head,
         labels=None if config.head else task.labels,
         key=jax.random.fold_in(jax.random.key(config.seed), 0),
@@ -100,21 +108,19 @@ def load_start(config: FinetuneConfig) -> Start:
 def _load_quantized_start(config: FinetuneConfig) -> Start:
     """Takes a quantized classifier apart; codes and matrices are frozen."""
     task = config.glue_task
-    found = load_quantized(config.quantized)
-    order = output_order(task, found.config.id2label)
-    model_config = _with_dropout(found.config, config.dropout)
-    parts = take_apart(found.model, found.tensors)
-    loaded = LoadedClassifier(
-        found.model, model_config, found.stored_dtype, found.directory
-    )
+    found = load_classifier_packed(config.quantized)
+    loaded = found.loaded
+    order = output_order(task, loaded.config.id2label)
+    model_config = _with_dropout(loaded.config, config.dropout)
+    parts = take_apart(loaded.model, found.tensors)
     return Start(
         params=parts.params,
         frozen=parts.frozen,
         training=parts.builder(model_config, config.compute_dtype, training=True),
         evaluation=parts.builder(model_config, jnp.float32, training=False),
-        loaded=loaded,
+        loaded=loaded._replace(config=model_config),
         order=order,
-        packed=Packed(parts.tensors, found.described),
+        packed=Packed(parts.tensors, found.rules, found.seed, found.described),
     )
 
 

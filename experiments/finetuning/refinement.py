@@ -93,13 +93,12 @@ def take_apart(
     """Separates what is trained from what is not.
 
     Args:
-      model: Gives the parameters that are not packed.
+      model: Gives the parameters that are not packed; those layers are `KashinLinear`.
       tensors: Packed kernels by path of their layer.
     """
     dense = {
         _join(path): variable[...]
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-        if not (path[-1] == "kernel" and _join(path[:-1]) in tensors)
     }
     structures, trained, kept = {}, {}, {}
     for path, tensor in tensors.items():
