@@ -14,7 +14,8 @@ test: setup           ## set up, then lint, type-check and run every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --nbmake -n auto --dist=loadfile tests notebooks
+	$(BIN)/python -m pytest --nbmake -n auto --dist=loadfile \
+	  --no-loadscope-reorder notebooks tests
 
 setup: $(VENV)/.installed
 

@@ -1,11 +1,42 @@
-"""Strict numerics for every test: no silent promotion of dtypes or ranks."""
+"""Strict numerics for every test, and compiled programs that tests share."""
 
 import gc
+import shutil
 import signal
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+
+MONTH = 30 * 24 * 3600  # seconds
+
+
+def pytest_configure(config):
+    """Compiled programs are kept: most of a test's time is spent on compiling.
+
+    Modules, workers and runs load what another one compiled, from pytest's own cache
+    (`--cache-clear` empties it). Programs are named after all that they are made from.
+    """
+    programs = kept_programs(config)
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def kept_programs(config):
+    """The directory of compiled programs, less those of a month ago."""
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        programs = Path(tempfile.mkdtemp())
+        config.add_cleanup(partial(shutil.rmtree, programs, ignore_errors=True))
+        return programs
+    programs = config.cache.mkdir("programs")
+    is_worker = hasattr(config, "workerinput")
+    for program in () if is_worker else programs.iterdir():
+        if program.stat().st_mtime < time.time() - MONTH:
+            program.unlink(missing_ok=True)
+    return programs
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +50,7 @@ def strict_numerics():
 def programs_are_dropped():
     """A compiled program keeps memory maps, of which Linux allows a process 65,530.
 
-    The whole suite compiles more in one worker, and a worker out of maps is killed.
+    The whole suite has more in one worker, and a worker out of maps is killed.
     """
     yield
     jax.clear_caches()
@@ -37,19 +68,3 @@ def interruptible():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, usual)
-
-
-@pytest.fixture(scope="module")
-def compiled_steps_are_kept(tmp_path_factory):
-    """A resumed run compiles the same step again, which takes most of its time here."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

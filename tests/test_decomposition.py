@@ -17,6 +17,7 @@ from tests.oracle_numpy import dense_basis, greedy_matrix, greedy_vector
 # Where a block has exact zeros a step gains more than l1^2 / N.
 DENSE = ["gaussian", "student_t", "outlier_columns"]
 
+# Few shapes and limits: each is a program to compile.
 decompose = partial(jax.jit, static_argnames=("rtol", "max_steps"))(kashin_decompose)
 
 
@@ -100,8 +101,8 @@ def test_residual_never_grows(name):
 def residuals(x, basis):
     return np.array(
         [
-            float(decompose(x, basis, rtol=1e-9, max_steps=k).residual)
-            for k in (1, 2, 3, 5, 8)
+            float(decompose(x, basis, rtol=1e-6, max_steps=k).residual)
+            for k in (1, 2, 3, 5, 12)
         ]
     )
 
@@ -161,9 +162,9 @@ def test_the_rank_one_counter_example_is_as_slow_as_the_paper_notes():
 @given(st.integers(-100, 100))
 def test_scaling_by_a_power_of_two_changes_only_the_scale(exponent):
     x, basis = problems.gaussian(24, 40), pair_for(24, 40)
-    plain = decompose(jnp.asarray(x), basis, rtol=1e-5, max_steps=40)
+    plain = decompose(jnp.asarray(x), basis, rtol=1e-3, max_steps=60)
     factor = np.float32(2.0**exponent)
-    scaled = decompose(jnp.asarray(x * factor), basis, rtol=1e-5, max_steps=40)
+    scaled = decompose(jnp.asarray(x * factor), basis, rtol=1e-3, max_steps=60)
     assert np.array_equal(plain.u, scaled.u) and np.array_equal(plain.v, scaled.v)
     assert np.float32(plain.scale) * factor == np.float32(scaled.scale)
     assert plain.num_steps == scaled.num_steps
@@ -173,9 +174,9 @@ def test_scaling_by_a_power_of_two_changes_only_the_scale(exponent):
 @pytest.mark.parametrize("factor", [1e30, 1e-30, 1e-3, -7.0])
 def test_scaling_the_block_scales_the_factors(factor):
     x, basis = problems.gaussian(24, 40), pair_for(24, 40)
-    plain = decompose(jnp.asarray(x), basis, rtol=1e-3, max_steps=40)
+    plain = decompose(jnp.asarray(x), basis, rtol=1e-3, max_steps=60)
     scaled = decompose(
-        jnp.asarray(x * np.float32(factor)), basis, rtol=1e-3, max_steps=40
+        jnp.asarray(x * np.float32(factor)), basis, rtol=1e-3, max_steps=60
     )
     assert plain.converged and scaled.converged
     assert int(plain.num_steps) == int(scaled.num_steps)
@@ -188,7 +189,7 @@ def test_scaling_the_block_scales_the_factors(factor):
 @pytest.mark.parametrize("name", problems.ALL)
 def test_the_scale_is_the_root_mean_square(name):
     x = problems.ALL[name](32, 48)
-    result = decompose(jnp.asarray(x), pair_for(32, 48), rtol=1e-2, max_steps=1)
+    result = decompose(jnp.asarray(x), pair_for(32, 48), rtol=1e-6, max_steps=1)
     rms = np.sqrt(np.mean(np.asarray(x, np.float64) ** 2))
     np.testing.assert_allclose(result.scale, rms, rtol=1e-5)
 
@@ -208,12 +209,12 @@ def test_half_precision_blocks_are_decomposed_in_float32(dtype, factor):
 
 def test_a_zero_block_takes_no_steps_and_a_constant_one_takes_one():
     basis = pair_for(32, 48)
-    zero = decompose(jnp.zeros((32, 48)), basis, rtol=1e-6, max_steps=10)
+    zero = decompose(jnp.zeros((32, 48)), basis, rtol=1e-6, max_steps=12)
     assert zero.converged and int(zero.num_steps) == 0
     assert float(zero.scale) == float(zero.residual) == 0.0
     assert not zero.u.any() and not zero.v.any()
     x = jnp.asarray(problems.constant(32, 48))
-    constant = decompose(x, basis, rtol=1e-6, max_steps=10)
+    constant = decompose(x, basis, rtol=1e-6, max_steps=12)
     assert constant.converged and int(constant.num_steps) == 1
     assert np.array_equal(constant.scale * constant.u, x)
 
@@ -260,7 +261,7 @@ def test_a_stack_of_bases_goes_through_vmap():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_non_finite_block_never_counts_as_converged(bad):
     x = jnp.asarray(problems.gaussian(24, 40)).at[3, 4].set(bad)
-    assert not decompose(x, pair_for(24, 40), rtol=1e-3, max_steps=10).converged
+    assert not decompose(x, pair_for(24, 40), rtol=1e-3, max_steps=60).converged
 
 
 @pytest.mark.parametrize("rtol", [0.0, -1e-3, float("nan")])

@@ -21,8 +21,6 @@ from experiments.training.optimizer import decays, make_optimizer
 from experiments.training.step import init_state
 from kashin_jax.models.classifier_loading import load_classifier
 
-pytestmark = pytest.mark.usefixtures("compiled_steps_are_kept")
-
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):

@@ -10,8 +10,6 @@ from tiny_finetuning import arguments, tokenizer, write_model, write_tasks
 from experiments.finetune_glue import main
 from experiments.finetuning.config import FinetuneConfig
 
-pytestmark = pytest.mark.usefixtures("compiled_steps_are_kept")
-
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):

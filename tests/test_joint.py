@@ -330,7 +330,7 @@ def test_the_centroids_are_all_pairs_of_levels():
     "name", ["zero", "constant", "diagonal", "sparse", "huge", "tiny"]
 )
 def test_degenerate_and_hostile_matrices_are_coded(name):
-    x = getattr(problems, name)(64, 96)
+    x = getattr(problems, name)(128, 96)
     tensor, report = quantize(x, JointConfig(bits=3, **FAST), KEY)
     assert np.isfinite(np.asarray(tensor.decode())).all()
     assert 0 <= float(report.relative_squared_error) < (0.3 if name != "zero" else 1e-9)
@@ -348,7 +348,7 @@ def test_a_single_huge_outlier_does_not_drown_the_rest():
 
 
 def test_scaling_by_a_power_of_two_changes_nothing_but_the_scale():
-    x = problems.gaussian(64, 128)
+    x = problems.gaussian(128, 96)
     ours, theirs = (
         quantize(x * np.float32(f), JointConfig(bits=3, **FAST), KEY)[0]
         for f in (1.0, 2.0**-20)
@@ -434,17 +434,17 @@ def test_half_widths_need_blocks_of_an_even_number_of_rows():
 
 @pytest.mark.parametrize("bits", SPLITS)
 def test_stored_bits_are_those_of_the_width_and_a_little(bits):
-    x = problems.gaussian(512, 512)
+    x = problems.gaussian(256, 512)
     tensor, _ = quantize(x, JointConfig(bits=bits, **FAST), KEY)
     # Two half-precision numbers per line, a float32 per block, the codebook, the seed.
     pairs = tensor.centroids.shape[0]
-    extra = 2 * 16 * 512 + 64 * 32 + pairs * 64 + 64
+    extra = 16 * (256 + 512) + 32 * 32 + pairs * 64 + 64
     assert bits_per_weight(tensor) == bits + extra / x.size
-    assert extra / x.size < 0.1
+    assert extra / x.size < 0.13
 
 
 def test_errors_of_half_widths_lie_between_those_of_whole_ones():
-    x = problems.gaussian(256, 256)
+    x = problems.gaussian(256, 512)
     errors = [relative_error(x, JointConfig(bits=b, **FAST)) for b in (2, 2.5, 3, 3.5)]
     ratios = np.diff(np.log2(errors))
     # Half a bit halves the error: no width is a bad bargain.

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from kashin_jax.codebooks import kmeans_plus_plus
 
+# Called eagerly it would compile its loop anew each time.
+draw = jax.jit(kmeans_plus_plus, static_argnums=2)
+
 
 @settings(max_examples=40, deadline=None)
 @given(
@@ -16,7 +19,7 @@ from kashin_jax.codebooks import kmeans_plus_plus
 )
 def test_kmeans_plus_plus_draws_points_and_never_nan(values, seed):
     points = jnp.array(values).reshape(6, 1)
-    drawn = np.asarray(kmeans_plus_plus(jax.random.key(seed), points, 9))[:, 0]
+    drawn = np.asarray(draw(jax.random.key(seed), points, 9))[:, 0]
     assert drawn.shape == (9,)
     assert set(drawn) <= set(np.asarray(points)[:, 0])
 
@@ -24,7 +27,7 @@ def test_kmeans_plus_plus_draws_points_and_never_nan(values, seed):
 def test_kmeans_plus_plus_draws_distinct_points_while_there_are_any():
     points = jnp.arange(8.0).reshape(8, 1)
     for seed in range(20):
-        drawn = np.asarray(kmeans_plus_plus(jax.random.key(seed), points, 8))
+        drawn = np.asarray(draw(jax.random.key(seed), points, 8))
         assert sorted(drawn[:, 0]) == list(range(8))
 
 

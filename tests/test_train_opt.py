@@ -31,7 +31,6 @@ from kashin_jax.models.loading import load_opt
 from kashin_jax.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.usefixtures("compiled_steps_are_kept")
 
 
 @pytest.fixture(scope="module")
