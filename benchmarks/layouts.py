@@ -62,11 +62,17 @@ def _square(*, layers: int, width: int, vocabulary: int) -> Layout:
     return Layout(tensors, {"model_type": "llama"})
 
 
+def _matrix(*, width: int) -> Layout:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    return Layout({name: (width, width)}, {"model_type": "llama"})
+
+
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "opt-1.3b": _opt(layers=24, width=2048, ffn=8192, vocabulary=50272),
         "4gb": _square(layers=21, width=4096, vocabulary=152064),
+        "matrix": _matrix(width=4096),
         "bare": _square(layers=1, width=128, vocabulary=256),
     }
 )
-"""By name; `bare` takes next to no memory itself."""
+"""By name; `matrix` is one alone, and `bare` takes next to no memory itself."""

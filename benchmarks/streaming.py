@@ -3,6 +3,7 @@
     python -m benchmarks.streaming
     python -m benchmarks.streaming --layout=4gb --method=rtn --bits=4
     python -m benchmarks.streaming --layout=opt-1.3b --method=kashin-joint --effort=fast
+    python -m benchmarks.streaming --layout=matrix --method=kashin
 
 Writes a checkpoint of random weights, quantizes it in a process of its own, and adds a
 record to results/benchmarks/streaming.jsonl. Needs Linux, whose kernel counts the peak,

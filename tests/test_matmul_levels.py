@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_matmul import activations, dense_product, random_tensor, relative
 
 from kashin_jax import BasisSpec, JointConfig, KashinConfig, matmul, quantize
+from kashin_jax.quantized.columns import most_columns
 from kashin_jax.quantized.levels import (
     factor_codes,
     factor_levels,
@@ -115,6 +116,29 @@ def test_half_widths_with_a_basis_on_one_side_multiply_like_their_matrix(bits, r
     x = activations((rows, 96), seed=2)
     y = jax.jit(lambda x, q: matmul(x, q, precision="highest"))(x, q)
     assert relative(y, dense_product(x, q)) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("block_shape", [None, (12, 16)])
+@pytest.mark.parametrize("max_tile", [24 * 16, 24 * 48, 1])
+def test_columns_of_many_rows_are_decoded_apart(bits, block_shape, max_tile):
+    q = random_tensor(
+        (24, 96), block_shape=block_shape, bits=bits, basis="hadamard:identity"
+    )
+    x = activations((5, 24))
+    product = jax.jit(
+        lambda x, q: matmul(x, q, many_rows=1, max_tile=max_tile, precision="highest")
+    )
+    assert relative(product(x, q), dense_product(x, q)) < 1e-5
+
+
+def test_columns_are_cut_at_whole_planes_and_blocks():
+    layout = random_tensor((24, 96), block_shape=(12, 16), bits=3).layout
+    assert most_columns(layout, 24 * 96) == 96
+    assert most_columns(layout, 24 * 95) == 48
+    assert most_columns(layout, 24 * 15) == 8  # eight codes of 3 bits fill bytes
+    assert most_columns(layout, 24 * 7) is None
+    assert most_columns(random_tensor((8, 7)).layout, 2**20) is None
 
 
 def test_a_single_row_in_half_precision_loses_no_more_than_its_roundings():

@@ -18,6 +18,7 @@ from kashin_jax.quantized import (
     QuantizedTensor,
     derive_basis,
 )
+from kashin_jax.quantized.controls import unpacked_zero
 from kashin_jax.quantized.product import MAX_TILE
 from kashin_jax.quantized.tensor import KashinLayout, decode_with
 
@@ -145,11 +146,8 @@ def _rows_of_groups(
     group = rows // (layout.group_size or m)
     scale = tensor.scale.astype(jnp.float32)[group, 0]
     if isinstance(tensor, AffineTensor):
-        zero = tensor.zero
-        if zero.dtype == jnp.uint8:
-            whole = unpack_codes(zero, bits=layout.bits, count=tensor.scale.size)
-            zero = whole.reshape(tensor.scale.shape)
-        return scale * (codes.astype(jnp.float32) - zero[group, 0].astype(jnp.float32))
+        zero = unpacked_zero(tensor)[group, 0]
+        return scale * (codes.astype(jnp.float32) - zero)
     levels = jnp.asarray(NF4_LEVELS) if tensor.levels is None else tensor.levels
     levels = levels.astype(jnp.float32)
     if levels.ndim == 1:

@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-__all__ = ["add_planes", "by_tile", "dot", "plane_rows"]
+__all__ = ["add_planes", "by_tile", "dot", "plane_count", "plane_rows", "unpacked"]
 
-# Weights decoded at a time: 1 MiB of codes as float32, in the cache of a core.
-_TILE = 2**18
 _LEAST_ROWS = 8
 
 
@@ -33,14 +31,15 @@ def plane_rows(
       widths: Bits of the codes; of every stream, where rows take turns between them.
       most: Weights to decode at a time.
     """
-    if any(columns % _planes(bits) for bits in widths) or height % len(widths):
+    if any(columns % plane_count(bits) for bits in widths) or height % len(widths):
         return None
-    own, fitting = height // len(widths), max(1, min(most, _TILE) // columns)
+    own, fitting = height // len(widths), max(1, most // columns)
     rows = max(d for d in range(1, min(own, fitting) + 1) if own % d == 0)
     return rows if rows >= min(own, fitting, _LEAST_ROWS) else None
 
 
-def _planes(bits: int) -> int:
+def plane_count(bits: int) -> int:
+    """Planes of codes of one width: how many codes fill whole bytes."""
     return math.lcm(8, bits) // bits
 
 
@@ -64,7 +63,7 @@ def add_planes(
       product: Called with the part of a tile, the codes of one of its planes and the
         columns of that plane; gives an array `[r, p]` for every sum.
     """
-    n, planes = start[0].shape[1], _planes(bits)
+    n, planes = start[0].shape[1], plane_count(bits)
     # Plane p has the columns p, p + planes, p + 2 planes ...
     own = [slice(first, None, planes) for first in range(planes)]
 
@@ -76,7 +75,7 @@ def add_planes(
         columns = jnp.repeat(scale, n // scale.shape[0])
         added = []
         for plane, of_plane, before in zip(
-            _unpacked(codes, bits, planes), own, sums, strict=True
+            unpacked(codes, bits), own, sums, strict=True
         ):
             found = product(part, plane, of_plane)
             scaled = (each * columns[of_plane][None] for each in found)
@@ -97,10 +96,9 @@ def by_tile(x: Float[Array, "r m"], rows: int) -> Float[Array, "t r s"]:
     return x.reshape(x.shape[0], x.shape[1] // rows, rows).transpose(1, 0, 2)
 
 
-def _unpacked(
-    packed: UInt8[Array, "s q"], bits: int, planes: int
-) -> list[UInt8[Array, "s p"]]:
+def unpacked(packed: UInt8[Array, "s q"], bits: int) -> list[UInt8[Array, "s p"]]:
     """The codes of every plane."""
+    planes = plane_count(bits)
     size = planes * bits // 8
     columns = [packed[:, byte::size] for byte in range(size)]
     found = []

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.bases.identity import IdentityBasis
 from kashin_jax.packing import packed_size
+from kashin_jax.quantized.columns import columns_product, most_columns
 from kashin_jax.quantized.controls import AffineTensor, CodebookTensor, control_basis
 from kashin_jax.quantized.factors import factor_products, factor_rows, row_product
 from kashin_jax.quantized.grouped import (
@@ -37,12 +38,12 @@ __all__ = ["MANY_ROWS", "MAX_TILE", "many_rows_of_backend", "matmul"]
 MAX_TILE = 2**20
 
 
-MANY_ROWS: Mapping[str, int] = MappingProxyType({"cpu": 256})
+MANY_ROWS: Mapping[str, int] = MappingProxyType({"cpu": 192})
 """Rows of x from which on parts of W are decoded whole, by backend.
 
-Measured with `benchmarks.matmul`; backends that are not listed take that of the CPU. At
-4 bits, 4096 x 4096 and blocks of 64 x 64, two CPU cores take 1.7 times as long as for a
-dense product with 128 rows by planes and 2.5 times by parts, with 512 rows 2.6 and 1.3.
+Measured; backends that are not listed take that of the CPU. For joint codes of 4 bits,
+4096 x 4096, two CPU cores take 3.6 times as long as for the dense product with 128 rows
+by planes and 4.4 times by parts of W, with 192 rows 3.5 and 3.4, with 512 3.4 and 2.2.
 """
 
 
@@ -119,12 +120,16 @@ def _block_product(
     bands = band_count(layout, max_tile)
     if bands is not None and is_many:
         return _by_bands(x, _plain(tensor), basis, bands, precision)
+    is_one_sided = isinstance(basis.right, IdentityBasis)
+    columns = most_columns(layout, max_tile) if is_one_sided and is_many else None
+    if columns is not None:
+        return columns_product(x, tensor, basis.left, columns, precision)
     rotated = _by_blocks(basis.left.analysis, x, layout.block_shape[0])
     rows = factor_rows(layout, max_tile)
-    if rows is None or is_many:
+    if rows is None:
         u, v = _by_tiles(x, rotated, tensor, max_tile, precision)
     else:
-        if x.shape[0] == 1 and isinstance(basis.right, IdentityBasis):
+        if x.shape[0] == 1 and is_one_sided:
             y = row_product(x, rotated, tensor, rows)
             if y is not None:
                 return y
