@@ -201,7 +201,8 @@ def _packed(
         seconds = timed(r, layers, many)
         record = _measured(r, seconds, size, config)
         if config.breakdown:
-            plain = [_without_transforms(layer, r) for layer in layers]
+            shortcut = r == 1 or r >= many
+            plain = [_without_transforms(layer, shortcut) for layer in layers]
             untransformed = timed(r, plain, many)
             # One row, decoded in the way that so many are.
             decode = timed(1, plain, 1 if r >= many else many)
@@ -218,14 +219,21 @@ def _product(
     return matmul(x, tensor, basis=basis, rotation=rotation, many_rows=many_rows)
 
 
-def _without_transforms(layer: Layer, rows: int) -> Layer:
+def _without_transforms(layer: Layer, shortcut: bool) -> Layer:
+    """The layer with bases that do nothing, multiplied in the way it was.
+
+    Args:
+      layer: With its bases.
+      shortcut: Whether a basis on the side of the inputs alone has ways of its own.
+    """
     tensor, basis, _ = layer
     if not isinstance(tensor, QuantizedTensor):
         bare = dataclasses.replace(tensor.layout, basis=None)
         return Layer(tensor._replace(layout=bare, seed=None), None, None)
     bare = dataclasses.replace(tensor.layout, rotation=None)
-    one = rows == 1 and basis is not None and isinstance(basis.right, IdentityBasis)
-    through = KroneckerBasis(_Through(), IdentityBasis() if one else _Through())
+    is_left = basis is not None and isinstance(basis.right, IdentityBasis)
+    right = IdentityBasis() if is_left and shortcut else _Through()
+    through = KroneckerBasis(_Through(), right)
     tensor = tensor._replace(layout=bare, in_scale=None, out_scale=None)
     return Layer(tensor, through, None)
 

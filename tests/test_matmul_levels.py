@@ -12,6 +12,7 @@ from test_matmul import activations, dense_product, random_tensor, relative
 
 from kashin_jax import BasisSpec, JointConfig, KashinConfig, matmul, quantize
 from kashin_jax.quantized.columns import most_columns
+from kashin_jax.quantized.factors import factor_rows
 from kashin_jax.quantized.levels import (
     factor_codes,
     factor_levels,
@@ -19,7 +20,7 @@ from kashin_jax.quantized.levels import (
     select,
     select_levels,
 )
-from kashin_jax.quantized.planes import add_planes
+from kashin_jax.quantized.planes import add_planes, scales_of_tiles
 
 
 def product_tensor(shape, *, v_bits, **options):
@@ -166,18 +167,30 @@ def test_gradients_leave_a_product_a_product(rows):
     np.testing.assert_allclose(jnp.sum(gradient * step), change, rtol=1e-3)
 
 
-def test_planes_of_codes_give_back_the_columns_in_their_order():
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_planes_of_codes_give_back_the_columns_in_their_order(rows):
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 16, (4, 6)).astype(np.uint8)
     packed = (codes[:, ::2] | codes[:, 1::2] << 4).reshape(-1)
+    scale = jnp.array([[1.0, 2.0], [3.0, 4.0]])  # of two rows each
     (found,) = add_planes(
         (jnp.ones((1, 6)),),
         jnp.asarray(packed),
         4,
-        2,
-        {"scale": jnp.array([[1.0, 2.0], [3.0, 4.0]])},
-        lambda part, plane, columns: (plane.astype(jnp.float32).sum(0, keepdims=True),),
+        rows,
+        {"scale": scales_of_tiles(scale, 2, rows)},
+        lambda part, plane, columns, scaled: (
+            scaled(plane.astype(jnp.float32)).sum(0, keepdims=True),
+        ),
     )
     tops, bottoms = codes[:2].sum(0), codes[2:].sum(0)
     expected = 1 + tops * np.repeat([1, 2], 3) + bottoms * np.repeat([3, 4], 3)
     np.testing.assert_array_equal(found[0], expected)
+
+
+def test_tiles_span_whole_blocks_for_many_rows_and_never_for_few():
+    layout = random_tensor((24, 96), block_shape=(6, 16), bits=4).layout
+    assert factor_rows(layout, 2**20, rows_of_x=1) == 6
+    assert factor_rows(layout, 2**20, rows_of_x=100) == 24
+    assert factor_rows(layout, 96 * 13, rows_of_x=100) == 12
+    assert factor_rows(layout, 96 * 3, rows_of_x=100) == 3

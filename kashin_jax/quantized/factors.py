@@ -14,7 +14,14 @@ from kashin_jax.quantized.levels import (
     select,
     select_levels,
 )
-from kashin_jax.quantized.planes import add_planes, by_tile, dot, plane_rows
+from kashin_jax.quantized.planes import (
+    Scaling,
+    add_planes,
+    by_tile,
+    dot,
+    plane_rows,
+    scales_of_tiles,
+)
 from kashin_jax.quantized.tensor import KashinLayout, QuantizedTensor
 
 __all__ = ["factor_products", "factor_rows", "row_product"]
@@ -33,12 +40,12 @@ class _Stream(NamedTuple):
     levels: _Levels
 
 
-def factor_rows(layout: KashinLayout, most: int) -> int | None:
+def factor_rows(layout: KashinLayout, most: int, rows_of_x: int = 1) -> int | None:
     """Rows of W to decode at a time; None if its codes do not suit this way."""
     widths = [layout.fine_bits]
     if layout.coarse_bits is not None:
         widths.append(layout.coarse_bits)
-    return plane_rows(layout.shape[1], layout.block_shape[0], widths, most)
+    return plane_rows(layout.shape, layout.block_shape[0], widths, most, rows_of_x)
 
 
 def factor_products(
@@ -60,9 +67,13 @@ def factor_products(
     v_bits = tensor.layout.v_bits
 
     def product(
-        levels: _Levels, part: dict[str, Array], codes: UInt8[Array, "s p"]
+        levels: _Levels,
+        part: dict[str, Array],
+        codes: UInt8[Array, "s p"],
+        scaled: Scaling,
     ) -> tuple[Array, ...]:
-        values = map(select_levels, levels, factor_codes(codes, v_bits))
+        indices = factor_codes(codes, v_bits)
+        values = map(scaled, map(select_levels, levels, indices))
         tiles = part["x"], part["rotated"]
         return tuple(dot(*p, precision) for p in zip(tiles, values, strict=True))
 
@@ -99,7 +110,10 @@ def row_product(
         return None
 
     def product(
-        levels: _Levels, part: dict[str, Array], codes: UInt8[Array, "s p"]
+        levels: _Levels,
+        part: dict[str, Array],
+        codes: UInt8[Array, "s p"],
+        scaled: Scaling,
     ) -> tuple[Array, ...]:
         entries = (part[name].astype(jnp.float32).T for name in ("x", "rotated"))
         of_u, of_v = (e * own[None] for e, own in zip(entries, levels, strict=True))
@@ -109,7 +123,7 @@ def row_product(
         else:
             found = _by_row(of_u, for_u) + _by_row(of_v, for_v)
         # A product with ones: sums over rows of W are not vectorized otherwise.
-        return (dot(jnp.ones((1, rows), jnp.float32), found, "highest"),)
+        return (dot(jnp.ones((1, rows), jnp.float32), scaled(found), "highest"),)
 
     zeros = jnp.zeros((1, tensor.shape[1]), jnp.float32)
     return _over_streams((zeros,), x, rotated, tensor, rows, product)[0]
@@ -128,7 +142,7 @@ def _over_streams(
     rotated: Float[Array, "r m"],
     tensor: QuantizedTensor,
     rows: int,
-    product: Callable[[_Levels, dict[str, Array], Array], tuple[Array, ...]],
+    product: Callable[[_Levels, dict[str, Array], Array, Scaling], tuple[Array, ...]],
 ) -> tuple[Array, ...]:
     """Adds to the sums what `product` makes of levels, parts and codes."""
     height = tensor.layout.block_shape[0]
@@ -138,13 +152,16 @@ def _over_streams(
             name: by_tile(rows_of_x[:, stream.first_row :: stream.step], rows)
             for name, rows_of_x in (("x", x), ("rotated", rotated))
         }
-        repeats = height // stream.step // rows
-        parts["scale"] = jnp.repeat(tensor.scale, repeats, axis=0)
+        parts["scale"] = scales_of_tiles(tensor.scale, height // stream.step, rows)
 
         def of_plane(
-            part: dict[str, Array], codes: Array, _: slice, levels: _Levels
+            part: dict[str, Array],
+            codes: Array,
+            _: slice,
+            scaled: Scaling,
+            levels: _Levels,
         ) -> tuple[Array, ...]:
-            return product(levels, part, codes)
+            return product(levels, part, codes, scaled)
 
         of_own = partial(of_plane, levels=stream.levels)
         sums = add_planes(sums, stream.packed, stream.bits, rows, parts, of_own)

@@ -10,21 +10,28 @@ from kashin_jax.coding.scalar import NF4_LEVELS
 from kashin_jax.packing import packed_size, unpack_codes
 from kashin_jax.quantized.controls import AffineTensor, CodebookTensor, unpacked_zero
 from kashin_jax.quantized.levels import MOST_SELECTED, select, select_levels
-from kashin_jax.quantized.planes import add_planes, by_tile, dot, plane_rows
+from kashin_jax.quantized.planes import (
+    Scaling,
+    add_planes,
+    by_tile,
+    dot,
+    plane_rows,
+    scales_of_tiles,
+)
 
 __all__ = ["group_rows", "grouped_by_planes", "grouped_by_tiles"]
 
 _Control = AffineTensor | CodebookTensor
 
 
-def group_rows(tensor: _Control, most: int) -> int | None:
+def group_rows(tensor: _Control, most: int, rows_of_x: int = 1) -> int | None:
     """Rows of W to decode at a time by planes; None if its codes do not suit them."""
     layout = tensor.layout
     m, n = layout.shape
     height = min(layout.group_size or m, m)
     if m % height:
         return None
-    return plane_rows(n, height, [layout.bits], most)
+    return plane_rows((m, n), height, [layout.bits], most, rows_of_x)
 
 
 def grouped_by_planes(
@@ -41,16 +48,17 @@ def grouped_by_planes(
     levels = _levels(tensor)
 
     def product(
-        part: dict[str, Array], codes: UInt8[Array, "s p"], plane: slice
+        part: dict[str, Array],
+        codes: UInt8[Array, "s p"],
+        plane: slice,
+        scaled: Scaling,
     ) -> tuple[Array, ...]:
-        return (dot(part["x"], _values(levels, codes, plane), precision),)
+        values = scaled(_values(levels, codes, plane))
+        return (dot(part["x"], values, precision),)
 
-    tiles = tensor.shape[0] // rows
     scale = tensor.scale[:, 0]
-    parts = {
-        "x": by_tile(x, rows),
-        "scale": jnp.repeat(scale, tiles // scale.shape[0], axis=0),
-    }
+    height = tensor.shape[0] // len(scale)
+    parts = {"x": by_tile(x, rows), "scale": scales_of_tiles(scale, height, rows)}
     start = (jnp.zeros((x.shape[0], tensor.shape[1]), jnp.float32),)
     bits = tensor.layout.bits
     (y,) = add_planes(start, tensor.packed_codes, bits, rows, parts, product)

@@ -38,12 +38,12 @@ __all__ = ["MANY_ROWS", "MAX_TILE", "many_rows_of_backend", "matmul"]
 MAX_TILE = 2**20
 
 
-MANY_ROWS: Mapping[str, int] = MappingProxyType({"cpu": 192})
+MANY_ROWS: Mapping[str, int] = MappingProxyType({"cpu": 320})
 """Rows of x from which on parts of W are decoded whole, by backend.
 
 Measured; backends that are not listed take that of the CPU. For joint codes of 4 bits,
-4096 x 4096, two CPU cores take 3.6 times as long as for the dense product with 128 rows
-by planes and 4.4 times by parts of W, with 192 rows 3.5 and 3.4, with 512 3.4 and 2.2.
+4096 x 4096, two CPU cores take 2.7 times as long as for the dense product with 256 rows
+by planes and 2.9 times by parts of W, with 384 rows 2.6 and 2.4, with 512 2.7 and 2.2.
 """
 
 
@@ -125,7 +125,7 @@ def _block_product(
     if columns is not None:
         return columns_product(x, tensor, basis.left, columns, precision)
     rotated = _by_blocks(basis.left.analysis, x, layout.block_shape[0])
-    rows = factor_rows(layout, max_tile)
+    rows = factor_rows(layout, max_tile, len(x))
     if rows is None:
         u, v = _by_tiles(x, rotated, tensor, max_tile, precision)
     else:
@@ -148,7 +148,7 @@ def _grouped(
     (m, n), pair = tensor.shape, control_basis(tensor) if basis is None else basis
     if pair is not None:
         x = _by_blocks(pair.left.analysis, x, m)
-    rows = group_rows(tensor, max_tile)
+    rows = group_rows(tensor, max_tile, len(x))
     if rows is None:
         y = grouped_by_tiles(x, tensor, max_tile, precision)
     else:
