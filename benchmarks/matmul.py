@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from benchmarks.blocks import BLOCKS, Layer, chain, random_layers
-from benchmarks.methods import METHODS, method_config
+from benchmarks.methods import TIMED, method_config
 from experiments.cli import check_flags, flag, run_program
 from experiments.flag_values import chosen_names, parse_numbers, parse_widths
 from experiments.results import (
@@ -69,7 +69,7 @@ class MatmulConfig:
     """What is multiplied, and how often."""
 
     blocks: tuple[str, ...] = flag(("all",), f"all, or some of {', '.join(BLOCKS)}.")
-    methods: tuple[str, ...] = flag(("all",), f"all, or some of {', '.join(METHODS)}.")
+    methods: tuple[str, ...] = flag(("all",), f"all, or some of {', '.join(TIMED)}.")
     bits: tuple[str, ...] = flag(("2", "3", "4", "5"), "Code widths; 2.5 for joint.")
     rows: tuple[str, ...] = flag(("1", "8", "64", "512"), "Rows of x.")
     breakdown: bool = flag(True, "Whether to time decode, transform and product.")
@@ -84,7 +84,7 @@ class MatmulConfig:
 def run(config: MatmulConfig) -> int:
     """Times every combination that has no record yet; returns the exit code."""
     path = prepare_output(config.out) / "matmul.jsonl"
-    names = chosen_names("methods", config.methods, METHODS)
+    names = chosen_names("methods", config.methods, TIMED)
     widths = parse_widths("bits", config.bits, 1, 8)
     rows = parse_numbers("rows", config.rows, 1, 2**16)
     known = {_cell(record) for record in read_jsonl(path)}

@@ -1,54 +1,41 @@
-"""The methods whose products are timed, by name."""
+"""The methods whose products are timed, by name: those of the tables, in more bases."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
-from kashin_jax import (
-    BasisSpec,
-    ChannelKMeansConfig,
-    HQQConfig,
-    JointConfig,
-    KashinConfig,
-    KMeansConfig,
-    NF4Config,
-    RotatedKMeansConfig,
-    RotatedRTNConfig,
-    RTNConfig,
-    UniformConfig,
-)
+from experiments.methods import JOINT, METHODS, Width
+from kashin_jax import BasisSpec
 from kashin_jax.quantized import QuantizerConfig
 
-__all__ = ["METHODS", "method_config"]
+__all__ = ["TIMED", "method_config"]
 
+_BOTH = BasisSpec("hadamard", "hadamard")
 _LEFT = BasisSpec("hadamard", "identity")
 _HAAR = BasisSpec("haar", "haar")
+_OTHERS = (
+    "rtn-channel", "rtn-g128", "hqq-g64", "nf4-g64", "uniform", "k-means",
+    "k-means-channel", "rotate-k-means", "rotate-rtn-g64",
+)  # fmt: skip
 
-METHODS: Mapping[str, Callable[[Any], QuantizerConfig]] = MappingProxyType(
+TIMED: Mapping[str, tuple[str, BasisSpec]] = MappingProxyType(
     {
-        "kashin-joint": lambda b: JointConfig(bits=b),
-        "kashin-joint-left": lambda b: JointConfig(bits=b, basis=_LEFT),
-        "kashin": lambda b: KashinConfig(bits=b),
-        "kashin-left": lambda b: KashinConfig(bits=b, basis=_LEFT),
-        "kashin-haar": lambda b: KashinConfig(bits=b, basis=_HAAR),
-        "rtn-g128": lambda b: RTNConfig(bits=b),
-        "hqq-g64": lambda b: HQQConfig(bits=b),
-        "nf4-g64": lambda b: NF4Config(bits=b),
-        "uniform": lambda b: UniformConfig(bits=b),
-        "k-means": lambda b: KMeansConfig(bits=b),
-        "k-means-channel": lambda b: ChannelKMeansConfig(bits=b),
-        "rotate-k-means": lambda b: RotatedKMeansConfig(bits=b),
-        "rotate-rtn-g64": lambda b: RotatedRTNConfig(bits=b),
+        JOINT: (JOINT, _BOTH),
+        f"{JOINT}-left": (JOINT, _LEFT),
+        "kashin": ("kashin", _BOTH),
+        "kashin-left": ("kashin", _LEFT),
+        "kashin-haar": ("kashin", _HAAR),
+        **{name: (name, _BOTH) for name in _OTHERS},
     }
 )
 """`left`: a basis on the side of the inputs alone; else both, Hadamard's or Haar's."""
 
 
-def method_config(name: str, bits: int | float) -> QuantizerConfig | None:
+def method_config(name: str, bits: Width) -> QuantizerConfig | None:
     """The method at a width; None where it does not exist."""
-    if name == "kashin-haar" and bits != 4:
+    method, basis = TIMED[name]
+    if basis == _HAAR and bits != 4:
         return None  # one width is enough for a basis that is not held to a target
     try:
-        return METHODS[name](bits)
+        return METHODS[method].make(bits, basis, 1e-3, 100)
     except ValueError:
         return None

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import matmul as benchmark
-from benchmarks import methods
 from benchmarks.blocks import chain, random_layers, random_tensor
+from benchmarks.methods import TIMED, method_config
 from kashin_jax import matmul, quantize, stored_bits
 
 SHAPES = ((64, 64),) * 4 + ((64, 128), (128, 64))
@@ -60,9 +60,9 @@ def test_what_is_recorded_is_not_measured_again(small, tmp_path):
     assert [r["bits"] for r in after if "times_dense" in r] == [4] * 4 + [3] * 4
 
 
-@pytest.mark.parametrize("name", [n for n in methods.METHODS if n != "kashin-haar"])
+@pytest.mark.parametrize("name", [n for n in TIMED if n != "kashin-haar"])
 def test_random_matrices_are_of_the_kind_that_quantizing_gives(name):
-    config = methods.METHODS[name](4)
+    config = method_config(name, 4)
     weight = jax.random.normal(jax.random.key(0), (64, 128))
     found, expected = random_tensor((64, 128), config, 0), quantize(weight, config)[0]
     assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -71,7 +71,7 @@ def test_random_matrices_are_of_the_kind_that_quantizing_gives(name):
 
 
 def test_layers_of_a_block_wait_for_each_other():
-    layers = random_layers(SHAPES, methods.METHODS["kashin-joint"](4))
+    layers = random_layers(SHAPES, method_config("kashin-joint", 4))
     x = jnp.ones((2, 64))
 
     def run(tensors):
