@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.quantized import Quantized, QuantizedTensor, QuantizerConfig, encode
-from kashin_jax.quantized.controls import AffineTensor, CodebookTensor, control_basis
-from kashin_jax.quantized.tensor import derive_basis, derive_rotation
+from kashin_jax.quantized.product import derive_bases
 
 __all__ = ["BLOCKS", "Layer", "chain", "random_layers", "random_tensor"]
 
@@ -65,14 +64,8 @@ def random_layers(shapes: tuple[Shape, ...], config: QuantizerConfig) -> list[La
     """Layers of random codes: times do not depend on what is coded."""
     tensors = [random_tensor(s, config, seed) for seed, s in enumerate(shapes)]
     # Haar matrices take minutes; equal shapes may have the same.
-    bases = {t.shape: _derived(t) for t in reversed(tensors)}
+    bases = {t.shape: derive_bases(t) for t in reversed(tensors)}
     return [Layer(tensor, *bases[tensor.shape]) for tensor in tensors]
-
-
-def _derived(tensor: Any) -> tuple[KroneckerBasis | None, KroneckerBasis | None]:
-    if isinstance(tensor, QuantizedTensor):
-        return derive_basis(tensor), derive_rotation(tensor)
-    return control_basis(tensor), None
 
 
 def random_tensor(shape: Shape, config: QuantizerConfig, seed: int) -> Quantized:
@@ -84,9 +77,7 @@ def random_tensor(shape: Shape, config: QuantizerConfig, seed: int) -> Quantized
         for name, spec in tensor._asdict().items()
         if name != "layout" and spec is not None
     }
-    if isinstance(tensor, AffineTensor | CodebookTensor):
-        return tensor._replace(**leaves)
-    v_bits = tensor.layout.v_bits
+    v_bits = tensor.layout.v_bits if isinstance(tensor, QuantizedTensor) else None
     if v_bits is not None:
         grid = np.array(leaves["centroids"]).reshape(-1, 2**v_bits, 2)
         grid[..., 0], grid[..., 1] = grid[:, :1, 0], grid[:1, :, 1]

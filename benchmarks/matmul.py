@@ -90,18 +90,18 @@ def run(config: MatmulConfig) -> int:
     known = {_cell(record) for record in read_jsonl(path)}
     for block in chosen_names("blocks", config.blocks, BLOCKS):
         cells = [
-            (name, bits, quantizer)
+            (name, bits, quantizer, missing)
             for name, bits in itertools.product(names, widths)
             if (quantizer := method_config(name, bits)) is not None
-            and any((block, name, bits, r) not in known for r in rows)
+            and (missing := [r for r in rows if (block, name, bits, r) not in known])
         ]
         if cells:
             baseline = _dense(block, rows, config)
             for record in baseline:
                 append_jsonl(path, record)
             fastest = {r: _fastest(baseline, r) for r in rows}
-            for name, bits, quantizer in cells:
-                for found in _packed(block, quantizer, rows, config):
+            for name, bits, quantizer, missing in cells:
+                for found in _packed(block, quantizer, missing, config):
                     ratio = found["milliseconds"] / fastest[found["rows"]]
                     head = {"block": block, "method": name, "bits": bits}
                     append_jsonl(path, head | found | {"times_dense": ratio})

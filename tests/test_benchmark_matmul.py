@@ -60,6 +60,13 @@ def test_what_is_recorded_is_not_measured_again(small, tmp_path):
     assert [r["bits"] for r in after if "times_dense" in r] == [4] * 4 + [3] * 4
 
 
+def test_only_the_rows_that_are_missing_are_measured(small, tmp_path):
+    flags = ["--methods=rtn-g128", "--bits=4", "--repeats=1", "--nobreakdown"]
+    for rows in ("1", "1,3"):
+        benchmark.main([*flags, f"--rows={rows}", f"--out={tmp_path}"])
+    assert [r["rows"] for r in records(tmp_path) if "times_dense" in r] == [1, 3]
+
+
 @pytest.mark.parametrize("name", [n for n in TIMED if n != "kashin-haar"])
 def test_random_matrices_are_of_the_kind_that_quantizing_gives(name):
     config = method_config(name, 4)

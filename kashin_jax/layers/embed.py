@@ -34,7 +34,7 @@ class KashinEmbed(nnx.Module):
 
     Attributes:
       table: The packed matrix, a row for every token.
-      inputs: Bases of the rows of a `QuantizedTensor`; None for the controls.
+      inputs: Bases of the rows; None for controls without rotation.
       outputs: Those of the features, in the same way.
     """
 

@@ -37,7 +37,7 @@ class KashinLinear(nnx.Module):
     Attributes:
       kernel: The packed matrix.
       inputs: What the product does to its input, which layers that read the same one
-        may share; None for the controls.
+        may share; None for controls without rotation.
       outputs: What it does to its output, in the same way.
       bias: As in the layer that this one replaces, or None.
     """

@@ -14,10 +14,8 @@ from kashin_jax.bases import Basis, KroneckerBasis
 from kashin_jax.quantized import (
     Quantized,
     QuantizedTensor,
-    derive_basis,
-    derive_rotation,
 )
-from kashin_jax.quantized.controls import control_basis
+from kashin_jax.quantized.product import derive_bases
 
 __all__ = [
     "DerivedBasis",
@@ -134,11 +132,8 @@ def _sides(tensor: Any) -> tuple[InputSide, OutputSide] | None:
             lambda *leaves: jnp.stack(leaves), *map(_sides, matrices)
         )
         return stacked
-    if isinstance(tensor, QuantizedTensor):
-        basis, rotation = derive_basis(tensor), derive_rotation(tensor)
-    elif (found := control_basis(tensor)) is not None:
-        basis, rotation = found, None
-    else:
+    basis, rotation = derive_bases(tensor)
+    if basis is None:
         return None
     return (
         InputSide(basis.left, None if rotation is None else rotation.left),

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kashin_jax.bases import KroneckerBasis
-from kashin_jax.coding.scalar import NF4_LEVELS
 from kashin_jax.packing import unpack_codes
 from kashin_jax.quantized import (
     AffineTensor,
@@ -18,7 +17,7 @@ from kashin_jax.quantized import (
     QuantizedTensor,
     derive_basis,
 )
-from kashin_jax.quantized.controls import unpacked_zero
+from kashin_jax.quantized.controls import float_levels, unpacked_zero
 from kashin_jax.quantized.product import MAX_TILE
 from kashin_jax.quantized.tensor import KashinLayout, decode_with
 
@@ -148,8 +147,7 @@ def _rows_of_groups(
     if isinstance(tensor, AffineTensor):
         zero = unpacked_zero(tensor)[group, 0]
         return scale * (codes.astype(jnp.float32) - zero)
-    levels = jnp.asarray(NF4_LEVELS) if tensor.levels is None else tensor.levels
-    levels = levels.astype(jnp.float32)
+    levels = float_levels(tensor)
     if levels.ndim == 1:
         return scale * levels.at[codes].get(mode="clip")
     return scale * jnp.take_along_axis(levels, codes, axis=0, mode="clip")

@@ -21,6 +21,7 @@ __all__ = [
     "CodebookTensor",
     "GroupLayout",
     "control_basis",
+    "float_levels",
     "unpacked_zero",
 ]
 
@@ -116,13 +117,12 @@ class CodebookTensor(NamedTuple):
 
     def decode(self) -> Float[Array, "m n"]:
         """The matrix in float32."""
-        levels = jnp.asarray(NF4_LEVELS) if self.levels is None else self.levels
+        levels = float_levels(self)
         codes = self.layout.unpack(self.packed_codes)
         if levels.ndim == 1:
             values = levels.at[codes].get(mode="clip")
         else:
-            per_channel = levels.astype(jnp.float32)[None]
-            values = jnp.take_along_axis(per_channel, codes, axis=1, mode="clip")
+            values = jnp.take_along_axis(levels[None], codes, axis=1, mode="clip")
         scaled = self.scale.astype(jnp.float32) * values
         return _rotate_back(scaled, self)
 
@@ -134,6 +134,15 @@ def unpacked_zero(tensor: AffineTensor) -> Float[Array, "g 1 c"]:
         bits, count = tensor.layout.bits, tensor.scale.size
         zero = unpack_codes(zero, bits=bits, count=count).reshape(tensor.scale.shape)
     return zero.astype(jnp.float32)
+
+
+def float_levels(
+    tensor: CodebookTensor,
+) -> Float[Array, " k"] | Float[Array, "k n"]:
+    """Levels in float32, those of NF4 included."""
+    if tensor.levels is None:
+        return jnp.asarray(NF4_LEVELS)
+    return tensor.levels.astype(jnp.float32)
 
 
 def control_basis(tensor: AffineTensor | CodebookTensor) -> KroneckerBasis | None:

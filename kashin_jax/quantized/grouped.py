@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from kashin_jax.coding.scalar import NF4_LEVELS
 from kashin_jax.packing import packed_size, unpack_codes
-from kashin_jax.quantized.controls import AffineTensor, CodebookTensor, unpacked_zero
+from kashin_jax.quantized.controls import (
+    AffineTensor,
+    CodebookTensor,
+    float_levels,
+    unpacked_zero,
+)
 from kashin_jax.quantized.levels import MOST_SELECTED, select, select_levels
 from kashin_jax.quantized.planes import (
     Scaling,
@@ -127,11 +131,7 @@ def _tile_rows(m: int, group: int, most: int) -> int:
 
 
 def _levels(tensor: _Control) -> Float[Array, " k"] | Float[Array, "k n"] | None:
-    if isinstance(tensor, AffineTensor):
-        return None
-    if tensor.levels is None:
-        return jnp.asarray(NF4_LEVELS)
-    return tensor.levels.astype(jnp.float32)
+    return None if isinstance(tensor, AffineTensor) else float_levels(tensor)
 
 
 def _values(

@@ -20,7 +20,7 @@ from kashin_jax.quantized.grouped import (
     grouped_by_tiles,
 )
 from kashin_jax.quantized.layout import Quantized
-from kashin_jax.quantized.planes import dot
+from kashin_jax.quantized.planes import by_tile, dot
 from kashin_jax.quantized.tensor import (
     QuantizedTensor,
     band_count,
@@ -32,7 +32,13 @@ from kashin_jax.quantized.tensor import (
     unpack_rows,
 )
 
-__all__ = ["MANY_ROWS", "MAX_TILE", "many_rows_of_backend", "matmul"]
+__all__ = [
+    "MANY_ROWS",
+    "MAX_TILE",
+    "derive_bases",
+    "many_rows_of_backend",
+    "matmul",
+]
 
 # Most weights decoded at a time: 4 MiB as float32, which a CPU core's cache holds.
 MAX_TILE = 2**20
@@ -50,6 +56,17 @@ by planes and 2.9 times by parts of W, with 384 rows 2.6 and 2.4, with 512 2.7 a
 def many_rows_of_backend() -> int:
     """That of the default backend."""
     return MANY_ROWS.get(jax.default_backend(), MANY_ROWS["cpu"])
+
+
+def derive_bases(
+    tensor: Quantized,
+) -> tuple[KroneckerBasis | None, KroneckerBasis | None]:
+    """`basis` and `rotation` of `matmul`, for callers that keep them."""
+    if isinstance(tensor, QuantizedTensor):
+        return derive_basis(tensor), derive_rotation(tensor)
+    if isinstance(tensor, AffineTensor | CodebookTensor):
+        return control_basis(tensor), None
+    return None, None
 
 
 def matmul(
@@ -179,7 +196,7 @@ def _by_bands(
         x_band, band = part
         return y + dot(x_band, decode_with(band, basis), precision), None
 
-    by_band = x.reshape(x.shape[0], bands, -1).transpose(1, 0, 2)
+    by_band = by_tile(x, x.shape[1] // bands)
     start = jnp.zeros((x.shape[0], tensor.shape[1]), jnp.float32)
     y, _ = jax.lax.scan(add, start, (by_band, cut_rows(tensor, bands)))
     return y
@@ -214,9 +231,8 @@ def _by_tiles(
     scale = jnp.repeat(tensor.scale, bm, axis=0)
     scale = jnp.pad(scale, ((0, short), (0, 0))).reshape(tiles, tile, -1)
 
-    def by_tile(rows: Float[Array, "r m"]) -> Float[Array, "t r s"]:
-        padded = jnp.pad(rows, ((0, 0), (0, short)))
-        return padded.reshape(rows.shape[0], tiles, tile).transpose(1, 0, 2)
+    def padded(rows: Float[Array, "r m"]) -> Float[Array, "t r s"]:
+        return by_tile(jnp.pad(rows, ((0, 0), (0, short))), tile)
 
     def accumulate(
         sums: tuple[Array, Array],
@@ -231,7 +247,7 @@ def _by_tiles(
         ), None
 
     zeros = jnp.zeros((x.shape[0], n), jnp.float32)
-    parts = (packed, coarse, scale, by_tile(x), by_tile(rotated))
+    parts = (packed, coarse, scale, padded(x), padded(rotated))
     products, _ = jax.lax.scan(accumulate, (zeros, zeros), parts)
     return products
 
