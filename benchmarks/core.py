@@ -3,7 +3,7 @@
     python -m benchmarks.core
     python -m benchmarks.core --only=decomposition,memory --repeats=5
 
-Prints a table per part and writes results/benchmarks/PART.jsonl. Times are the median
+Prints a table per part and adds it to bench_core.jsonl in `--out`. Times are the median
 of `--repeats` runs after one that compiles, on the machine as it is: quote the ratios.
 """
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from experiments.cli import check_flags, flag, run_program
-from experiments.results import environment_fields, prepare_output, write_jsonl
+from experiments.results import environment_fields, merge_records, prepare_output
 from experiments.tables import Column, aligned_table, fixed
 from experiments.text import ASSETS
 from experiments.timing import median_seconds
@@ -58,7 +58,7 @@ class BenchConfig:
         (lambda names: set(names) <= set(PARTS) and names, "a list of parts"),
     )
     repeats: int = flag(3, "Timed runs.", (lambda x: x >= 1, "at least 1"))
-    out: str = flag("results/benchmarks", "Directory of the results.", (bool, "given"))
+    out: str = flag("runs", "Directory of the results.", (bool, "given"))
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -200,7 +200,8 @@ def run(config: BenchConfig) -> int:
         rows = part(config)
         columns = [Column(key, key, _shown(value)) for key, value in rows[0].items()]
         print(f"\n{part.__doc__}\n\n{aligned_table(rows, columns)}")
-        write_jsonl(out / f"{name}.jsonl", [r | environment_fields() for r in rows])
+        fields = {"part": name, **environment_fields()}
+        merge_records(out, "bench_core", [fields | row for row in rows])
     return 0
 
 

@@ -7,7 +7,7 @@ Mean squared error on a unit Gaussian source, 1,048,576 weights (on an accelerat
 16,777,216) in blocks of 64 x 64, the levels refitted to all of them; weights per second
 of one call, compilation excluded; memory that the coder of a 1024 x 1024 matrix takes
 beside it, as the compiler reports it. With and without repulsion. Writes
-`results/benchmarks/joint-PLATFORM.jsonl` and `.png`. About ten minutes on two CPU
+`bench_joint.jsonl` and `bench_joint.png` to `--out`. About ten minutes on two CPU
 cores, two on a GPU.
 """
 
@@ -26,7 +26,12 @@ from tqdm import tqdm
 from experiments.cli import GIVEN, check_flags, flag, run_program
 from experiments.flag_values import parse_numbers
 from experiments.plots import COLOURS
-from experiments.results import atomic_path, environment_fields, write_jsonl
+from experiments.results import (
+    atomic_path,
+    environment_fields,
+    merge_records,
+    prepare_output,
+)
 from experiments.tables import Column, Record, aligned_table, fixed
 from kashin_jax import BasisSpec, JointConfig, make_pair
 from kashin_jax.coding.anneal import anneal
@@ -34,7 +39,6 @@ from kashin_jax.coding.joint import EFFORTS, joint_code
 from kashin_jax.coding.schedules import SPLITS, Split, schedule_for
 from kashin_jax.coding.words import decode_words
 
-OUT = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 SIDE = 64
 # Without repulsion two lengths show enough.
 _PLAIN_STEPS = (50, 200)
@@ -49,6 +53,7 @@ class JointBenchConfig:
     steps: tuple[str, ...] = flag(
         ("10", "25", "50", "100", "200", "400", "1600"), "Lengths of the search.", GIVEN
     )
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -115,8 +120,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 def run(config: JointBenchConfig) -> int:
     """Measures, prints, draws and writes the curve."""
-    platform = jax.default_backend()
-    count = 256 if platform == "cpu" else 4096
+    out = prepare_output(config.out)
+    count = 256 if jax.default_backend() == "cpu" else 4096
     x = jax.random.normal(jax.random.key(1), (count, SIDE, SIDE))
     lengths = parse_numbers("steps", config.steps, 1, _MOST_STEPS)
     jobs = [
@@ -148,9 +153,9 @@ def run(config: JointBenchConfig) -> int:
         used = memory(bits)
         records.append({"bits": bits, "memory": used, **environment_fields()})
         print(f"{bits:g} bits: memory {used:.2f} times the float32 matrix")
-    write_jsonl(OUT / f"joint-{platform}.jsonl", records)
+    merge_records(out, "bench_joint", records)
     curve = [record for record in records if "mse" in record]
-    plot(curve, OUT / f"joint-{platform}.png")
+    plot(curve, out / "bench_joint.png")
     return 0
 
 

@@ -10,7 +10,7 @@ changes no time. The dense product that the others are compared with is the fast
 `x @ K` and `x @ W.T`, in float32. Bandwidth is what a dense product with one row of x
 reads, or a copy reads and writes, whichever is more.
 
-Prints a table and adds a record per row to results/benchmarks/matmul.jsonl as it goes;
+Prints a table and adds a record per row to bench_matmul.jsonl in `--out` as it goes;
 the same command goes on where an earlier one stopped. Half an hour on two CPU cores.
 """
 
@@ -30,11 +30,13 @@ from benchmarks.blocks import BLOCKS, Layer, chain, random_layers
 from benchmarks.methods import TIMED, method_config
 from experiments.cli import check_flags, flag, run_program
 from experiments.flag_values import chosen_names, parse_numbers, parse_widths
+from experiments.result_files import RESULT_FILES
 from experiments.results import (
-    append_jsonl,
     environment_fields,
+    merge_records,
     prepare_output,
     read_jsonl,
+    record_key,
 )
 from experiments.tables import Column, aligned_table, fixed, share
 from kashin_jax import matmul, stored_bits
@@ -46,6 +48,7 @@ from kashin_jax.quantized.product import many_rows_of_backend
 __all__ = ["main"]
 
 Row = dict[str, Any]
+ARTIFACT = "bench_matmul"
 _PARTS = ("decode", "product", "transform")
 _STREAMED = (2**13, 2**14)  # 512 MiB as float32, more than caches hold
 
@@ -75,7 +78,7 @@ class MatmulConfig:
     breakdown: bool = flag(True, "Whether to time decode, transform and product.")
     repeats: int = flag(5, "Timed runs.", (lambda x: x >= 1, "at least 1"))
     seconds: float = flag(4.0, "Longest time for them.", (lambda x: x > 0, "positive"))
-    out: str = flag("results/benchmarks", "Directory of the results.", (bool, "given"))
+    out: str = flag("runs", "Directory of the results.", (bool, "given"))
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -83,39 +86,44 @@ class MatmulConfig:
 
 def run(config: MatmulConfig) -> int:
     """Times every combination that has no record yet; returns the exit code."""
-    path = prepare_output(config.out) / "matmul.jsonl"
+    out = prepare_output(config.out)
+    path = out / f"{ARTIFACT}.jsonl"
     names = chosen_names("methods", config.methods, TIMED)
     widths = parse_widths("bits", config.bits, 1, 8)
     rows = parse_numbers("rows", config.rows, 1, 2**16)
-    known = {_cell(record) for record in read_jsonl(path)}
+    known = {_key(record) for record in read_jsonl(path)}
     for block in chosen_names("blocks", config.blocks, BLOCKS):
         cells = [
             (name, bits, quantizer, missing)
             for name, bits in itertools.product(names, widths)
             if (quantizer := method_config(name, bits)) is not None
-            and (missing := [r for r in rows if (block, name, bits, r) not in known])
+            and (
+                missing := [r for r in rows if _cell(block, name, bits, r) not in known]
+            )
         ]
         if cells:
             baseline = _dense(block, rows, config)
-            for record in baseline:
-                append_jsonl(path, record)
+            merge_records(out, ARTIFACT, baseline)
             fastest = {r: _fastest(baseline, r) for r in rows}
             for name, bits, quantizer, missing in cells:
                 for found in _packed(block, quantizer, missing, config):
                     ratio = found["milliseconds"] / fastest[found["rows"]]
                     head = {"block": block, "method": name, "bits": bits}
-                    append_jsonl(path, head | found | {"times_dense": ratio})
+                    record = head | found | {"times_dense": ratio}
+                    merge_records(out, ARTIFACT, [record])
         shown = [r for r in read_jsonl(path) if r["block"] == block]
-        print(f"\n{block}\n\n{aligned_table(_latest(shown), COLUMNS)}")
+        print(f"\n{block}\n\n{aligned_table(shown, COLUMNS)}")
     return 0
 
 
-def _cell(record: Row) -> tuple[Any, ...]:
-    return record["block"], record["method"], record["bits"], record["rows"]
+def _key(record: Row) -> tuple[Any, ...]:
+    return record_key(record, RESULT_FILES[ARTIFACT].key)
 
 
-def _latest(records: list[Row]) -> list[Row]:
-    return list({_cell(record): record for record in records}.values())
+def _cell(block: str, method: str, bits: float, rows: int) -> tuple[Any, ...]:
+    """The key that a record of this device would have."""
+    own = {"block": block, "method": method, "bits": bits, "rows": rows}
+    return _key(own | environment_fields())
 
 
 def _fastest(records: list[Row], rows: int) -> float:

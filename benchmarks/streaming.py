@@ -6,7 +6,7 @@
     python -m benchmarks.streaming --layout=matrix --method=kashin
 
 Writes a checkpoint of random weights, quantizes it in a process of its own, and adds a
-record to results/benchmarks/streaming.jsonl. Needs Linux, whose kernel counts the peak,
+record to bench_streaming.jsonl in `--out`. Needs Linux, whose kernel counts the peak,
 and as much free disk as the checkpoint and its result take. With rtn a few minutes on
 two CPU cores; with joint coding about ten minutes per 10^9 weights.
 """
@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.layouts import LAYOUTS, Layout
 from experiments.cli import check_flags, flag, run_program
-from experiments.results import append_jsonl, environment_fields, prepare_output
+from experiments.results import environment_fields, merge_records, prepare_output
 from experiments.tables import Column, aligned_table, fixed
 from kashin_jax.checkpoints import inspect_checkpoint
 from kashin_jax.coding.joint import EFFORTS
@@ -79,7 +79,7 @@ class StreamingConfig:
         "fast", "Of joint coding.", (EFFORTS.__contains__, f"one of {list(EFFORTS)}")
     )
     work: str = flag("", "Directory for the checkpoints; a temporary one when empty.")
-    out: str = flag("results/benchmarks", "Directory of the results.", (bool, "given"))
+    out: str = flag("runs", "Directory of the results.", (bool, "given"))
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -179,7 +179,7 @@ def run(config: StreamingConfig) -> int:
     rows = [{"what": key, "value": value} for key, value in record.items()]
     columns = [Column("what", "", str), Column("value", "", _shown)]
     print(aligned_table(rows, columns))
-    append_jsonl(out / "streaming.jsonl", record | environment_fields())
+    merge_records(out, "bench_streaming", [record | environment_fields()])
     return 0
 
 

@@ -8,8 +8,8 @@ A loop over families and layers; for each a `vmap` over a stack of bases, one fo
 seed, decomposes the layer and quantizes it by the 2024 paper's method (pairs (u, v)
 clustered by k-means). It compiles once for a family and a shape. Beside the means and
 standard deviations over seeds stand the arithmetic and memory of a basis, and
-milliseconds of a greedy step without compilation. It writes STEM.jsonl, STEM.md and
-STEM.png to `--out`.
+milliseconds of a greedy step without compilation. It adds to
+ablate_bases.jsonl in `--out`, and writes ablate_bases.md and ablate_bases.png.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -42,8 +42,6 @@ from experiments.flag_values import (
     ALL,
     chosen_names,
     command_line,
-    file_stem,
-    plain_differences,
     short_model_name,
 )
 from experiments.results import (
@@ -58,7 +56,15 @@ from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
 from kashin_jax.layers import path_key
 
-__all__ = ["FEW", "AblationConfig", "main", "measure", "run"]
+__all__ = [
+    "FEW",
+    "SUMMARY",
+    "AblationConfig",
+    "main",
+    "measure",
+    "run",
+    "summary",
+]
 
 FEW = {
     "opt": ("decoder/layers/0/self_attn/q_proj", "decoder/layers/5/self_attn/k_proj"),
@@ -95,7 +101,7 @@ class AblationConfig:
     rtol: float = flag(1e-6, "Relative tolerance, as a ratio of norms.", POSITIVE)
     restarts: int = flag(8, "k-means++ starts of a codebook.", POSITIVE_COUNT)
     repeats: int = flag(5, "Timed calls, of which the median counts.", POSITIVE_COUNT)
-    out: str = flag("results", "Directory of the results.", GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -217,7 +223,7 @@ _COLUMNS = (
     Column("basis_bytes", "basis bytes", "{:,}".format),
     Column("ms_per_step", "ms/step", fixed(2)),
 )
-_SUMMARY = (
+SUMMARY = (
     Column("basis", "basis"),
     Column("kind", "kind"),
     Column("error", "mean rel. sq. error", fixed(5)),
@@ -227,7 +233,8 @@ _SUMMARY = (
 )
 
 
-def _summary(records: Sequence[Record]) -> list[dict[str, Any]]:
+def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A row per family of bases: means over all layers."""
     rows = []
     for family in dict.fromkeys(record["basis"] for record in records):
         own = [record for record in records if record["basis"] == family]
@@ -255,30 +262,20 @@ def _present(
         f"{seconds:.0f} s with compilation; {first['device']}, jax "
         f"{first['jax_version']}, kashin_jax {first['kashin_jax_version']}.",
     ]
-    summary = _summary(records)
-    print("\n".join(facts) + "\n\n" + aligned_table(summary, _SUMMARY))
+    families = summary(records)
+    print("\n".join(facts) + "\n\n" + aligned_table(families, SUMMARY))
     rows = [{**r, "place": f"{r['model']}: {r['layer']}"} for r in records]
-    stem = _stem(config)
     written = write_results(
-        out, stem, records, _SUMMARY, title="Structured versus random bases",
-        facts=facts, rows=summary,
+        out, "ablate_bases", records, SUMMARY, title="Structured versus random bases",
+        facts=facts, rows=families,
         appendix=f"## By layer\n\n{markdown_table(rows, _COLUMNS)}",
         command=command_line("ablate_bases", config, always=()),
     )  # fmt: skip
-    picture = out / f"{stem}.png"
+    picture = out / "ablate_bases.png"
     title = f"{config.bits} bits, {config.seeds} seeds, at most {config.steps} steps"
     with atomic_path(picture) as temporary:
         draw_trade_off(records, title).savefig(temporary)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
-
-
-def _stem(config: AblationConfig) -> str:
-    names = {"layers": "", "bases": "", "bits": "bits", "seeds": "seeds"}
-    names |= {"steps": "steps", "rtol": "rtol", "restarts": "restarts"}
-    parts = plain_differences(config, names)
-    if config.model != tuple(EMBEDDED):
-        parts = [*map(short_model_name, config.model), *parts]
-    return file_stem(["ablate_bases", *parts])
 
 
 def main(arguments: list[str]) -> int:

@@ -24,7 +24,6 @@ __all__ = [
     "comparison_rows",
     "comparison_tables",
     "interpolated",
-    "with_comparison",
 ]
 
 COMPARISON_TITLE = "Joint coding at the stored bits of each rival"
@@ -92,21 +91,6 @@ def comparison_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             "difference": None if ours is None else ours - rival.perplexity,
         })  # fmt: skip
     return rows
-
-
-def with_comparison(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The records with a field for joint coding's perplexity at their stored bits.
-
-    Interpolated, mean over seeds; null where there is none to interpolate, and in the
-    rows of joint coding and of full precision.
-    """
-    found = {
-        (row["method"], row["bits"], row["basis"]): row[_FIELD]
-        for row in comparison_rows(records)
-    }
-    return [
-        {**r, _FIELD: found.get((r["method"], r["bits"], r["basis"]))} for r in records
-    ]
 
 
 def comparison_tables(records: Sequence[Record]) -> tuple[str, str]:

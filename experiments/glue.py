@@ -9,9 +9,9 @@ files are embedded; it says which others were left out. `--model` is any BERT, R
 or DistilBERT classifier in Hugging Face's layout; `{task}` in it stands for the name of
 the task, for one checkpoint per task. One that is quantized already, by `--save` or
 `kashin quantize`, is scored as it is. By the paper's protocol all matrices are
-quantized but embeddings and the classifier. It prints one row per method and writes
-STEM.jsonl, STEM.md and STEM.png to `--out`. The same command goes on where an
-interrupted one stopped.
+quantized but embeddings and the classifier. It prints one row per method, adds them
+to table3_glue.jsonl in `--out`, and writes table3_glue.md and table3_glue.png. The same
+command goes on where an interrupted one stopped.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -29,7 +29,6 @@ from experiments.classification.facts import table_facts
 from experiments.classification.plot import plot_glue
 from experiments.classification.rows import (
     GlueBench,
-    TaskBench,
     quantized_records,
     unchanged_records,
 )
@@ -38,8 +37,6 @@ from experiments.classification.tasks import TASKS, Task, choose_tasks
 from experiments.cli import GIVEN, POSITIVE_COUNT, check_flags, flag, run_program
 from experiments.flag_values import (
     command_line,
-    file_stem,
-    flag_text,
     parse_bases,
     parse_widths,
     plain_differences,
@@ -60,6 +57,7 @@ from kashin_jax.errors import UsageError
 
 __all__ = ["GlueConfig", "main", "run"]
 
+ARTIFACT = "table3_glue"
 EMBEDDED = ASSETS / "minilm-glue"
 _QUANTIZING = ("bits", "methods", "basis", "seeds", "rtol", "max_steps", "save")
 
@@ -118,7 +116,7 @@ class GlueConfig:
         "Directory that receives each quantized classifier, in the library's format "
         "(docs/format.md).",
     )
-    out: str = flag("results", "Directory of the results.", GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -153,15 +151,14 @@ def run(config: GlueConfig) -> int:
         if any(one.stored is not None for one in benches):
             _refuse_choices(config)
         name = short_model_name(config.model)
-        stem = _stem(config, name, benches)
-        work = start_work(out, stem)
+        work = start_work(out, config, leaving=("batch_tokens", "save"))
         identity = {
             "model": name, "max_length": config.max_length, **environment_fields()
         }  # fmt: skip
         save = prepare_output(config.save) if config.save else None
         bench = GlueBench(tasks=benches, work=work, identity=identity, save=save)
         records = _records(config, bench)
-    _present(config, bench, records, left_out, out, stem)
+    _present(config, bench, records, left_out, out)
     remove_work(work)
     return 0
 
@@ -213,7 +210,6 @@ def _present(
     records: Sequence[Record],
     left_out: Sequence[Task],
     out: Path,
-    stem: str,
 ) -> None:
     tasks = [one.task for one in bench.tasks]
     columns, rows = glue_columns(tasks, records), table_rows(tasks, records)
@@ -221,27 +217,16 @@ def _present(
     print("\n".join(facts) + "\n\n" + aligned_table(rows, columns))
     title = f"{records[0]['model']}: GLUE dev"
     written = write_results(
-        out, stem, records, columns, rows=rows, title=title, facts=facts,
+        out, ARTIFACT, records, columns, rows=rows, title=title, facts=facts,
         command=command_line("glue", config, always=_shown(bench)),
     )  # fmt: skip
-    picture = out / f"{stem}.png"
+    picture = out / f"{ARTIFACT}.png"
     plot_glue(records, tasks, picture, title=title)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
 
 
 def _shown(bench: GlueBench) -> tuple[str, ...]:
     return () if bench.is_quantized else ("bits",)
-
-
-def _stem(config: GlueConfig, model: str, benches: Sequence[TaskBench]) -> str:
-    is_quantized = any(one.stored is not None for one in benches)
-    bits = [] if is_quantized else [flag_text(config.bits) + "bit"]
-    names = {
-        "basis": "", "methods": "", "seeds": "seeds", "rtol": "rtol",
-        "max_steps": "max_steps", "max_length": "max_length", "labels": "labels",
-    }  # fmt: skip
-    fixed = ["glue", model, ",".join(one.task.name for one in benches), *bits]
-    return file_stem([*fixed, *plain_differences(config, names)])
 
 
 def main(arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ A pair of bases, one per side of the layer, starts at random angles. Adam then m
 angles to minimise a loss on that layer: `l1`, minus the l1 ratio of the coefficients,
 which Kashin's algorithm wants large; or `error`, the squared error of the coefficients
 rounded to 2^bits levels for the whole layer. It prints one row per layer, family and
-loss, and writes STEM.jsonl and STEM.md to `--out`.
+loss, adds to learn_butterfly.jsonl in `--out`, and writes learn_butterfly.md.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -37,12 +37,7 @@ from experiments.cli import (
     flag,
     run_program,
 )
-from experiments.flag_values import (
-    command_line,
-    file_stem,
-    plain_differences,
-    short_model_name,
-)
+from experiments.flag_values import command_line, short_model_name
 from experiments.results import environment_fields, prepare_output, write_results
 from experiments.tables import Column, aligned_table, fixed, increase
 from experiments.text import ASSETS
@@ -63,7 +58,7 @@ from kashin_jax.errors import DataError, UsageError
 from kashin_jax.layers import path_key, selected_kernels
 from kashin_jax.models.loading import load_opt
 
-__all__ = ["LearnButterflyConfig", "main", "run"]
+__all__ = ["COLUMNS", "LearnButterflyConfig", "main", "run"]
 
 FAMILIES = ("butterfly", "butterfly3", "givens")
 LOSSES = ("l1", "error")
@@ -109,7 +104,7 @@ class LearnButterflyConfig:
     seed: int = flag(
         0, "Of the random angles.", (lambda x: 0 <= x < 2**31, "in [0, 2147483647]")
     )
-    out: str = flag("results", "Directory of the results.", GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -174,6 +169,7 @@ def _row(
     before, after = (_error(basis, kernel, config.bits) for basis in (pair, stored))
     gain, overhead = 10 * math.log10(before / after), ANGLE_BITS * angles / kernel.size
     return {
+        "model": short_model_name(config.model),
         "layer": path, "family": family, "loss": loss, "bits": config.bits,
         "steps": config.steps, "learning_rate": config.learning_rate,
         "seed": config.seed, "angles": angles, "weights": kernel.size,
@@ -215,7 +211,7 @@ def _error(
     return float(fit.inertia)
 
 
-_COLUMNS = (
+COLUMNS = (
     Column("layer", "layer"),
     Column("family", "family"),
     Column("loss", "loss"),
@@ -247,22 +243,13 @@ def _present(
         f"{first['device']}, jax {first['jax_version']}, kashin_jax "
         f"{first['kashin_jax_version']}. Seconds with compilation.",
     ]
-    print("\n".join(facts) + "\n\n" + aligned_table(records, _COLUMNS))
+    print("\n".join(facts) + "\n\n" + aligned_table(records, COLUMNS))
     written = write_results(
-        out, _stem(config, name), records, _COLUMNS,
+        out, "learn_butterfly", records, COLUMNS,
         title=f"{name}: learned against random angles", facts=facts,
         command=command_line("learn_butterfly", config, always=("bits",)),
     )  # fmt: skip
     print(f"\nWritten: {written.jsonl}, {written.markdown}")
-
-
-def _stem(config: LearnButterflyConfig, name: str) -> str:
-    names = {
-        "layers": "", "families": "", "losses": "", "steps": "steps",
-        "learning_rate": "rate", "seed": "seed",
-    }  # fmt: skip
-    fixed_parts = ["learn_butterfly", name, f"{config.bits}bit"]
-    return file_stem([*fixed_parts, *plain_differences(config, names)])
 
 
 def main(arguments: list[str]) -> int:

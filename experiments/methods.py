@@ -55,6 +55,7 @@ class Method:
       note: Group size, type of the scales, and where it comes from.
       has_basis: Whether the basis matters, so that each basis is a row.
       is_random: Whether the seed matters, so that each seed is a row.
+      has_limits: Whether tolerance and step limit matter.
       keeps_failures: Whether layers that do not converge stay in full precision.
       mixes_widths: Whether a width between its own is met as a budget of stored bits,
         by widths that differ from layer to layer.
@@ -64,6 +65,7 @@ class Method:
     note: str
     has_basis: bool = False
     is_random: bool = False
+    has_limits: bool = False
     keeps_failures: bool = False
     mixes_widths: bool = False
 
@@ -100,6 +102,7 @@ METHODS: Mapping[str, Method] = {
         "seed.",
         has_basis=True,
         is_random=True,
+        has_limits=True,
     ),
     "kashin-authors": Method(
         make=_kashin,
@@ -107,6 +110,7 @@ METHODS: Mapping[str, Method] = {
         "left in full precision, and counted so here.",
         has_basis=True,
         is_random=True,
+        has_limits=True,
         keeps_failures=True,
     ),
     JOINT: Method(

@@ -8,8 +8,8 @@
 Without flags it takes the embedded checkpoint opt-wiki-18m and the first 8,192 tokens
 of WikiText-2 (raw test), one basis and one seed. All linear matrices of the blocks are
 quantized; embeddings, norms, biases and the output head are not. It prints one row per
-method and writes STEM.jsonl, STEM.md and STEM.png to `--out`, STEM naming model, data,
-context, tokens and widths. The same command goes on where an interrupted one stopped.
+method, adds the rows to table2_opt.jsonl in `--out`, and writes table2_opt.md and
+table2_opt.png. The same command goes on where an interrupted one stopped.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -22,19 +22,12 @@ from typing import Any
 import jax
 
 from experiments.cli import check_flags, flag, run_program
-from experiments.comparison import (
-    COMPARISON_TITLE,
-    comparison_tables,
-    with_comparison,
-)
+from experiments.comparison import COMPARISON_TITLE, comparison_tables
 from experiments.flag_values import (
     command_line,
-    file_stem,
-    flag_text,
     parse_bases,
     parse_numbers,
     parse_widths,
-    plain_differences,
     short_model_name,
 )
 from experiments.methods import METHODS, choose_methods, table_grid
@@ -67,6 +60,7 @@ from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
 
 __all__ = ["OptPplConfig", "main", "run"]
 
+ARTIFACT = "table2_opt"
 EMBEDDED = ASSETS / "opt-wiki-18m"
 _INSTEAD = "`kashin eval` scores it."
 _GIVEN = (bool, "given")
@@ -110,7 +104,7 @@ class OptPplConfig:
     )  # fmt: skip
     max_steps: int = flag(200, "Greedy steps allowed per matrix.", _POSITIVE)
     batch_size: int = flag(4, "Windows per forward pass.", _POSITIVE)
-    out: str = flag("results", "Directory of the results.", _GIVEN)
+    out: str = flag("runs", "Directory of the results.", _GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -135,20 +129,30 @@ def run(config: OptPplConfig) -> int:
         loaded = load_opt(dense_directory(config.model, instead=_INSTEAD))
         text = _load_text(config, loaded)
         name = short_model_name(config.model)
-        stem = _stem(config, name, text)
-        work = start_work(out, stem)
+        work = start_work(out, config, leaving=("batch_size",))
         bench = Bench(
             loaded=loaded,
             text=text,
             work=work,
-            identity={"model": name, **text.record_fields(), **environment_fields()},
+            identity=_identity(config, name, text),
             weights_sha256=checkpoint_sha256(loaded.directory),
             batch_size=config.batch_size,
         )
         records = _rows(config, bench)
-    _present(config, records, text, out, stem)
+    _present(config, records, text, out)
     remove_work(work)
     return 0
+
+
+def _identity(config: OptPplConfig, name: str, text: EvaluationText) -> dict[str, Any]:
+    """The fields of every row: what is scored, how much of it, and by what."""
+    limit = parse_max_tokens(config.max_tokens)
+    return {
+        "model": name,
+        **text.record_fields(),
+        "max_tokens": "all" if limit is None else limit,
+        **environment_fields(),
+    }
 
 
 def _load_text(config: OptPplConfig, loaded: LoadedModel) -> EvaluationText:
@@ -189,7 +193,7 @@ def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:
             row["increase"] = row["perplexity"] - full["perplexity"]
         records.append(row)
         _announce(row)
-    return with_comparison([_with_published(config, record) for record in records])
+    return [_with_published(config, record) for record in records]
 
 
 def _announce(row: dict[str, Any]) -> None:
@@ -214,7 +218,6 @@ def _present(
     records: list[dict[str, Any]],
     text: EvaluationText,
     out: Path,
-    stem: str,
 ) -> None:
     columns = _columns(config, records)
     first, limit = records[0], parse_max_tokens(config.max_tokens)
@@ -238,7 +241,7 @@ def _present(
     title = f"{first['model']}: perplexity on {text.name}"
     written = write_results(
         out,
-        stem,
+        ARTIFACT,
         records,
         columns,
         title=title,
@@ -246,7 +249,7 @@ def _present(
         facts=facts,
         appendix=appendix,
     )
-    picture = out / f"{stem}.png"
+    picture = out / f"{ARTIFACT}.png"
     plot_perplexity(records, picture, title=title)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
 
@@ -263,16 +266,6 @@ def _columns(config: OptPplConfig, records: list[dict[str, Any]]) -> tuple[Colum
     if any("published" in record for record in records):
         columns.insert(-1, Column("published", "published", fixed(2)))
     return tuple(columns)
-
-
-def _stem(config: OptPplConfig, model: str, text: EvaluationText) -> str:
-    bits = flag_text(config.bits) + "bit"
-    fixed = ["opt_ppl", model, text.name, str(text.context), config.max_tokens, bits]
-    names = {
-        "basis": "", "methods": "", "seed": "seed", "rtol": "rtol",
-        "max_steps": "max_steps",
-    }  # fmt: skip
-    return file_stem([*fixed, *plain_differences(config, names)])
 
 
 def main(arguments: list[str]) -> int:

@@ -40,6 +40,7 @@ __all__ = ["Bench", "full_precision_row", "mixed_name", "quantized_row"]
 _ABSENT = dict.fromkeys((
     "stored_bits_per_weight", "model_bits_per_weight", "perplexity", "increase",
     "relative_error", "converged_share", "quantize_seconds", "seed", "basis", "widths",
+    "rtol", "max_steps",
 ))  # fmt: skip
 
 
@@ -104,6 +105,7 @@ def full_precision_row(bench: Bench) -> dict[str, Any]:
         "perplexity": bench.score(bench.loaded.model, {"config": None}),
         "note": f"{bench.loaded.stored_dtype} checkpoint, computed in float32.",
         **bench.identity,
+        "weights_sha256": bench.weights_sha256,
     }
 
 
@@ -131,7 +133,10 @@ def quantized_row(
         **_ABSENT,
         "basis": str(basis) if method.has_basis else None,
         "seed": seed if method.is_random else None,
+        "rtol": rtol if method.has_limits else None,
+        "max_steps": max_steps if method.has_limits else None,
         **bench.identity,
+        "weights_sha256": bench.weights_sha256,
     }
     kernels = selected_kernels(bench.loaded.model)
     try:

@@ -40,6 +40,7 @@ def plot_perplexity(
     *,
     baseline: str = "full precision",
     title: str = "",
+    logarithmic: bool = False,
 ) -> None:
     """Draws perplexity against the bits that a quantized weight really takes.
 
@@ -55,6 +56,7 @@ def plot_perplexity(
       path: A PNG file, replaced in one step.
       baseline: The method drawn as a line.
       title: Above the figure.
+      logarithmic: Takes a logarithmic axis, which has room for more of the models.
     """
     # The object interface with a canvas of its own leaves pyplot's global state alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -62,7 +64,8 @@ def plot_perplexity(
 
     means = seed_means(records)
     reference = [mean.perplexity for mean in means if mean.method == baseline][:1]
-    series = _split(_grouped([mean for mean in means if mean.method != baseline]))
+    groups = _grouped([mean for mean in means if mean.method != baseline])
+    series = _split(groups, _FAR if logarithmic else _FAR_AT_WIDTH)
     off_scale = [one for one in series if one.far]
     heights = [_LINE_INCHES * (len(off_scale) + 2 if off_scale else 0.1), 3.8]
     figure = Figure(figsize=(7.6, 0.4 + sum(heights)), dpi=200, layout="constrained")
@@ -80,7 +83,8 @@ def plot_perplexity(
             [mean.spread for mean in one.near],
             label=one.label, elinewidth=1, capsize=2, **one.style,
         )  # fmt: skip
-    _scale(axes, [*reference, *(p.perplexity for one in series for p in one.near)])
+    shown = [*reference, *(p.perplexity for one in series for p in one.near)]
+    _scale(axes, shown, 1.0 if logarithmic else _LOG_FROM)
     _decorate(axes)
     strip.set_title(title, loc="left", fontsize=10)
     with atomic_path(path) as temporary:
@@ -99,7 +103,7 @@ def _grouped(means: Sequence[SeedMean]) -> dict[str, list[SeedMean]]:
     }
 
 
-def _split(groups: dict[str, list[SeedMean]]) -> list[_Series]:
+def _split(groups: dict[str, list[SeedMean]], far_at_width: float) -> list[_Series]:
     everything = [mean for rows in groups.values() for mean in rows]
     series = []
     for index, (label, rows) in enumerate(groups.items()):
@@ -113,19 +117,21 @@ def _split(groups: dict[str, list[SeedMean]]) -> list[_Series]:
             # Earlier methods lie on top of later ones.
             "zorder": 3 + 1 / (1 + index),
         }
-        near = [p for p in rows if _is_near(p, everything)]
-        far = [p for p in rows if not _is_near(p, everything)]
+        near = [p for p in rows if _is_near(p, everything, far_at_width)]
+        far = [p for p in rows if p not in near]
         series.append(_Series(textwrap.fill(label, 30), style, near, far))
     return series
 
 
-def _is_near(point: SeedMean, everything: Sequence[SeedMean]) -> bool:
+def _is_near(
+    point: SeedMean, everything: Sequence[SeedMean], far_at_width: float
+) -> bool:
     finite = [p for p in everything if math.isfinite(p.perplexity)]
     same_width = [p for p in finite if abs(p.stored_bits - point.stored_bits) < 0.5]
     if not math.isfinite(point.perplexity):
         return False
     best, best_at_width = (min(p.perplexity for p in ps) for ps in (finite, same_width))
-    return point.perplexity <= min(_FAR * best, _FAR_AT_WIDTH * best_at_width)
+    return point.perplexity <= min(_FAR * best, far_at_width * best_at_width)
 
 
 def _draw_strip(strip: Any, series: Sequence[_Series]) -> None:
@@ -148,11 +154,11 @@ def _draw_strip(strip: Any, series: Sequence[_Series]) -> None:
             )  # fmt: skip
 
 
-def _scale(axes: Any, perplexities: Sequence[float]) -> None:
+def _scale(axes: Any, perplexities: Sequence[float], log_from: float) -> None:
     from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     finite = [p for p in perplexities if math.isfinite(p)]
-    if finite and max(finite) > _LOG_FROM * min(finite):
+    if finite and max(finite) > log_from * min(finite):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
         axes.yaxis.set_minor_locator(NullLocator())

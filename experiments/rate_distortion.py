@@ -8,8 +8,8 @@ A source is one random matrix of variance 1 (gaussian, student_t3, or outlier_co
 Gaussian, one output in 256 being 30 times as strong), or a safetensors file in torch's
 order, of which every floating matrix with sides of at least 64 is quantized. No model
 runs. kashin-joint has a row per effort, without the `unshrink` that trades error for
-perplexity. It prints one row per method and width and writes STEM.jsonl, STEM.md and
-STEM.png to `--out`.
+perplexity. It prints one row per method and width, adds them to
+rate_distortion.jsonl in `--out`, and writes rate_distortion.md and .png.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -26,10 +26,8 @@ import jax
 from experiments.cli import GIVEN, Allowed, check_flags, flag, run_program
 from experiments.flag_values import (
     command_line,
-    file_stem,
     flag_text,
     parse_widths,
-    plain_differences,
 )
 from experiments.methods import JOINT, METHODS, choose_methods
 from experiments.rate_distortion_plot import plot_rate_distortion
@@ -46,7 +44,7 @@ from experiments.weight_sources import (
 from kashin_jax.coding.joint import EFFORTS
 from kashin_jax.errors import UsageError
 
-__all__ = ["RateDistortionConfig", "main", "run"]
+__all__ = ["COLUMNS", "RateDistortionConfig", "main", "run"]
 
 # The authors' variant differs in what a model does with layers that did not converge.
 RATE_METHODS = tuple(name for name in METHODS if name != "kashin-authors")
@@ -89,7 +87,7 @@ class RateDistortionConfig:
         0, "Of a synthetic source and of the random methods.",
         (lambda x: 0 <= x < 2**31, "in [0, 2147483647]"),
     )  # fmt: skip
-    out: str = flag("results", "Directory of the results.", GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -141,7 +139,7 @@ def _records(
     return records
 
 
-_COLUMNS = (
+COLUMNS = (
     Column("method", "method"),
     Column("bits", "bits"),
     Column("effort", "effort", lambda effort: effort or "-"),
@@ -174,23 +172,15 @@ def _present(
         f"{first['device']}, jax {first['jax_version']}, kashin_jax "
         f"{first['kashin_jax_version']}.",
     ]
-    print("\n".join(facts) + "\n\n" + aligned_table(records, _COLUMNS))
+    print("\n".join(facts) + "\n\n" + aligned_table(records, COLUMNS))
     title = f"{source.name}: weight error against stored bits"
-    stem = _stem(config, source)
     written = write_results(
-        out, stem, records, _COLUMNS, title=title, facts=facts,
+        out, "rate_distortion", records, COLUMNS, title=title, facts=facts,
         command=command_line("rate_distortion", config, always=("bits",)),
     )  # fmt: skip
-    picture = out / f"{stem}.png"
+    picture = out / "rate_distortion.png"
     plot_rate_distortion(records, picture, title=title)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
-
-
-def _stem(config: RateDistortionConfig, source: WeightSource) -> str:
-    bits = flag_text(config.bits) + "bit"
-    fixed_parts = ["rate_distortion", source.name, str(source.size), bits]
-    names = {"methods": "", "effort": "", "seed": "seed"}
-    return file_stem([*fixed_parts, *plain_differences(config, names)])
 
 
 def main(arguments: list[str]) -> int:

@@ -55,7 +55,8 @@ def rate_row(
     """
     row = {
         "method": name, "bits": bits, **_ABSENT, "effort": effort,
-        "source": source.name, "weights": source.size, "seed": seed,
+        "source": source.name, "source_sha256": source.sha256, "weights": source.size,
+        "seed": seed,
         **environment_fields(),
     }  # fmt: skip
     try:

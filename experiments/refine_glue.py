@@ -5,8 +5,8 @@
 Quantizes the classifier of a task by each method and width, scores it, trains its
 centroids, levels, scales, biases and norms on the task's training set with the codes
 fixed (as `experiments.finetune_glue --quantized=`), and scores it again: same stored
-bits before and after. Writes STEM.jsonl, STEM.md and STEM.png to `--out`; interrupted
-runs go on where they stopped.
+bits before and after. Adds its records to refine_glue.jsonl in `--out`, and
+writes refine_glue.md and refine_glue.png; interrupted runs go on where they stopped.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 3: stopped by a
 signal, the same command goes on; 130: Ctrl-C.
@@ -14,6 +14,7 @@ signal, the same command goes on; 130: Ctrl-C.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,8 @@ from experiments.finetuning.config import FinetuneConfig
 from experiments.finetuning.run import FinetuneResult, finetune
 from experiments.flag_values import (
     command_line,
-    file_stem,
-    flag_text,
     parse_bases,
     parse_numbers,
-    plain_differences,
     short_model_name,
 )
 from experiments.methods import METHODS, choose_methods, table_grid
@@ -59,7 +57,7 @@ from experiments.results import (
 from experiments.tables import Column, Record, aligned_table, fixed, increase
 from experiments.text import ASSETS
 
-__all__ = ["RefineConfig", "main", "run"]
+__all__ = ["RefineConfig", "main", "run", "table"]
 
 _TOKENS_PER_BATCH = 1024
 
@@ -91,7 +89,7 @@ class RefineConfig:
         1e-3, "Peak rate, for leaves of unit root-mean-square.", POSITIVE
     )
     seed: int = flag(0, "Seed of bases, codebooks, dropout and order.", COUNT)
-    out: str = flag("results", "Directory of the results.", GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -114,8 +112,7 @@ def run(config: RefineConfig) -> int:
       DataError: If the task's files cannot be used.
     """
     out = prepare_output(config.out)
-    stem = _stem(config)
-    work = start_work(out, stem)
+    work = start_work(out, config)
     with jax.default_matmul_precision("highest"):
         bench = _bench(config, work)
         records = _before(config, bench)
@@ -124,7 +121,7 @@ def run(config: RefineConfig) -> int:
         if result.metrics is None:
             return 3
         record |= _after(config, result)
-    _present(config, records, out, stem)
+    _present(config, records, out)
     remove_work(work)
     return 0
 
@@ -170,7 +167,8 @@ def _before(config: RefineConfig, bench: GlueBench) -> list[dict[str, Any]]:
 
 _KEPT = (
     "method", "bits", "stored_bits_per_weight", "task", "seed", "basis", "examples",
-    "model", "max_length", "note", "kashin_jax_version", "jax_version", "device",
+    "model", "weights_sha256", "data_sha256", "max_length", "note",
+    "kashin_jax_version", "jax_version", "device",
 )  # fmt: skip
 
 
@@ -199,26 +197,14 @@ def _after(config: RefineConfig, result: FinetuneResult) -> dict[str, Any]:
         **fields,
         "steps": result.steps,
         "epochs": config.epochs,
+        "batch_size": config.batch_size,
         "learning_rate": config.learning_rate,
     }
 
 
-def _present(
-    config: RefineConfig, records: list[dict[str, Any]], out: Path, stem: str
-) -> None:
+def _present(config: RefineConfig, records: list[dict[str, Any]], out: Path) -> None:
     task = config.glue_task
-    columns = [
-        Column("method", "method"),
-        Column("bits", "bits"),
-        Column("stored_bits_per_weight", "bits/weight", fixed(3)),
-    ]
-    for metric in task.metrics:
-        columns += [
-            Column(f"before_{metric}", f"{metric} before", fixed(2)),
-            Column(f"after_{metric}", "after", fixed(2)),
-            Column(f"gain_{metric}", "gain", increase),
-        ]
-    rows = [_with_gains(task, record) for record in records]
+    rows, columns = table(task, records)
     facts = [
         f"{task.title} dev, {records[0]['examples']:,} examples, percent. Model "
         f"{records[0]['model']}.",
@@ -232,32 +218,39 @@ def _present(
     print("\n".join(facts) + "\n\n" + aligned_table(rows, columns))
     title = f"{records[0]['model']}: refinement with fixed codes, {task.title} dev"
     written = write_results(
-        out, stem, records, columns, rows=rows, title=title, facts=facts,
+        out, "refine_glue", records, columns, rows=rows, title=title, facts=facts,
         command=command_line("refine_glue", config, always=("task", "bits")),
     )  # fmt: skip
-    picture = out / f"{stem}.png"
+    picture = out / "refine_glue.png"
     plot_refinement(records, task, picture, title=title)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
 
 
-def _with_gains(task: Task, record: dict[str, Any]) -> dict[str, Any]:
+def table(
+    task: Task, records: Sequence[Record]
+) -> tuple[list[dict[str, Any]], list[Column]]:
+    """Rows and columns: each metric before and after, and what was gained."""
+    columns = [
+        Column("method", "method"),
+        Column("bits", "bits"),
+        Column("stored_bits_per_weight", "bits/weight", fixed(3)),
+    ]
+    for metric in task.metrics:
+        columns += [
+            Column(f"before_{metric}", f"{metric} before", fixed(2)),
+            Column(f"after_{metric}", "after", fixed(2)),
+            Column(f"gain_{metric}", "gain", increase),
+        ]
+    return [_with_gains(task, record) for record in records], columns
+
+
+def _with_gains(task: Task, record: Record) -> dict[str, Any]:
     gains = {
         f"gain_{m}": record[f"after_{m}"] - record[f"before_{m}"]
         for m in task.metrics
         if f"after_{m}" in record
     }
-    return record | gains
-
-
-def _stem(config: RefineConfig) -> str:
-    name = short_model_name(config.model)
-    bits = flag_text(config.bits) + "bit"
-    names = {
-        "methods": "", "basis": "", "epochs": "epochs", "seed": "seed",
-        "learning_rate": "rate", "max_length": "max_length",
-    }  # fmt: skip
-    fixed_parts = ["refine_glue", name, config.task, bits]
-    return file_stem([*fixed_parts, *plain_differences(config, names)])
+    return {**record, **gains}
 
 
 def main(arguments: list[str]) -> int:

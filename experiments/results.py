@@ -1,24 +1,31 @@
 """Results on disk: records as JSON lines, a Markdown table, nothing half-written.
 
-A record is a flat mapping, one per row of a table; `experiments.tables` prints it.
+A record is a mapping, one per row of a table; `experiments.tables` prints it. It holds
+its whole configuration, and a file of `experiments.result_files` has one record for
+each: a run replaces the records that it has measured again and leaves the others.
 JSON has no infinity and no NaN: they are written as the strings `inf`, `-inf`, `nan`,
 and read back as numbers.
 """
 
 import contextlib
+import dataclasses
+import datetime
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from experiments.result_files import RESULT_FILES
 from experiments.tables import Column, Record, markdown_table
 from kashin_jax.errors import DataError, UsageError
 
@@ -27,8 +34,10 @@ __all__ = [
     "append_jsonl",
     "atomic_path",
     "environment_fields",
+    "merge_records",
     "prepare_output",
     "read_jsonl",
+    "record_key",
     "remove_work",
     "start_work",
     "to_json",
@@ -58,9 +67,18 @@ def prepare_output(directory: str | Path) -> Path:
     return path
 
 
-def start_work(out: Path, stem: str) -> Path:
-    """The directory of a run's unfinished work, `OUT/work/STEM`, made if it is not."""
-    work = out / "work" / stem
+def start_work(out: Path, config: Any, *, leaving: Iterable[str] = ()) -> Path:
+    """The directory of a run's unfinished work, `OUT/work/HASH`, made if it is not.
+
+    Args:
+      out: As returned by `prepare_output`.
+      config: The dataclass of the program's flags.
+      leaving: Flags besides `--out` that change nothing that is kept there.
+    """
+    fields = dataclasses.asdict(config)
+    known = {k: fields[k] for k in sorted(fields) if k not in ("out", *leaving)}
+    text = to_json({"program": type(config).__name__, **known})
+    work = out / "work" / hashlib.sha256(text.encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
     return work
 
@@ -178,6 +196,57 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> None:
         temporary.write_text(lines, encoding="utf-8")
 
 
+def record_key(record: Record, fields: Sequence[str]) -> tuple[Hashable, ...]:
+    """What tells a record from the others of its file: these fields, in this order.
+
+    A field that is absent counts as null, and numbers are compared as numbers.
+    """
+    values = (_plain(record.get(field)) for field in fields)
+    return tuple(
+        json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
+        for value in values
+    )
+
+
+def merge_records(directory: Path, name: str, records: Iterable[Record]) -> Path:
+    """Puts records into a result file: in place of their like, else at the end.
+
+    A record without a `date` gets the current one, in UTC. Programs that write to one
+    directory at the same time wait for each other, so that none loses a row.
+
+    Args:
+      directory: As returned by `prepare_output`.
+      name: Of `RESULT_FILES`.
+      records: What was measured.
+
+    Returns:
+      The file, replaced in one step.
+
+    Raises:
+      DataError: If it is damaged.
+    """
+    path, fields = directory / f"{name}.jsonl", RESULT_FILES[name].key
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    with _locked(directory):
+        merged = {record_key(old, fields): old for old in read_jsonl(path)}
+        for record in records:
+            new = {**record, "date": record.get("date", today)}
+            merged[record_key(new, fields)] = new
+        write_jsonl(path, merged.values())
+    return path
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    # The directory itself is locked: a lock file would stay behind.
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class WrittenResults(NamedTuple):
     """Where `write_results` put its files."""
 
@@ -187,7 +256,7 @@ class WrittenResults(NamedTuple):
 
 def write_results(
     directory: Path,
-    stem: str,
+    name: str,
     records: Sequence[Record],
     columns: Sequence[Column],
     *,
@@ -197,12 +266,12 @@ def write_results(
     rows: Sequence[Record] | None = None,
     appendix: str = "",
 ) -> WrittenResults:
-    """Writes `STEM.jsonl`, all fields, and `STEM.md`, the table as a reader sees it.
+    """Merges into `NAME.jsonl` and writes `NAME.md`, the table as a reader sees it.
 
     Args:
       directory: As returned by `prepare_output`.
-      stem: File name without suffix.
-      records: One per line of the JSON file.
+      name: Of `RESULT_FILES`.
+      records: What this run measured; `merge_records` says what becomes of them.
       columns: The columns of the Markdown table.
       title: Heading of the Markdown file.
       command: What reproduces the table, shown below the heading.
@@ -213,14 +282,13 @@ def write_results(
     Returns:
       The paths of the two files, each replaced in one step.
     """
-    paths = WrittenResults(directory / f"{stem}.jsonl", directory / f"{stem}.md")
     parts = [f"# {title}", f"```\n{command}\n```"]
     if facts:
         parts.append("\n".join(f"- {fact}" for fact in facts))
     parts.append(markdown_table(records if rows is None else rows, columns))
     if appendix:
         parts.append(appendix)
-    write_jsonl(paths.jsonl, records)
-    with atomic_path(paths.markdown) as temporary:
+    jsonl, markdown = merge_records(directory, name, records), directory / f"{name}.md"
+    with atomic_path(markdown) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return paths
+    return WrittenResults(jsonl, markdown)

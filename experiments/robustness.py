@@ -7,8 +7,8 @@ For every pair of families and every seed a matrix and a pair of bases are drawn
 matrix is decomposed greedily. One compiled sweep for each family of bases. There is a
 record for each pair, with steps, residual, verdict, levels of both factors and
 convergence rates of all seeds, their mean and standard deviation. `worst-rank-one` is
-e_i (Q2 e_j)^T, made for the bases at hand. It writes STEM.jsonl, STEM.md and STEM.png
-to `--out`.
+e_i (Q2 e_j)^T, made for the bases at hand. It adds to
+robustness.jsonl in `--out`, and writes robustness.md and robustness.png.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -16,10 +16,10 @@ Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctr
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,6 @@ from experiments.flag_values import (
     ALL,
     chosen_names,
     command_line,
-    file_stem,
-    plain_differences,
 )
 from experiments.results import (
     atomic_path,
@@ -56,7 +54,7 @@ from experiments.tables import Column, Record, aligned_table, fixed, markdown_ta
 from kashin_jax.bases import FAMILIES
 from kashin_jax.theory import rank_one_counter_example
 
-__all__ = ["WORST", "RobustnessConfig", "main", "measure", "run"]
+__all__ = ["WORST", "RobustnessConfig", "main", "measure", "run", "table"]
 
 WORST = "worst-rank-one"
 """Depends on the bases, so it is no family of `MATRICES`."""
@@ -87,7 +85,7 @@ class RobustnessConfig:
     families: tuple[str, ...] = flag(
         ALL, f"Of matrices: all, or a list of: {', '.join(MATRIX_NAMES)}.", GIVEN
     )
-    out: str = flag("results", "Directory of the results.", GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -179,13 +177,28 @@ def _record(
     }
 
 
-_TABLES = (
-    ("log10_residual_mean", "Log10 of the relative residual", one_decimal),
-    ("steps_mean", "Greedy steps", fixed(0)),
-    ("converged_share", "Share of seeds that converged", fixed(2)),
-    ("level_mean", "Larger of the two levels, sqrt(N) |u|_inf / |x|_2", fixed(1)),
-    ("tail_rate_mean", "Factor of the residual per step, later half", fixed(3)),
-)
+class _Table(NamedTuple):
+    heading: str
+    show: Callable[[float], str]
+
+
+_TABLES = {
+    "log10_residual_mean": _Table("Log10 of the relative residual", one_decimal),
+    "steps_mean": _Table("Greedy steps", fixed(0)),
+    "converged_share": _Table("Share of seeds that converged", fixed(2)),
+    "level_mean": _Table("Larger of the two levels, sqrt(N) |u|_inf / |x|_2", fixed(1)),
+    "tail_rate_mean": _Table("Factor of the residual per step, later half", fixed(3)),
+}
+
+
+def table(
+    records: Sequence[Record], field: str
+) -> tuple[list[dict[str, Any]], list[Column]]:
+    """Rows and columns of one field: families of matrices against those of bases."""
+    show = _TABLES[field].show
+    bases = dict.fromkeys(record["basis"] for record in records)
+    columns = [Column("matrix", "matrix"), *(Column(b, b, show) for b in bases)]
+    return _pivoted(records, field), columns
 
 
 def _pivoted(records: Sequence[Record], field: str) -> list[dict[str, Any]]:
@@ -200,24 +213,22 @@ def _present(
     config: RobustnessConfig, records: Sequence[Record], seconds: float, out: Path
 ) -> None:
     facts = _facts(config, records, seconds)
-    (field, heading, show), *others = _TABLES
-    bases = dict.fromkeys(record["basis"] for record in records)
-    columns = [Column("matrix", "matrix"), *(Column(b, b, show) for b in bases)]
-    table = aligned_table(_pivoted(records, field), columns)
-    print("\n".join(facts) + f"\n\n{heading}, mean over seeds\n\n{table}")
-    appendix = []
-    for other, other_heading, other_show in others:
-        own = [Column("matrix", "matrix"), *(Column(b, b, other_show) for b in bases)]
-        rows = markdown_table(_pivoted(records, other), own)
-        appendix.append(f"## {other_heading}, mean over seeds\n\n{rows}")
-    stem = _stem(config)
+    field, *others = _TABLES
+    heading, (rows, columns) = _TABLES[field].heading, table(records, field)
+    shown = aligned_table(rows, columns)
+    print("\n".join(facts) + f"\n\n{heading}, mean over seeds\n\n{shown}")
+    appendix = [
+        f"## {_TABLES[other].heading}, mean over seeds\n\n"
+        + markdown_table(*table(records, other))
+        for other in others
+    ]
     written = write_results(
-        out, stem, records, columns, title="Robustness of the matrix form",
+        out, "robustness", records, columns, title="Robustness of the matrix form",
         facts=[*facts, f"First table: {heading[0].lower()}{heading[1:]}."],
-        rows=_pivoted(records, field), appendix="\n\n".join(appendix),
+        rows=rows, appendix="\n\n".join(appendix),
         command=command_line("robustness", config, always=()),
     )  # fmt: skip
-    picture = out / f"{stem}.png"
+    picture = out / "robustness.png"
     title = (
         f"{config.size} x {config.size} matrices, at most {config.steps} steps to "
         f"{config.rtol:g}, mean of {config.seeds} seeds"
@@ -241,12 +252,6 @@ def _facts(
         f"{seconds:.0f} s with compilation; {first['device']}, jax "
         f"{first['jax_version']}, kashin_jax {first['kashin_jax_version']}.",
     ]
-
-
-def _stem(config: RobustnessConfig) -> str:
-    names = {"size": "", "bases": "", "families": "", "seeds": "seeds"}
-    names |= {"steps": "steps", "rtol": "rtol"}
-    return file_stem(["robustness", *plain_differences(config, names)])
 
 
 def main(arguments: list[str]) -> int:

@@ -5,9 +5,9 @@
 
 Runs what `kashin quantize` runs, into a directory that is removed afterwards, and
 counts the bytes of every file that a reader needs: tensors, index and `config.json`.
-They must be within 2 % of the stored bits claimed, else it is an error. It writes
-STEM.jsonl and STEM.md to `--out`; the same command goes on where an interrupted one
-stopped.
+They must be within 2 % of the stored bits claimed, else it is an error. It adds
+to sizes.jsonl in `--out` and writes sizes.md; the same command goes on where an
+interrupted one stopped.
 
 Exit code 0: done; 1: a file or its content is unusable, or a size not as claimed; 2:
 wrong flag; 130: Ctrl-C.
@@ -25,9 +25,7 @@ from experiments.cli import COUNT, GIVEN, check_flags, flag, run_program
 from experiments.convergence.layers import EMBEDDED
 from experiments.flag_values import (
     command_line,
-    file_stem,
     parse_widths,
-    plain_differences,
     short_model_name,
 )
 from experiments.methods import JOINT, METHODS, Width, choose_methods
@@ -50,7 +48,7 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.quantized import QuantizerConfig
 from kashin_jax.storage import read_header
 
-__all__ = ["SizesConfig", "main", "measure", "run"]
+__all__ = ["COLUMNS", "SizesConfig", "main", "measure", "run"]
 
 _ALLOWED = 0.02
 _FILES = ("*.safetensors", "model.safetensors.index.json", "config.json")
@@ -81,7 +79,7 @@ class SizesConfig:
         (EFFORTS.__contains__, f"one of {', '.join(EFFORTS)}"),
     )
     seed: int = flag(0, "Seed of all that is random. No size depends on it.", COUNT)
-    out: str = flag("results", "Directory of the results.", GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -104,10 +102,9 @@ def run(config: SizesConfig) -> int:
     """
     out = prepare_output(config.out)
     sources = [_source(model) for model in config.model]
-    stem = _stem(config)
-    work = start_work(out, stem)
+    work = start_work(out, config)
     records = measure(config, sources, work)
-    _present(config, records, out, stem)
+    _present(config, records, out)
     remove_work(work)
     return 0
 
@@ -243,7 +240,7 @@ def _bytes_of(directory: Path) -> int:
     return sum(p.stat().st_size for pattern in _FILES for p in directory.glob(pattern))
 
 
-_COLUMNS = (
+COLUMNS = (
     Column("method", "method"),
     Column("model", "model"),
     Column("bits", "bits"),
@@ -256,9 +253,7 @@ _COLUMNS = (
 )
 
 
-def _present(
-    config: SizesConfig, records: Sequence[Record], out: Path, stem: str
-) -> None:
+def _present(config: SizesConfig, records: Sequence[Record], out: Path) -> None:
     first = records[0]
     facts = [
         "Bytes on disk: every file of tensors, the index and `config.json`; of the "
@@ -272,20 +267,12 @@ def _present(
         f"{first['device']}, jax {first['jax_version']}, kashin_jax "
         f"{first['kashin_jax_version']}.",
     ]
-    print("\n".join(facts) + "\n\n" + aligned_table(records, _COLUMNS))
+    print("\n".join(facts) + "\n\n" + aligned_table(records, COLUMNS))
     written = write_results(
-        out, stem, records, _COLUMNS, title="Sizes of quantized checkpoints",
+        out, "sizes", records, COLUMNS, title="Sizes of quantized checkpoints",
         facts=facts, command=command_line("sizes", config, always=()),
     )  # fmt: skip
     print(f"\nWritten: {written.jsonl}, {written.markdown}")
-
-
-def _stem(config: SizesConfig) -> str:
-    names = {"bits": "bits", "methods": "", "effort": "effort", "seed": "seed"}
-    parts = plain_differences(config, names)
-    if config.model != tuple(EMBEDDED):
-        parts = [*map(short_model_name, config.model), *parts]
-    return file_stem(["sizes", *parts])
 
 
 def main(arguments: list[str]) -> int:

@@ -9,8 +9,8 @@ at most gamma = sqrt(1 - c1^2) of the residual. For every basis and size there i
 the ratio on real and imaginary parts of the eigenvectors of Q, as in the paper; the
 smallest one that a descent from many starts finds, an upper bound of c1; the gamma that
 follows; and rates of the decomposition, measured. Cells are means over seeds with
-standard deviations. It writes STEM.jsonl, STEM.md, STEM.png and STEM.svg to `--out`.
-`python -m experiments.paper --only=table1` makes the same at the default flags.
+standard deviations. It adds to table1.jsonl in `--out`, and writes table1.md, .png and
+.svg. `python -m experiments.paper --only=table1` makes the same at the default flags.
 
 Exit code 0: done; 2: wrong flag; 130: Ctrl-C.
 """
@@ -24,9 +24,7 @@ from experiments.cli import COUNT, GIVEN, POSITIVE_COUNT, check_flags, flag, run
 from experiments.flag_values import (
     chosen_names,
     command_line,
-    file_stem,
     parse_numbers,
-    plain_differences,
 )
 from experiments.paper.artifact import write_artifact
 from experiments.paper.table1_ratios import SEEDS, SIZES, STARTS, STEPS, table1
@@ -55,7 +53,7 @@ class Table1Config:
         POSITIVE_COUNT,
     )  # fmt: skip
     steps: int = flag(STEPS, "Of each descent.", COUNT)
-    out: str = flag("results", "Directory of the results.", GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -86,14 +84,9 @@ def run(config: Table1Config) -> int:
         return 130
     print("\n".join(table.facts) + "\n\n" + aligned_table(table.records, table.columns))
     command = command_line("table1", config, always=())
-    written = write_artifact(table, out, _stem(config), command)
+    written = write_artifact(table, out, "table1", command, seed=0)
     print(f"\nWritten: {', '.join(map(str, written))}")
     return 0
-
-
-def _stem(config: Table1Config) -> str:
-    names = {"sizes": "", "bases": "", "seeds": "seeds", "starts": "starts"}
-    return file_stem(["table1", *plain_differences(config, names | {"steps": "steps"})])
 
 
 def main(arguments: list[str]) -> int:

@@ -1,5 +1,6 @@
 """Matrices to quantize without a model: random ones, or all of a safetensors file."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +26,17 @@ _OUTLIER_FACTOR = 30.0
 
 
 class WeightSource(NamedTuple):
-    """Matrices in Flax's order `[in, out]`, by name, and how to call them all."""
+    """Matrices in Flax's order `[in, out]`, by name, and how to call them all.
+
+    Attributes:
+      name: Of all of them.
+      matrices: By name.
+      sha256: Of the file; None where there is none.
+    """
 
     name: str
     matrices: Mapping[str, Float[np.ndarray, "_ _"]]
+    sha256: str | None = None
 
     @property
     def size(self) -> int:
@@ -101,7 +109,10 @@ def _read(path: Path) -> WeightSource:
     if not any(matrix.any() for matrix in matrices.values()):
         raise DataError(f"{path}: its matrices are all zero; choose another file.")
     # The file's own name alone is nearly always `model.safetensors`.
-    return WeightSource(f"{path.resolve().parent.name}/{path.name}", matrices)
+    name = f"{path.resolve().parent.name}/{path.name}"
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return WeightSource(name, matrices, digest)
 
 
 def _is_usable(value: np.ndarray) -> bool:

@@ -44,7 +44,7 @@ _ABSENT = dict.fromkeys((
     "stored_bits_per_weight", "model_bits_per_weight", "task", "metric", "value",
     "seed", "basis", "examples", "truncated", "flip_rate", "log_loss",
     "relative_error", "converged_share", "quantize_seconds", "published",
-    "data_source", "data_sha256", "weights_sha256",
+    "data_source", "data_sha256", "weights_sha256", "rtol", "max_steps",
 ))  # fmt: skip
 
 
@@ -219,6 +219,8 @@ def quantized_records(
         **_ABSENT,
         "basis": str(basis) if method.has_basis else None,
         "seed": seed if method.is_random else None,
+        "rtol": rtol if method.has_limits else None,
+        "max_steps": max_steps if method.has_limits else None,
         **bench.identity,
     }
     label = f"{name}, {bits} bits"

@@ -71,7 +71,7 @@ class DepthConfig:
     )
     rtol: float = flag(1e-6, "Relative residual that ends `--steps`.", _BELOW_ONE)
     max_steps: int = flag(200, "Steps allowed to `--rtols`.", POSITIVE_COUNT)
-    out: str = flag("results", "Directory of the results.", GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)

@@ -12,30 +12,20 @@ of `--glue_model` (mean over the tasks at hand). It marks where more depth stops
 helping: at the fewest steps, or the loosest tolerance, whose value is as good as the
 best at any depth, up to the spread over seeds or to 1 %.
 
-It prints two tables and writes STEM.jsonl, STEM.md and STEM.png to `--out`. The same
-command goes on where an interrupted one stopped.
+It prints two tables, adds its records to depth.jsonl in `--out`, and writes depth.md
+and depth.png. The same command goes on where an interrupted one stopped.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import jax
 
-from experiments.classification.tasks import Task
 from experiments.cli import run_program
 from experiments.depth.config import DepthConfig
 from experiments.depth.curves import marked
 from experiments.depth.loading import choose_glue_tasks, load_inputs, make_subjects
 from experiments.depth.report import present
 from experiments.depth.rows import measure
-from experiments.flag_values import (
-    file_stem,
-    flag_text,
-    plain_differences,
-    short_model_name,
-)
 from experiments.results import prepare_output, remove_work, start_work
 
 __all__ = ["DepthConfig", "main", "run"]
@@ -54,29 +44,12 @@ def run(config: DepthConfig) -> int:
     with jax.default_matmul_precision("highest"):
         tasks = choose_glue_tasks(config)
         inputs = load_inputs(config, tasks)
-        stem = _stem(config, tasks)
-        work = start_work(out, stem)
+        work = start_work(out, config)
         subjects = make_subjects(config, inputs, work)
         records = marked(measure(subjects, config.points, work))
-    present(config, records, out, stem)
+    present(config, records, out)
     remove_work(work)
     return 0
-
-
-def _stem(config: DepthConfig, tasks: Sequence[Task]) -> str:
-    parts = ["depth"]
-    if config.needs_language_model:
-        data = f"text_file-{Path(config.text_file).name}"
-        parts += [short_model_name(config.model)]
-        parts += [data if config.text_file else config.dataset, config.max_tokens]
-    if tasks:
-        parts += [short_model_name(config.glue_model), *(task.name for task in tasks)]
-    names = {
-        "metrics": "", "steps": "steps", "rtols": "rtols", "basis": "", "seed": "seed",
-        "rtol": "rtol", "max_steps": "max_steps", "max_length": "max_length",
-    }  # fmt: skip
-    bits = flag_text(config.bits) + "bit"
-    return file_stem([*parts, bits, *plain_differences(config, names)])
 
 
 def main(arguments: list[str]) -> int:

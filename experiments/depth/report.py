@@ -25,16 +25,13 @@ _ENOUGH = (
 _ALL = "All settings"
 
 
-def present(
-    config: DepthConfig, records: Sequence[Record], out: Path, stem: str
-) -> None:
-    """Prints the tables; writes STEM.jsonl, STEM.md and STEM.png.
+def present(config: DepthConfig, records: Sequence[Record], out: Path) -> None:
+    """Prints the tables; adds to depth.jsonl, writes depth.md and depth.png.
 
     Args:
       config: The flags.
       records: With their marks.
       out: An existing directory.
-      stem: File name without suffix.
     """
     summary, settings = summary_rows(records), setting_rows(records)
     columns = setting_columns(records)
@@ -43,11 +40,11 @@ def present(
     print(f"\n{_ALL} (* enough):\n{aligned_table(settings, columns)}")
     title = title_of(records)
     written = write_results(
-        out, stem, records, SUMMARY_COLUMNS, rows=summary, title=title, facts=facts,
+        out, "depth", records, SUMMARY_COLUMNS, rows=summary, title=title, facts=facts,
         command=command_line("depth", config, always=("bits",)),
         appendix=f"## {_ALL}\n`*` marks enough.\n\n{markdown_table(settings, columns)}",
     )  # fmt: skip
-    picture = out / f"{stem}.png"
+    picture = out / "depth.png"
     figure = draw(records, title)
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, bbox_inches="tight", pad_inches=0.08)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from experiments.results import (
     atomic_path,
     environment_fields,
-    write_jsonl,
+    merge_records,
     write_results,
 )
 from experiments.tables import Column, Record
@@ -34,33 +34,35 @@ class Artifact(NamedTuple):
 
 
 def write_artifact(
-    artifact: Artifact, out: Path, stem: str, command: str
+    artifact: Artifact, out: Path, name: str, command: str, **setting: Any
 ) -> list[Path]:
-    """Writes STEM.png, STEM.svg, STEM.jsonl and STEM.md, as far as there are such.
+    """Writes NAME.png, NAME.svg and NAME.md, as far as there are such, and the numbers.
 
-    Each file is replaced in one step, the numbers after the pictures.
+    Each file is replaced in one step; last the records are merged into NAME.jsonl.
 
     Args:
       artifact: What was made.
       out: An existing directory.
-      stem: File name without suffix.
+      name: Of `RESULT_FILES`.
       command: What makes it again, shown in the Markdown file.
+      **setting: Fields of every record: what the numbers depend on.
     """
     written = []
     if artifact.figure is not None:
-        pictures = [out / f"{stem}.png", out / f"{stem}.svg"]
+        pictures = [out / f"{name}.png", out / f"{name}.svg"]
         for path in pictures:
             _save(artifact.figure, path)
         written += pictures
-    records = [{**record, **environment_fields()} for record in artifact.records]
+    records = [
+        {**record, **setting, **environment_fields()} for record in artifact.records
+    ]
     if artifact.columns:
         written += write_results(
-            out, stem, records, artifact.columns, title=artifact.title,
+            out, name, records, artifact.columns, title=artifact.title,
             facts=artifact.facts, command=command,
         )  # fmt: skip
     else:
-        write_jsonl(out / f"{stem}.jsonl", records)
-        written.append(out / f"{stem}.jsonl")
+        written.append(merge_records(out, name, records))
     return written
 
 

@@ -11,7 +11,6 @@ from experiments.depth.curves import METRICS, Curve, curves, reference
 from experiments.depth.drawing import draw
 from experiments.depth.points import STEPS
 from experiments.depth.report import title_of
-from experiments.flag_values import file_stem
 from experiments.paper.artifact import Artifact
 from experiments.paper.setting import Setting
 from experiments.results import read_jsonl
@@ -20,35 +19,44 @@ from kashin_jax.errors import DataError
 
 __all__ = ["make"]
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "depth.jsonl"
 
 
 def make(setting: Setting) -> Artifact:
-    """The figure of the largest committed study of the model.
+    """The figure of the committed studies of the model.
 
     Raises:
-      DataError: If there is none, or it is damaged.
+      DataError: If there is none, or the file is damaged.
     """
-    path = _committed(setting)
-    records = read_jsonl(path)
+    records = _committed(setting)
     title = title_of(records)
-    drawn = [_drawn(records, curve, path) for curve in curves(records)]
-    facts = [f"Numbers of {path.name}.", *filter(None, map(_sentence, drawn))]
+    drawn = [_drawn(records, curve) for curve in curves(records)]
+    facts = [f"Numbers of {RESULTS.name}.", *filter(None, map(_sentence, drawn))]
     return Artifact(title, drawn, draw(records, title), facts=facts)
 
 
-def _committed(setting: Setting) -> Path:
-    pattern = f"depth-{file_stem([setting.model_name])}-*.jsonl"
-    found = sorted(RESULTS.glob(pattern), key=lambda path: (path.stat().st_size, path))
-    if not found:
+def _committed(setting: Setting) -> list[Record]:
+    """The largest study of the model, and the largest of classifiers."""
+    records = read_jsonl(RESULTS)
+    own = [r for r in records if r["model"] == setting.model_name]
+    if not own:
         raise DataError(
-            f"`{RESULTS / pattern}` is missing; run: python -m experiments.depth "
-            f"--model={setting.model} --out={RESULTS}"
+            f"`{RESULTS}` has no record of {setting.model_name}; run: "
+            "python -m experiments.depth "
+            f"--model={setting.model} --out={RESULTS.parent}"
         )
-    return found[-1]
+    return [*_largest(own), *_largest([r for r in records if r["metric"] == "glue"])]
 
 
-def _drawn(records: Sequence[Record], curve: Curve, path: Path) -> dict[str, Any]:
+def _largest(records: Sequence[Record]) -> list[Record]:
+    studies: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        study = tuple(str(record[name]) for name in ("data", "data_sha256", "protocol"))
+        studies.setdefault(study, []).append(record)
+    return max(studies.values(), key=len, default=[])
+
+
+def _drawn(records: Sequence[Record], curve: Curve) -> dict[str, Any]:
     """A curve as a record; what measured it stands in the file that it is from."""
     enough, best = curve.enough, curve.best
     return {
@@ -63,7 +71,7 @@ def _drawn(records: Sequence[Record], curve: Curve, path: Path) -> dict[str, Any
         "best_at": None if best is None else best.x,
         "best": None if best is None else best.mean,
         "full_precision": reference(records, curve.metric),
-        "source": path.name,
+        "source": RESULTS.name,
     }
 
 

@@ -4,8 +4,9 @@
     python -m experiments.paper --only=fig3,fig5
     python -m experiments.paper --only=fig3,fig8 --model=facebook/opt-125m
 
-Each name writes NAME.png, NAME.svg and NAME.jsonl to `--out` as soon as it is done; a
-table writes NAME.md too. Another model or seed stands in the names. On
+Each name writes NAME.png and NAME.svg to `--out` as soon as it is done, and adds its
+numbers to NAME.jsonl; a table writes NAME.md too. `depth` is called depth_curves there,
+its numbers are those of `experiments.depth`. On
 the embedded checkpoint the layers of Figures 3, 6, 7 and 8 are the paper's, where it
 has them, and the one that converges worst.
 
@@ -15,16 +16,12 @@ Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctr
 import dataclasses
 import sys
 import time
+from typing import Any
 
 import jax
 
 from experiments.cli import GIVEN, check_flags, flag, run_program
-from experiments.flag_values import (
-    command_line,
-    file_stem,
-    plain_differences,
-    short_model_name,
-)
+from experiments.flag_values import command_line
 from experiments.paper.artifact import write_artifact
 from experiments.paper.registry import PARTS
 from experiments.paper.setting import Setting
@@ -52,7 +49,7 @@ class PaperConfig:
         0, "Of vectors, bases and codebooks.",
         (lambda x: 0 <= x < 2**31, "in [0, 2147483647]"),
     )  # fmt: skip
-    out: str = flag("results/paper", "Directory of the results.", GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -90,8 +87,9 @@ def run(config: PaperConfig) -> int:
                 artifact = PARTS[name].make(setting)
                 own = dataclasses.replace(config, only=(name,))
                 paths = write_artifact(
-                    artifact, out, _stem(config, name),
+                    artifact, out, PARTS[name].file or name,
                     command_line("paper", own, always=("only",)),
+                    **_setting(config, setting, name),
                 )  # fmt: skip
                 seconds = time.perf_counter() - start
                 print(f"{name}: {artifact.title}; {seconds:.1f} s")
@@ -108,11 +106,9 @@ def run(config: PaperConfig) -> int:
     return 0
 
 
-def _stem(config: PaperConfig, name: str) -> str:
-    parts = [name]
-    if PARTS[name].needs_model and config.model != DEFAULT_MODEL:
-        parts.append(short_model_name(config.model))
-    return file_stem([*parts, *plain_differences(config, {"seed": "seed"})])
+def _setting(config: PaperConfig, setting: Setting, name: str) -> dict[str, Any]:
+    own = {"model": setting.model_name} if PARTS[name].needs_model else {}
+    return {**own, "seed": config.seed}
 
 
 def main(arguments: list[str]) -> int:

@@ -28,11 +28,13 @@ class Part(NamedTuple):
       make: Measures and draws it.
       about: A few words for `--help`.
       needs_model: Whether it depends on `--model`.
+      file: Of `RESULT_FILES`, where the name is that of another one.
     """
 
     make: Callable[[Setting], Artifact]
     about: str
     needs_model: bool = False
+    file: str = ""
 
 
 PARTS: Mapping[str, Part] = MappingProxyType(
@@ -46,6 +48,6 @@ PARTS: Mapping[str, Part] = MappingProxyType(
         "fig7": Part(fig78_clusterings.make_good, "good clusterings", True),
         "fig8": Part(fig78_clusterings.make_bad, "bad clusterings", True),
         "table1": Part(table1_ratios.make, "l1 ratio of every basis"),
-        "depth": Part(depth.make, "quality against depth, committed results", True),
+        "depth": Part(depth.make, "quality against depth", True, "depth_curves"),
     }
 )

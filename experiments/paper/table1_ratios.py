@@ -20,7 +20,7 @@ from experiments.table1_rows import STEPS_OF_RATE, measure_row
 from experiments.tables import Column, Record, fixed
 from kashin_jax.bases import FAMILIES
 
-__all__ = ["SEEDS", "SIZES", "STARTS", "STEPS", "draw", "make", "table1"]
+__all__ = ["COLUMNS", "SEEDS", "SIZES", "STARTS", "STEPS", "draw", "make", "table1"]
 
 SIZES = (64, 256, 512)
 SEEDS = 3
@@ -61,7 +61,7 @@ def table1(
     ]
     title = "The l1 ratio of every basis"
     facts = _facts(seeds, starts)
-    return Artifact(title, records, draw(records), _COLUMNS, facts)
+    return Artifact(title, records, draw(records), COLUMNS, facts)
 
 
 def _facts(seeds: int, starts: int) -> list[str]:
@@ -88,7 +88,7 @@ def _with_spread(values: Sequence[float]) -> str:
     return f"{show(float(np.mean(values)))} ± {show(float(np.std(values)))}"
 
 
-_COLUMNS = (
+COLUMNS = (
     Column("family", "basis"),
     Column("n", "N"),
     Column("eigenvector_minimum", "eigenvectors, min", _with_spread),
