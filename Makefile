@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 FLAGS ?= --bits=4
+ARTIFACT ?= all
 ORACLE ?= .oracle
 
-.PHONY: run test setup check oracle bench clean
+.PHONY: run test setup check oracle bench results clean
 
 run: setup            ## set up, then quantize the embedded OPT and print its table
 	$(BIN)/python -m experiments.opt_ppl $(FLAGS)
@@ -33,6 +34,11 @@ oracle: setup         ## compare with Hugging Face's Flax models, installed apar
 
 bench: setup          ## time and memory of the decomposition, the coders and matmul
 	$(BIN)/python -m benchmarks.core
+
+# Hours; one file by ARTIFACT=table2_opt. Data that cannot be shipped: DATA=FOLDER.
+results: setup        ## make the committed results again, and what is rendered of them
+	$(BIN)/python -m experiments.make_results --only=$(ARTIFACT) --data_dir=$(DATA)
+	$(BIN)/python -m experiments.render
 
 clean:
 	rm -rf $(VENV) $(ORACLE)

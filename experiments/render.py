@@ -101,7 +101,7 @@ def with_tables(place: str, content: str, files: Files) -> str:
         if name == INDEX:
             return f"{start}{_index()}\n{end}"
         records = _records(files, "table", name, place)
-        return f"{start}{VIEWS[name].table(records)}\n{end}"
+        return f"{start}{VIEWS[name].markdown(records)}\n{end}"
 
     return _TABLE.sub(table, content)
 

@@ -2,7 +2,7 @@
 
 `results/NAME.jsonl` is committed, and `make results` makes it again by the commands
 below; programs write files of the same names to `runs/`. `$DATA` in a command is a
-folder with data that cannot be shipped: GLUE's tasks, `wikitext2`, `lambada`.
+folder with data that cannot be shipped: its folders `glue`, `wikitext2`, `lambada`.
 """
 
 from collections.abc import Mapping
@@ -67,9 +67,9 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         (*_MODEL, "task", "metric", "data_sha256", "max_length", *_ROW),
         (
             "experiments.glue --bits=2,3,4 --seeds=3",
-            "experiments.glue --bits=2,3,4,6 --seeds=3 --data_dir=$DATA "
+            "experiments.glue --bits=2,3,4,6 --seeds=3 --data_dir=$DATA/glue "
             "--tasks=cola,sst2,rte,stsb,mrpc",
-            "experiments.glue --bits=2,3 --seeds=3 --data_dir=$DATA "
+            "experiments.glue --bits=2,3 --seeds=3 --data_dir=$DATA/glue "
             "--tasks=cola,sst2,rte,stsb,mrpc --methods=kashin-joint",
         ),
     ),
@@ -94,7 +94,7 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
             *_MODEL, "task", "data_sha256", "max_length", "method", "bits", "basis",
             "seed", "epochs", "batch_size", "learning_rate",
         ),
-        ("experiments.refine_glue --task=mrpc --data_dir=$DATA",),
+        ("experiments.refine_glue --task=mrpc --data_dir=$DATA/glue",),
     ),
     "depth": ResultFile(
         "error, perplexity and GLUE against greedy steps and tolerance",
@@ -104,7 +104,9 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         ),
         (
             "experiments.depth",
-            "experiments.depth --dataset=wikitext2 --data_dir=$DATA --tasks=sst2,stsb",
+            "experiments.depth --metrics=error,perplexity --dataset=wikitext2 "
+            "--data_dir=$DATA",
+            "experiments.depth --metrics=glue --tasks=sst2,stsb --data_dir=$DATA/glue",
         ),
     ),
     "robustness": ResultFile(
@@ -169,7 +171,8 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
             "--eval_file=experiments/assets/wiki_vital/valid.txt --eval_every=200 "
             "--layers=2 --hidden_size=128 --heads=2 --ffn_dim=512 --max_positions=64 "
             "--context=64 --steps=3600 --warmup_steps=120 --batch_size=16 "
-            "--dtype=float32 --log_every=40 --checkpoint_every=600",
+            "--dtype=float32 --log_every=40 --checkpoint_every=600 "
+            "--out=runs/train_opt --results=results",
         ),
     ),
     "bench_core": ResultFile(

@@ -2,7 +2,7 @@ r"""Trains a language model of OPT's architecture from plain text.
 
 The defaults are the recipe of the embedded checkpoint opt-wiki-18m, which
 `experiments/runs/train_opt_wiki.sh` repeats on a GPU. A smaller model on a
-CPU, some twelve minutes on two idle cores (`results/train_opt/` has its curve):
+CPU, some twelve minutes on two idle cores (`results/train_opt.jsonl` has its curve):
 
     python -m experiments.train_opt --text_file=TEXT --out=DIRECTORY \
         --layers=2 --hidden_size=128 --heads=2 --ffn_dim=512 --max_positions=64 \

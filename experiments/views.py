@@ -49,6 +49,10 @@ class View(NamedTuple):
     where: Where
     table: Callable[[Sequence[Record]], str]
 
+    def markdown(self, records: Sequence[Record]) -> str:
+        """The table of its records; the notes of rows are said once, in the docs."""
+        return self.table([{**record, "note": None} for record in records])
+
 
 def select(records: Sequence[Record], where: Where) -> list[Record]:
     """The records whose fields have the values of `where`; of a list, any value."""
@@ -160,6 +164,7 @@ _FIRST = _WIKITEXT | {"max_tokens": 8192}
 _GLUE: Where = {"model": "minilm-glue"}
 FIVE_TASKS = ("cola", "sst2", "rte", "stsb", "mrpc")
 SENTIMENT = ("amazon", "nyt")
+_STUDY: Where = {"data": ["wikitext2", "sst2, stsb"]}
 _SEED = Column("seed", "seed")
 _BASIS = Column("basis", "basis")
 
@@ -214,8 +219,8 @@ VIEWS: Mapping[str, View] = MappingProxyType({
     "rate-student-t3": _rates("student_t3"),
     "rate-outlier-columns": _rates("outlier_columns"),
     "rate-opt-wiki": _rates("opt-wiki-18m/model.safetensors"),
-    "depth": View("depth", {}, _depth),
-    "depth-settings": View("depth", {}, _settings),
+    "depth": View("depth", _STUDY, _depth),
+    "depth-settings": View("depth", _STUDY, _settings),
     "robustness": View("robustness", {}, partial(_robustness, "log10_residual_mean")),
     "robustness-steps": View("robustness", {}, partial(_robustness, "steps_mean")),
     "robustness-levels": View("robustness", {}, partial(_robustness, "level_mean")),

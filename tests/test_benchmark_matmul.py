@@ -23,7 +23,7 @@ def small(monkeypatch):
 
 
 def records(path):
-    lines = (path / "matmul.jsonl").read_text().splitlines()
+    lines = (path / "bench_matmul.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -52,9 +52,9 @@ def test_rows_have_times_bytes_and_parts_beside_dense_ones(small, tmp_path, caps
 
 def test_what_is_recorded_is_not_measured_again(small, tmp_path):
     benchmark.main([*FLAGS, f"--out={tmp_path}"])
-    before = (tmp_path / "matmul.jsonl").read_bytes()
+    before = (tmp_path / "bench_matmul.jsonl").read_bytes()
     benchmark.main([*FLAGS, f"--out={tmp_path}"])
-    assert (tmp_path / "matmul.jsonl").read_bytes() == before
+    assert (tmp_path / "bench_matmul.jsonl").read_bytes() == before
     benchmark.main([*FLAGS[:1], "--bits=3", *FLAGS[2:], f"--out={tmp_path}"])
     after = records(tmp_path)
     assert [r["bits"] for r in after if "times_dense" in r] == [4] * 4 + [3] * 4

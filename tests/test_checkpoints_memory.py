@@ -46,7 +46,7 @@ def test_the_benchmark_adds_a_record(tmp_path, capsys):
         f"--out={tmp_path / 'out'}",
     ]
     assert main(flags) == 0
-    (record,) = read_jsonl(tmp_path / "out" / "streaming.jsonl")
+    (record,) = read_jsonl(tmp_path / "out" / "bench_streaming.jsonl")
     assert (record["layout"], record["method"]) == ("bare", "rtn")
     assert record["quantized_weights"] == 4 * 128**2
     assert "peak_bytes_above_bare" in capsys.readouterr().out

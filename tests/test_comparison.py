@@ -9,9 +9,8 @@ from experiments.comparison import (
     comparison_rows,
     comparison_tables,
     interpolated,
-    with_comparison,
 )
-from experiments.seed_means import seed_means
+from experiments.seed_means import mean_columns, mean_rows, seed_means, short_table
 
 
 def record(method, bits, stored, perplexity, seed=None, basis=None):
@@ -91,11 +90,34 @@ def test_mixed_widths_stand_beside_uniform_ones():
 def test_without_joint_coding_there_is_no_comparison():
     records = [FULL, record("rtn-g128", 2, 2.5, 70.0)]
     assert comparison_tables(records) == ("", "")
-    assert [r["joint_perplexity"] for r in with_comparison(records)] == [None, None]
 
 
-def test_each_seed_of_a_rival_has_the_same_field():
+def test_the_seeds_of_a_rival_meet_one_value():
     rivals = [record("k-means", 2, 2.5, 70.0 + seed, seed) for seed in (0, 1)]
-    found = [r["joint_perplexity"] for r in with_comparison([FULL, *CURVE, *rivals])]
-    assert found[:4] == [None] * 4
-    assert found[4] == found[5] == pytest.approx(math.sqrt(50 * 30))
+    (row,) = comparison_rows([FULL, *CURVE, *rivals])
+    assert row["joint_perplexity"] == pytest.approx(math.sqrt(50 * 30))
+
+
+def test_rows_of_means_count_their_seeds_and_leave_dashes_out():
+    dash = record("nf4-g64", 3, None, None)
+    full, two, one = mean_rows([FULL, *CURVE, dash])
+    assert (full["seeds"], full["perplexity"]) == (None, "20.00")
+    assert (two["seeds"], two["perplexity"]) == (2, "50.00 ± 14.14")
+    assert (one["seeds"], one["stored_bits_per_weight"]) == (1, 3.0)
+    assert "basis" not in [column.key for column in mean_columns([full, two, one])]
+
+
+def test_the_short_table_has_a_pair_of_columns_for_each_width():
+    rows, columns = short_table(
+        [FULL, *CURVE], ("kashin-joint", "nf4-g64", "full precision"), (3, 2)
+    )
+    assert [column.key for column in columns] == [
+        "method", "stored_3", "perplexity_3", "stored_2", "perplexity_2",
+    ]  # fmt: skip
+    assert rows == [
+        {"method": "kashin-joint", "stored_3": 3.0, "perplexity_3": "30.00",
+         "stored_2": 2.0, "perplexity_2": "50.00 ± 14.14"},
+        {"method": "nf4-g64"},
+        {"method": "full precision", "stored_3": 16.0, "perplexity_3": "20.00",
+         "stored_2": 16.0, "perplexity_2": "20.00"},
+    ]  # fmt: skip

@@ -167,7 +167,7 @@ def test_the_embedded_checkpoint_scores_what_its_provenance_says(tmp_path, capsy
     """Figures of ASSETS.md, measured by the program that trained it."""
     assert main(["--methods=full precision", f"--out={tmp_path}"]) == 0
     (file,) = tmp_path.glob("*.jsonl")
-    assert file.stem == "glue-minilm-glue-sst2-stsb-4bit-full-precision"
+    assert file.stem == "table3_glue"
     records = read_jsonl(file)
     values = {(r["task"], r["metric"]): r["value"] for r in records}
     assert values == pytest.approx({

@@ -148,7 +148,7 @@ def test_a_planted_word_of_two_signs_is_found_to_the_last_bit():
     np.testing.assert_allclose(decode_words(words, basis), x, atol=1e-5)
 
 
-# From 1,048,576 weights, `results/benchmarks/joint.jsonl`, and two percent for chance.
+# From 1,048,576 weights, `results/bench_joint.jsonl`, and two percent for chance.
 @pytest.mark.parametrize(
     ("bits", "worst"),
     [

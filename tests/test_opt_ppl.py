@@ -31,7 +31,7 @@ SCHEMA = {
     "relative_error", "converged_share", "quantize_seconds", "seed", "basis", "model",
     "dataset", "protocol", "context", "stride", "bos", "tokens", "text_sha256",
     "kashin_jax_version", "jax_version", "device", "increase", "note",
-    "widths", "joint_perplexity",
+    "widths", "rtol", "max_steps", "max_tokens", "weights_sha256", "date",
 }  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def test_a_table_has_a_row_per_method_and_per_seed_of_random_methods(finished):
 def test_every_record_has_every_field(finished):
     for record in finished.records:
         assert set(record) == SCHEMA
+        assert record["max_tokens"] == 8192
         assert record["note"]
         assert math.isfinite(record["perplexity"])
 
@@ -64,6 +65,9 @@ def test_fields_that_mean_nothing_for_a_method_are_null(finished):
         method = METHODS.get(record["method"])
         is_kashin = record["method"] in ("kashin", "kashin-authors")
         assert (record["converged_share"] is not None) == is_kashin
+        assert (record["rtol"], record["max_steps"]) == (
+            (1e-6, 200) if is_kashin else (None, None)
+        )
         assert (record["basis"] is not None) == (
             method is not None and method.has_basis
         )
@@ -124,10 +128,18 @@ def test_seeds_change_random_methods(finished):
         assert len(set(rows)) == len(rows) == (2 if method.is_random else 1)
 
 
-def test_runs_that_differ_in_seed_or_tolerance_keep_their_own_files(tiny, tmp_path):
-    for flag in ("--seed=0", "--seed=1", "--rtol=1e-2", "--max_steps=3"):
-        assert main([*command(tiny, tmp_path), "--methods=uniform", flag]) == 0
-    assert len(list(tmp_path.glob("*.jsonl"))) == 4
+def test_runs_that_differ_in_seed_or_tolerance_keep_their_own_records(tiny, tmp_path):
+    for flag in ("--seed=0", "--seed=1", "--rtol=1e-2", "--max_steps=3", "--seed=0"):
+        assert main([*command(tiny, tmp_path), "--methods=kashin", flag]) == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    choices = ("method", "seed", "rtol", "max_steps")
+    assert [tuple(r[name] for name in choices) for r in read_jsonl(path)] == [
+        ("full precision", None, None, None),
+        ("kashin", 0, 1e-6, 200),
+        ("kashin", 1, 1e-6, 200),
+        ("kashin", 0, 1e-2, 200),
+        ("kashin", 0, 1e-6, 3),
+    ]
 
 
 def test_a_method_that_does_not_exist_at_a_width_is_a_dash_and_a_reason(
@@ -194,7 +206,7 @@ def test_the_real_command_makes_a_table_of_the_embedded_checkpoint(tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stderr.splitlines()[0].startswith("full precision, 16 bits: ")
     (file,) = tmp_path.glob("*.jsonl")
-    assert file.stem == "opt_ppl-opt-wiki-18m-wikitext2-512-1024-4bit-kashin-rtn-g128"
+    assert file.stem == "table2_opt"
     records = read_jsonl(file)
     assert [r["method"] for r in records] == ["full precision", "kashin", "rtn-g128"]
     assert {(r["dataset"], r["context"], r["tokens"]) for r in records} == {

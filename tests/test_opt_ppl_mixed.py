@@ -116,8 +116,7 @@ def test_a_budget_is_a_dash_for_methods_that_mix_no_widths(made):
 def test_the_same_budget_gives_the_same_row(made, tiny, tmp_path):
     (_, again) = table(tiny, tmp_path, f"--bits={BUDGET}", "--methods=kashin-joint")
     first = row(made.records, "kashin-joint-mixed")
-    (again,) = numbers([again | {"joint_perplexity": first["joint_perplexity"]}])
-    assert [again] == numbers([first])
+    assert numbers([again]) == numbers([first])
 
 
 def test_a_budget_below_the_narrowest_width_is_a_dash_and_says_so(tiny, tmp_path):
@@ -127,7 +126,6 @@ def test_a_budget_below_the_narrowest_width_is_a_dash_and_says_so(tiny, tmp_path
 
 
 def test_the_page_compares_rivals_at_equal_stored_bits(made):
-    found = row(made.records, "rtn-channel", bits=3)
     curve = [
         (r["stored_bits_per_weight"], r["perplexity"])
         for r in made.records
@@ -136,7 +134,6 @@ def test_the_page_compares_rivals_at_equal_stored_bits(made):
     stored = 3 + 19 / 64  # fp16 step and 3-bit zero point per channel of 64
     bits, values = np.transpose(sorted(curve))
     expected = np.exp(np.interp(stored, bits, np.log(values)))
-    assert found["joint_perplexity"] == pytest.approx(expected, rel=1e-9)
     heading = "Joint coding at the stored bits of each rival"
     assert f"{heading}:\n" in made.printed
     (page,) = made.out.glob("*.md")

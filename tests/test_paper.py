@@ -41,14 +41,16 @@ def test_chosen_figures_are_written_with_their_numbers(tmp_path, capsys):
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_another_model_and_seed_stand_in_the_names(tmp_path, monkeypatch):
+def test_another_model_and_seed_stand_in_the_records(tmp_path, monkeypatch):
     monkeypatch.setattr(fig78_clusterings, "GOOD", ("dct",))
     arguments = ["--only=fig7,fig5", f"--model={MODEL}", "--seed=4"]
     assert main([*arguments, f"--out={tmp_path}"]) == 0
-    assert {path.stem for path in tmp_path.iterdir()} == {
-        "fig7-prenorm-seed4", "fig5-seed4",
-    }  # fmt: skip
-    records = read_jsonl(tmp_path / "fig7-prenorm-seed4.jsonl")
+    assert main(["--only=fig5", f"--out={tmp_path}"]) == 0
+    assert {path.stem for path in tmp_path.iterdir()} == {"fig7", "fig5"}
+    seeds = [r["seed"] for r in read_jsonl(tmp_path / "fig5.jsonl")]
+    assert seeds == sorted([0, 4] * (len(seeds) // 2), reverse=True)
+    records = read_jsonl(tmp_path / "fig7.jsonl")
+    assert {(r["model"], r["seed"]) for r in records} == {("prenorm", 4)}
     assert [len(r["centroids"]) for r in records] == [16]
     for record in records:
         assert record["layer"] == "decoder/layers/0/self_attn/q_proj"
@@ -71,10 +73,10 @@ def interrupted(setting):
 def test_an_interruption_keeps_what_is_written_and_names_the_rest(
     tmp_path, monkeypatch, capsys
 ):
-    replaced(monkeypatch, a=numbers, b=interrupted, c=numbers)
+    replaced(monkeypatch, fig1=numbers, fig2=interrupted, fig5=numbers)
     assert main([f"--out={tmp_path}"]) == INTERRUPTED
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-    assert "--only=b,c" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["fig1.jsonl"]
+    assert "--only=fig2,fig5" in capsys.readouterr().err
 
 
 def test_a_table_is_one_more_line_and_writes_markdown(tmp_path, monkeypatch):

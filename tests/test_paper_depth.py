@@ -11,12 +11,13 @@ FILE = 1
 NAME = "opt-wiki-18m"
 
 
-def records(values):
+def records(values, model=NAME, data="text"):
     """A study of weight errors at one width, one record per number of steps."""
     return [
         {
             "metric": "error", "axis": "steps", "bits": 4, "max_steps": steps,
-            "rtol": 1e-6, "seed": 0, "value": value, "model": NAME, "enough": False,
+            "rtol": 1e-6, "seed": 0, "value": value, "model": model, "enough": False,
+            "data": data, "data_sha256": "ab", "protocol": "windows",
         }
         for steps, value in values.items()
     ]  # fmt: skip
@@ -24,26 +25,24 @@ def records(values):
 
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
-    """The directory of results, with two studies of the model and one of another."""
-    results = tmp_path / "results"
-    results.mkdir()
-    monkeypatch.setattr(depth, "RESULTS", results)
-    small = records({1: 0.4, 8: 0.02})
-    write_jsonl(results / f"depth-{NAME}-small.jsonl", small)
+    """The file of results, with two studies of the model and one of another."""
+    path = tmp_path / "depth.jsonl"
+    monkeypatch.setattr(depth, "RESULTS", path)
+    small = records({1: 0.4, 8: 0.02}, data="another")
     large = records({1: 0.4, 2: 0.2, 4: 0.0504, 8: 0.05, 16: 0.06})
-    write_jsonl(results / f"depth-{NAME}-large.jsonl", large)
-    write_jsonl(results / "depth-other-large.jsonl", [*large, *large])
-    return results
+    other = records({k: 0.1 for k in range(1, 9)}, model="other")
+    write_jsonl(path, [*small, *large, *other])
+    return path
 
 
 def test_the_largest_study_of_the_model_is_drawn(committed, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["--only=depth", f"--out={out}"]) == 0
     assert {path.name for path in out.iterdir()} == {
-        "depth.png", "depth.svg", "depth.jsonl",
+        "depth_curves.png", "depth_curves.svg", "depth_curves.jsonl",
     }  # fmt: skip
-    (curve,) = read_jsonl(out / "depth.jsonl")
-    assert curve["source"] == f"depth-{NAME}-large.jsonl"
+    (curve,) = read_jsonl(out / "depth_curves.jsonl")
+    assert (curve["source"], curve["model"]) == ("depth.jsonl", NAME)
     assert (curve["x"], curve["mean"][0]) == ([1, 2, 4, 8, 16], 0.4)
     assert (curve["enough"], curve["best_at"], curve["best"]) == (4, 8, 0.05)
     assert "error, 4 bits: 4 steps are enough (0.05040; best 0.05000 at 8)." in (
@@ -54,18 +53,16 @@ def test_the_largest_study_of_the_model_is_drawn(committed, tmp_path, capsys):
 def test_missing_results_are_an_error_that_names_the_command(
     committed, tmp_path, capsys
 ):
-    for path in committed.glob(f"depth-{NAME}-*"):
-        path.unlink()
+    write_jsonl(committed, records({1: 0.4}, model="other"))
     out = tmp_path / "out"
     assert main(["--only=depth", f"--out={out}"]) == FILE
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"depth-{NAME}-*.jsonl" in line
+    assert f"depth.jsonl` has no record of {NAME};" in line
     assert "run: python -m experiments.depth --model=" in line
     assert list(out.iterdir()) == []
 
 
 def test_the_figure_has_rows_of_metrics_and_columns_of_limits(committed):
-    path = committed / f"depth-{NAME}-large.jsonl"
     tolerances = [
         {**record, "metric": "perplexity", "axis": "rtol", "rtol": rtol}
         for record in records({200: 30.0})
@@ -74,7 +71,7 @@ def test_the_figure_has_rows_of_metrics_and_columns_of_limits(committed):
     full = {
         **tolerances[0], "axis": None, "bits": None, "max_steps": None, "rtol": None,
     }  # fmt: skip
-    write_jsonl(path, [full, *read_jsonl(path), *tolerances])
+    write_jsonl(committed, [full, *read_jsonl(committed), *tolerances])
     artifact = depth.make(Setting(model=DEFAULT_MODEL, seed=0))
     panels = artifact.figure.axes
     assert len(panels) == 4

@@ -1,14 +1,20 @@
 """What the README promises is run and compared, not believed."""
 
-import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from experiments import render
+from experiments.methods import FULL_PRECISION, METHODS
+from experiments.quotes import numbers_without_source, read_quotes
+from experiments.result_files import RESULT_FILES
+from experiments.results import read_jsonl, record_key
+from experiments.views import VIEWS, select
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TABLE = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
 
 
 @pytest.mark.heavy
@@ -27,27 +33,51 @@ def test_the_library_examples_run_as_they_stand(capsys):
     assert "layers/2" in capsys.readouterr().out
 
 
-def test_every_table_is_the_one_in_the_result_file():
-    tables = TABLE.findall(README)
-    assert tables
-    for file, pasted in tables:
-        result = (ROOT / file).read_text(encoding="utf-8")
-        rows = [line for line in pasted.splitlines() if line.startswith("|")]
-        assert len(rows) > 2
-        assert "\n".join(rows) in result
+def test_tables_pictures_and_quotes_are_what_the_result_files_say(capsys):
+    """Guards README and docs against figures that no record holds any more."""
+    code = render.run(render.RenderConfig(check=True))
+    assert code == 0, capsys.readouterr().out
 
 
-def test_the_main_table_scores_the_whole_text_with_every_method():
-    [(file, _), *_] = TABLE.findall(README)
-    lines = (ROOT / file).with_suffix(".jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert {record["method"] for record in records} >= {
-        "full precision", "kashin", "kashin-authors", "kashin-joint", "uniform",
-        "k-means", "rtn-channel", "rtn-g128", "nf4-g64", "hqq-g64", "rotate-rtn-g64",
-        "k-means-channel", "rotate-k-means",
-    }  # fmt: skip
+def test_the_readme_shows_tables():
+    assert re.findall(r"<!-- table: (\S+) -->", README)
+
+
+def test_every_decimal_number_of_the_prose_has_a_source():
+    """Guards against a figure written into README by hand."""
+    files = render.read_files(ROOT / "results")
+    quotes, constants = read_quotes(ROOT / render.QUOTED)
+    left = numbers_without_source("README.md", README, quotes, constants, files)
+    assert left == []
+
+
+def test_the_whole_wikitext_was_scored_with_every_method():
+    view = VIEWS["opt-wikitext2-whole"]
+    files = render.read_files(ROOT / "results")
+    records = select(files[view.file], view.where)
+    assert {record["method"] for record in records} == {FULL_PRECISION, *METHODS}
     assert {record["text_sha256"][:12] for record in records} == {"173c87a53759"}
     assert all(record["tokens"] > 320_000 for record in records)
+
+
+def test_results_hold_one_file_for_each_artifact_and_short_names():
+    """Guards against a return of file names that encode flags."""
+    names = {path.name for path in (ROOT / "results").glob("*.jsonl")}
+    assert names == {f"{name}.jsonl" for name in RESULT_FILES}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert max(map(len, tracked.stdout.splitlines()), default=0) <= 60
+
+
+@pytest.mark.parametrize("name", RESULT_FILES)
+def test_no_two_committed_records_have_one_configuration(name):
+    records = read_jsonl(ROOT / "results" / f"{name}.jsonl")
+    fields = RESULT_FILES[name].key
+    assert records and len({record_key(r, fields) for r in records}) == len(records)
+    environment = {"kashin_jax_version", "jax_version", "device", "date"}
+    assert all(environment <= record.keys() for record in records)
+    assert all(any(field in record for record in records) for field in fields)
 
 
 @pytest.mark.parametrize("target", ["run", "test"])

@@ -1,9 +1,12 @@
 """Records, tables, partial scores and figures on disk."""
 
+import dataclasses
+import datetime
 import errno
 import json
 import math
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,8 +20,12 @@ from experiments.plots import plot_perplexity
 from experiments.results import (
     append_jsonl,
     environment_fields,
+    merge_records,
     prepare_output,
     read_jsonl,
+    record_key,
+    remove_work,
+    start_work,
     to_json,
     write_jsonl,
     write_results,
@@ -188,16 +195,96 @@ def test_numbers_are_shown_for_readers(show, value, text):
 
 def test_results_are_written_as_records_and_as_a_page(tmp_path):
     written = write_results(
-        tmp_path, "opt", RECORDS, PERPLEXITY_COLUMNS,
+        tmp_path, "table2_opt", RECORDS, PERPLEXITY_COLUMNS,
         title="OPT", command="python -m x --bits=4", facts=["first", "second"],
     )  # fmt: skip
-    assert read_jsonl(written.jsonl) == RECORDS
+    assert undated(read_jsonl(written.jsonl)) == RECORDS
     page = written.markdown.read_text()
     assert page.startswith(
         "# OPT\n\n```\npython -m x --bits=4\n```\n\n- first\n- second"
     )
     assert page.endswith("\n\n" + markdown_table(RECORDS, PERPLEXITY_COLUMNS) + "\n")
     assert sorted(tmp_path.iterdir()) == [written.jsonl, written.markdown]
+
+
+def undated(records):
+    """The records without their dates, which have to be there and in ISO's form."""
+    return [{k: r[k] for k in r if k != "date"} for r in records if DATE(r["date"])]
+
+
+DATE = datetime.date.fromisoformat
+
+
+def test_a_record_replaces_its_like_and_leaves_the_others(tmp_path):
+    """Guards against rows lost, or doubled, when a command runs again."""
+    merge_records(tmp_path, "table2_opt", RECORDS)
+    better = {**KASHIN, "perplexity": 27.0}
+    other = {**KASHIN, "seed": 1}
+    path = merge_records(tmp_path, "table2_opt", [other, better])
+    assert path == tmp_path / "table2_opt.jsonl"
+    assert undated(read_jsonl(path)) == [FULL, better, *RECORDS[2:], other]
+
+
+def test_every_choice_that_is_in_the_key_makes_a_record_of_its_own(tmp_path):
+    """Guards against a run that overwrites the numbers of other settings."""
+    changed = [{"max_tokens": "all"}, {"rtol": 1e-3}, {"basis": "haar"}, {"seed": 0},
+               {"dataset": "lambada"}, {"weights_sha256": "ab"}]  # fmt: skip
+    records = [KASHIN, *(KASHIN | own for own in changed)]
+    merge_records(tmp_path, "table2_opt", records)
+    merge_records(tmp_path, "table2_opt", reversed(records))
+    found = undated(read_jsonl(tmp_path / "table2_opt.jsonl"))
+    assert found == records
+
+
+def test_a_date_that_is_known_stays(tmp_path):
+    dated = {**FULL, "date": "2024-04-15"}
+    path = merge_records(tmp_path, "table2_opt", [dated])
+    assert read_jsonl(path) == [dated]
+
+
+def test_keys_compare_numbers_and_objects_by_value():
+    fields = ("bits", "config", "absent")
+    keys = {
+        record_key({"bits": 4, "config": {"a": 1, "b": [2]}}, fields),
+        record_key({"bits": 4.0, "config": {"b": [2], "a": 1}}, fields),
+        record_key({"bits": np.int64(4), "config": {"b": (2,), "a": 1}}, fields),
+    }
+    assert len(keys) == 1
+    assert record_key({"bits": 4, "config": {"a": 2}}, fields) not in keys
+
+
+def _merge_one_by_one(directory, seed, count):
+    for number in range(count):
+        merge_records(directory, "table2_opt", [{"seed": seed, "bits": number}])
+
+
+def test_two_programs_that_write_to_one_file_lose_no_record(tmp_path):
+    """Guards against a program that puts back what it read before another wrote."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: _merge_one_by_one(tmp_path, seed, 10), range(4)))
+    records = read_jsonl(tmp_path / "table2_opt.jsonl")
+    assert len({(r["seed"], r["bits"]) for r in records}) == len(records) == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["table2_opt.jsonl"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags:
+    bits: tuple[str, ...] = ("4",)
+    batch_size: int = 4
+    out: str = "runs"
+
+
+def test_unfinished_work_is_found_again_by_what_it_depends_on(tmp_path):
+    """Guards against two runs in one directory, and one run in two."""
+    work = start_work(tmp_path, _Flags(), leaving=("batch_size",))
+    again = _Flags(out="elsewhere", batch_size=1)
+    assert start_work(tmp_path, again, leaving=("batch_size",)) == work
+    other = start_work(tmp_path, _Flags(bits=("3",)), leaving=("batch_size",))
+    assert other != work and work.parent == other.parent == tmp_path / "work"
+    assert len(work.name) <= 12
+    remove_work(other)
+    remove_work(work)
+    assert list(tmp_path.iterdir()) == []
 
 
 FINGERPRINT = {"text_sha256": "ab", "context": 4, "scale": np.float32(0.1)}

@@ -12,8 +12,8 @@ sizes=("$@")
 for size in "${sizes[@]}"; do
   # The paper's protocol: LAMBADA, stride 512, window 2048; QR bases; 4, 5 and 6 bits.
   python -m experiments.opt_ppl --model="facebook/opt-$size" --dataset=lambada \
-    --basis=haar,hadamard --bits=4,5,6 --max_tokens=all --out=results/published
+    --basis=haar,hadamard --bits=4,5,6 --max_tokens=all --out=runs/published
   # The protocol of the quantization literature, for published numbers of the controls.
   python -m experiments.opt_ppl --model="facebook/opt-$size" --dataset=wikitext2-gptq \
-    --bits=3,4 --max_tokens=all --out=results/published
+    --bits=3,4 --max_tokens=all --out=runs/published
 done

@@ -62,5 +62,5 @@ for model in "${models[@]}"; do
     --data_dir="$data_dir" \
     --bits=4 \
     --seeds=3 \
-    --out=results/table3
+    --out=runs/table3
 done

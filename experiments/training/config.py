@@ -96,6 +96,9 @@ class TrainConfig:
     out: str = flag(
         "", "Directory of the run; an unfinished run in it is resumed.", GIVEN
     )
+    results: str = flag(
+        "", "Directory whose train_opt.jsonl receives the log; empty: none does."
+    )
     log_every: int = flag(50, "Steps per line of log.jsonl.", POSITIVE_COUNT)
     checkpoint_every: int = flag(500, "Steps between checkpoints.", POSITIVE_COUNT)
     stop_after: int = flag(
@@ -148,6 +151,14 @@ class TrainConfig:
             dropout=self.dropout,
         )
 
+    def record_fields(self) -> dict[str, Any]:
+        """The choices that decide a log, files by their own name."""
+        values = dataclasses.asdict(self)
+        for name in ("tokenizer", "eval_file"):
+            values[name] = Path(values[name]).name
+        values["text_file"] = [Path(file).name for file in self.text_file]
+        return {name: values[name] for name in values if name not in _NO_RECORD}
+
     def identity(self) -> dict[str, Any]:
         """The choices that decide the final weights, the text and tokenizer apart."""
         values = dataclasses.asdict(self)
@@ -157,6 +168,10 @@ class TrainConfig:
 # Files are identified by their content.
 _NO_IDENTITY = frozenset({
     "text_file", "separator", "wikitext_spacing", "tokenizer", "cache_dir", "out",
-    "log_every", "checkpoint_every", "stop_after", "eval_file", "eval_every",
+    "results", "log_every", "checkpoint_every", "stop_after", "eval_file", "eval_every",
     "eval_tokens",
+})  # fmt: skip
+_NO_RECORD = frozenset({
+    "cache_dir", "out", "results", "grad_accumulation", "log_every",
+    "checkpoint_every", "stop_after",
 })  # fmt: skip

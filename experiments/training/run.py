@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flax import nnx
 
-from experiments.results import atomic_path
+from experiments.results import (
+    atomic_path,
+    environment_fields,
+    merge_records,
+    prepare_output,
+    read_jsonl,
+)
 from experiments.training.bpe import (
     load_tokenizer,
     save_tokenizer,
@@ -107,7 +113,20 @@ def run(config: TrainConfig) -> RunResult:
     save_tokenizer(tokenizer, out / "hf")
     _write_asset(out / "hf", config)
     plot_log(stored.log.path, out / "loss.png", [_LOSSES], xscale="log")
+    if config.results:
+        _keep_log(config, stored.log.path)
     return RunResult(steps, out / "hf")
+
+
+def _keep_log(config: TrainConfig, log: Path) -> None:
+    fields = {"config": config.record_fields(), **environment_fields()}
+    records = [
+        {"kind": "validation" if "validation_loss" in line else "training"}
+        | line
+        | fields
+        for line in read_jsonl(log)
+    ]
+    merge_records(prepare_output(config.results), "train_opt", records)
 
 
 def _prepare_text(config: TrainConfig, out: Path) -> tuple["Tokenizer", Corpus]:
