@@ -19,6 +19,7 @@ from experiments.convergence.heat_map import draw_heat_map
 from experiments.convergence.trade_off import draw_trade_off
 from experiments.depth.drawing import draw as draw_depth
 from experiments.depth.report import title_of
+from experiments.methods import GLUE_METHODS, JOINT, METHODS
 from experiments.paper import (
     fig1_choice,
     fig2_vectors,
@@ -31,7 +32,7 @@ from experiments.plots import plot_perplexity
 from experiments.rate_distortion_plot import plot_rate_distortion
 from experiments.results import atomic_path, to_json
 from experiments.tables import Record
-from experiments.views import FIVE_TASKS, SENTIMENT, VIEWS, Where
+from experiments.views import FIVE_TASKS, SENTIMENT, VIEWS, Where, ordered
 from kashin_jax.errors import DataError
 
 __all__ = ["PICTURES", "Picture", "draw_picture", "is_current"]
@@ -64,7 +65,8 @@ def _save(
 def _perplexity(
     title: str, records: Sequence[Record], path: Path, *, logarithmic: bool = False
 ) -> None:
-    plot_perplexity(records, path, title=title, logarithmic=logarithmic)
+    own = ordered(records, (JOINT, *METHODS))
+    plot_perplexity(own, path, title=title, logarithmic=logarithmic)
 
 
 def _rates(title: str, records: Sequence[Record], path: Path) -> None:
@@ -74,7 +76,8 @@ def _rates(title: str, records: Sequence[Record], path: Path) -> None:
 def _glue(
     names: Sequence[str], title: str, records: Sequence[Record], path: Path
 ) -> None:
-    plot_glue(records, [TASKS[name] for name in names], path, title=title)
+    own = ordered(records, (JOINT, *GLUE_METHODS))
+    plot_glue(own, [TASKS[name] for name in names], path, title=title)
 
 
 def _refined(records: Sequence[Record], path: Path) -> None:

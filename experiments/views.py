@@ -31,7 +31,7 @@ from experiments.paper.table1_ratios import COLUMNS as TABLE1_COLUMNS
 from experiments.seed_means import mean_columns, mean_rows, short_table
 from experiments.tables import PERPLEXITY_COLUMNS, Column, Record, fixed, markdown_table
 
-__all__ = ["FIVE_TASKS", "SENTIMENT", "VIEWS", "View", "Where", "select"]
+__all__ = ["FIVE_TASKS", "SENTIMENT", "VIEWS", "View", "Where", "ordered", "select"]
 
 Where = dict[str, Any]
 
@@ -68,10 +68,15 @@ def select(records: Sequence[Record], where: Where) -> list[Record]:
     ]
 
 
-def _ordered(
+def ordered(
     records: Sequence[Record], methods: Sequence[str] = tuple(METHODS)
 ) -> list[Record]:
-    """Rows as the programs print them: full precision, then by width and method."""
+    """Rows as the programs print them: full precision, then by width and method.
+
+    Args:
+      records: With method, bits, and perhaps basis and seed.
+      methods: The first ones, in their order.
+    """
     order = [FULL_PRECISION, *dict.fromkeys((*methods, *METHODS))]
 
     def place(record: Record) -> tuple[Any, ...]:
@@ -90,16 +95,16 @@ def _plain(columns: Sequence[Column], records: Sequence[Record]) -> str:
 
 def _rows(extra: Sequence[Column], records: Sequence[Record]) -> str:
     columns = (PERPLEXITY_COLUMNS[0], *extra, *PERPLEXITY_COLUMNS[1:])
-    return markdown_table(_ordered(records), columns)
+    return markdown_table(ordered(records), columns)
 
 
 def _means(records: Sequence[Record]) -> str:
-    rows = mean_rows(_ordered(records, (JOINT, *METHODS)))
+    rows = mean_rows(ordered(records, (JOINT, *METHODS)))
     return markdown_table(rows, mean_columns(rows))
 
 
 def _compared(records: Sequence[Record]) -> str:
-    return comparison_tables(_ordered(records))[1]
+    return comparison_tables(ordered(records))[1]
 
 
 def _short(records: Sequence[Record]) -> str:
@@ -110,7 +115,7 @@ def _short(records: Sequence[Record]) -> str:
 
 def _glue(names: Sequence[str], records: Sequence[Record]) -> str:
     tasks = [TASKS[name] for name in names]
-    own = _ordered(records, (JOINT, *GLUE_METHODS))
+    own = ordered(records, (JOINT, *GLUE_METHODS))
     return markdown_table(table_rows(tasks, own), glue_columns(tasks, own))
 
 
