@@ -49,7 +49,8 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
             *_MODEL, "dataset", "text_sha256", "context", "stride", "max_tokens", *_ROW
         ),
         (
-            f"experiments.opt_ppl --bits=2,2.5,3,3.5,4 {_THREE}",
+            f"experiments.opt_ppl --bits=2,2.5,3,3.5,4 {_THREE} "
+            f"--methods=kashin,uniform,k-means,rtn-channel,{_RIVALS}",
             f"{_WIKITEXT} --bits=4 --max_tokens=all",
             f"{_WIKITEXT} --bits=4",
             f"{_WIKITEXT} --bits=2,2.5,3,3.5,4 {_THREE} --methods={_RIVALS}",
@@ -66,7 +67,7 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         "GLUE metrics of quantized classifiers",
         (*_MODEL, "task", "metric", "data_sha256", "max_length", *_ROW),
         (
-            "experiments.glue --bits=2,3,4 --seeds=3",
+            "experiments.glue --bits=2,3,4 --seeds=3 --methods=all,kashin-joint",
             "experiments.glue --bits=2,3,4,6 --seeds=3 --data_dir=$DATA/glue "
             "--tasks=cola,sst2,rte,stsb,mrpc",
             "experiments.glue --bits=2,3 --seeds=3 --data_dir=$DATA/glue "
