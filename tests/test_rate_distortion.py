@@ -1,5 +1,6 @@
 """The table of weight error against stored bits, beside the Shannon curve."""
 
+import hashlib
 import json
 import math
 
@@ -16,7 +17,8 @@ SIZE = 2**16
 FIELDS = {
     "method", "bits", "stored_bits_per_weight", "mse", "relative_error", "shannon",
     "gap_db", "seconds", "weights_per_second", "effort", "source", "weights", "seed",
-    "kashin_jax_version", "jax_version", "device", "note", "matrices",
+    "kashin_jax_version", "jax_version", "device", "note", "matrices", "source_sha256",
+    "date",
 }  # fmt: skip
 MEASURED = (
     "stored_bits_per_weight", "mse", "relative_error", "shannon", "gap_db", "seconds",
@@ -49,6 +51,7 @@ def test_every_record_has_every_field(gaussian):
         assert set(record) == FIELDS
         assert (record["bits"], record["source"]) == (3, "gaussian")
         assert (record["weights"], record["seed"]) == (SIZE, 0)
+        assert record["source_sha256"] is None
         assert record["effort"] == ("fast" if name == "kashin-joint" else None)
 
 
@@ -170,6 +173,8 @@ def test_each_effort_is_a_row_and_matrices_are_compared_one_by_one(tmp_path):
         map(json.loads, files[".jsonl"].splitlines()),
         key=lambda record: ["fast", "default", None].index(record["effort"]),
     )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert {r["source_sha256"] for r in (fast, default, rtn)} == {digest}
     assert default["relative_error"] < fast["relative_error"]
     assert set(rtn["matrices"]) == set(tensors)
     assert rtn["matrices"]["grid"] < 1e-6 < default["matrices"]["grid"]

@@ -17,7 +17,8 @@ from kashin_jax.theory import eigenvector_ratios
 FIELDS = {
     "family", "n", "seeds", "starts", "steps", "eigenvector_minimum",
     "eigenvector_mean", "constant_bound", "gamma", "gaussian_rate", "worst_rate",
-    "slowest_step", "seconds", "kashin_jax_version", "jax_version", "device",
+    "slowest_step", "seconds", "kashin_jax_version", "jax_version", "device", "seed",
+    "date",
 }  # fmt: skip
 
 

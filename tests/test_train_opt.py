@@ -68,6 +68,22 @@ def test_the_loss_falls_and_the_log_says_how(finished):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_log_of_a_finished_run_becomes_records_with_the_recipe(finished, tmp_path):
+    config, out = finished
+    keep = dataclasses.replace(config, results=str(tmp_path / "results"))
+    run(keep)
+    run(keep)
+    records = read_jsonl(tmp_path / "results" / "train_opt.jsonl")
+    log = read_jsonl(out / "log.jsonl")
+    assert [r["step"] for r in records] == [line["step"] for line in log]
+    for record, line in zip(records, log, strict=True):
+        assert record.items() >= line.items()
+        assert record["kind"] in ("training", "validation")
+        assert record["config"]["steps"] == config.steps
+        assert record["config"]["text_file"] == [Path(config.text_file[0]).name]
+        assert "/" not in record["config"]["eval_file"]
+
+
 def test_the_export_loads_and_has_the_validated_perplexity(finished):
     config, out = finished
     loaded = load_opt(str(out / "hf"))
