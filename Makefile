@@ -6,7 +6,7 @@ FLAGS ?= --bits=4
 ARTIFACT ?= all
 ORACLE ?= .oracle
 
-.PHONY: run test setup check oracle bench results clean
+.PHONY: run test setup check oracle bench results docs clean
 
 run: setup            ## set up, then quantize the embedded OPT and print its table
 	$(BIN)/python -m experiments.opt_ppl $(FLAGS)
@@ -40,5 +40,12 @@ results: setup        ## make the committed results again, and what is rendered 
 	$(BIN)/python -m experiments.make_results --only=$(ARTIFACT) --data_dir=$(DATA)
 	$(BIN)/python -m experiments.render
 
+docs: $(VENV)/.docs    ## build the site into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ORACLE)
+	rm -rf $(VENV) $(ORACLE) site
