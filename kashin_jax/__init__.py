@@ -8,6 +8,7 @@ Nothing is imported before it is asked for: `kashin --help` need not wait for JA
 """
 
 import importlib
+import importlib.metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from kashin_jax.quantized import matmul as matmul
     from kashin_jax.quantized import quantize as quantize
     from kashin_jax.quantized import stored_bits as stored_bits
+
+    __version__: str
 
 __all__ = [
     "BasisSpec",
@@ -91,11 +94,13 @@ def __getattr__(name: str) -> Any:
                 return getattr(part, name)
     if name in _PARTS:
         return _part(name)
+    if name == "__version__":
+        return importlib.metadata.version("kashin_jax")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})
 
 
 def _part(name: str) -> ModuleType:

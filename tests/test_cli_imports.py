@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -39,3 +40,11 @@ def test_help_and_wrong_use_do_not_import_jax(arguments, code):
 
 def test_the_methods_of_the_command_are_those_of_the_library():
     assert METHODS == METHOD_NAMES
+
+
+def test_the_version_is_known_without_importing_jax():
+    code = "import kashin_jax, sys; print(kashin_jax.__version__, 'jax' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == [metadata.version("kashin_jax"), "False"]

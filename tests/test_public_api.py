@@ -59,4 +59,6 @@ def test_the_names_of_the_readme_example_are_there():
 def test_the_library_is_typed_and_its_version_is_that_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert metadata.version("kashin_jax") == project["version"]
+    assert kashin_jax.__version__ == project["version"]
+    assert "__version__" in dir(kashin_jax)
     assert (ROOT / "kashin_jax" / "py.typed").exists()
