@@ -6,7 +6,7 @@ FLAGS ?= --bits=4
 ARTIFACT ?= all
 ORACLE ?= .oracle
 
-.PHONY: run test setup check oracle bench results docs clean
+.PHONY: run test setup check oracle bench results docs notebooks clean
 
 run: setup            ## set up, then quantize the embedded OPT and print its table
 	$(BIN)/python -m experiments.opt_ppl $(FLAGS)
@@ -46,6 +46,9 @@ docs: $(VENV)/.docs    ## build the site into site/; a warning is an error
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
+
+notebooks: setup      ## run the notebooks and keep their outputs
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) $(ORACLE) site
