@@ -1,0 +1,76 @@
+"""What the pages of the site promise; `make docs` builds them, strictly."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED = re.compile(
+    r"\b(?:experiments|results|notebooks|tests|kashin_jax|benchmarks|docs)/[\w./-]+\w"
+)
+MODULE = re.compile(r"python -m ((?:experiments|benchmarks)[\w.]*\w)")
+
+
+def examples(path):
+    return EXAMPLE.findall(path.read_text(encoding="utf-8"))
+
+
+def dead_links(path):
+    """Links to files that are not there; anchors and other servers are not followed."""
+    targets = LINK.findall(path.read_text(encoding="utf-8"))
+    files = [t.split("#")[0] for t in targets if not re.match(r"\w+:|#", t)]
+    return [file for file in files if not (path.parent / file).exists()]
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    named = re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)
+    assert sorted(named) == [page.name for page in PAGES]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    assert dead_links(path) == []
+
+
+def test_the_search_for_dead_links_finds_them(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("[a](page.md#b) [b](no.md) [c](https://a.org) [d](#e) ![f](g.png)")
+    assert dead_links(page) == ["no.md", "g.png"]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_and_program_that_is_named_exists(path):
+    text = path.read_text(encoding="utf-8")
+    missing = [name for name in NAMED.findall(text) if not (ROOT / name).exists()]
+    programs = set(MODULE.findall(text))
+    missing += [name for name in programs if importlib.util.find_spec(name) is None]
+    assert missing == []
+
+
+def test_the_first_example_is_that_of_the_readme():
+    assert examples(ROOT / "docs/index.md")[0] == examples(ROOT / "README.md")[0]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["index.md", "method.md"])
+def test_the_examples_of_a_page_run_as_they_stand(name, capsys):
+    names: dict = {}
+    for code in examples(ROOT / "docs" / name):
+        exec(compile(code, name, "exec"), names)
+    error = float(names["report"].relative_squared_error)
+    if name == "method.md":
+        assert names["parts"].converged
+        # The paper's method at 4 bits, as the page says.
+        assert error == pytest.approx(0.017, abs=0.001)
+        return
+    assert error == pytest.approx(0.0054, abs=0.0001)
+    assert names["logits"].shape == (8, 10)
+    assert set(names["mixed_reports"]) == {f"layers/{i}" for i in range(5)}
+    assert "layers/2" in capsys.readouterr().out
