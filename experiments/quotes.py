@@ -95,7 +95,8 @@ def _shown(quote: Quote, name: str, files: Mapping[str, Sequence[Record]]) -> st
     place = f"`docs/quoted.toml`, {quote.text!r}, {name}"
     found = select(files.get(number["file"], []), number["where"])
     values = [_field(record, number["field"]) for record in found]
-    values = [value for value in values if value is not None]
+    # A list is the values of several seeds.
+    values = [v for value in values for v in _several(value) if v is not None]
     if not values:
         raise DataError(
             f"{place}: no record of {number['file']} fits {found or number}"
@@ -111,6 +112,10 @@ def _shown(quote: Quote, name: str, files: Mapping[str, Sequence[Record]]) -> st
     if number["show"].startswith("bare "):
         text = re.sub(r"^(-?)0\.", r"\1.", text)
     return text
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _field(record: Record, path: str) -> Any:

@@ -54,6 +54,12 @@ def test_every_path_and_program_that_is_named_exists(path):
     assert missing == []
 
 
+def test_the_search_for_paths_sees_those_of_the_readme():
+    text = DOCUMENTS[0].read_text(encoding="utf-8")
+    assert "docs/results.md" in NAMED.findall(text)
+    assert "experiments.opt_ppl" in MODULE.findall(text)
+
+
 def test_the_first_example_is_that_of_the_readme():
     assert examples(ROOT / "docs/index.md")[0] == examples(ROOT / "README.md")[0]
 
