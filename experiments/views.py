@@ -120,7 +120,8 @@ def _glue(names: Sequence[str], records: Sequence[Record]) -> str:
 
 
 def _rate(records: Sequence[Record]) -> str:
-    return markdown_table(records, rate_distortion.COLUMNS)
+    by_width = sorted(records, key=lambda record: record["bits"])
+    return markdown_table(by_width, rate_distortion.COLUMNS)
 
 
 def _refined(task: str, records: Sequence[Record]) -> str:
