@@ -17,6 +17,7 @@ __all__ = [
     "hub_table",
     "lambada",
     "read_utf8",
+    "wiki_vital",
     "wikitext2_gptq",
     "wikitext2_raw",
 ]
@@ -103,6 +104,11 @@ def hub_table(
 def _hub_rows(missing: Path, repository: str, config: str) -> list[str]:
     table = hub_table(repository, config, "test", ["text"], missing=str(missing))
     return table.columns[0]
+
+
+def wiki_vital(data_dir: Path) -> str:
+    """Lead sections of Wikipedia's vital articles, the test file as it is."""
+    return read_utf8(data_dir / "wiki_vital" / "test.txt")
 
 
 def wikitext2_raw(data_dir: Path) -> str:

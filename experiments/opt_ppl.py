@@ -6,7 +6,7 @@
         --basis=haar --bits=4,5,6 --max_tokens=all
 
 Without flags it takes the embedded checkpoint opt-wiki-18m and the first 8,192 tokens
-of WikiText-2 (raw test), one basis and one seed. All linear matrices of the blocks are
+of wiki_vital, one basis and one seed. All linear matrices of the blocks are
 quantized; embeddings, norms, biases and the output head are not. It prints one row per
 method, adds the rows to table2_opt.jsonl in `--out`, and writes table2_opt.md and
 table2_opt.png. The same command goes on where an interrupted one stopped.
@@ -80,7 +80,7 @@ class OptPplConfig:
         ("4",), "Code widths, 1 to 8, as a list; 2.7, say, is a total budget.", _GIVEN
     )
     model: str = flag(str(EMBEDDED), "OPT checkpoint: directory or hub id.", _GIVEN)
-    dataset: str = flag("wikitext2", f"One of {', '.join(DATASETS)}.", _DATASET)
+    dataset: str = flag("wiki_vital", f"One of {', '.join(DATASETS)}.", _DATASET)
     text_file: str = flag("", "Score this UTF-8 text instead of a data set.")
     context: int = flag(
         0, "Window in tokens; 0: the length the model was trained at.",

@@ -2,6 +2,7 @@
 
 | name | text | windows |
 |---|---|---|
+| `wiki_vital` | test file as it is | `context` tokens, not overlapping, all kept |
 | `wikitext2` | raw test file as it is | `context` tokens, not overlapping, all kept |
 | `wikitext2-gptq` | test rows joined by blank lines | the last partial one dropped |
 | `lambada` | test texts joined by one space | stride 512 or `context` if less |
@@ -113,6 +114,7 @@ class _Dataset(NamedTuple):
 
 
 DATASETS = {
+    "wiki_vital": _Dataset(corpora.wiki_vital, "wiki_vital test file"),
     "wikitext2": _Dataset(corpora.wikitext2_raw, "WikiText-2 raw test file"),
     "wikitext2-gptq": _Dataset(
         corpora.wikitext2_gptq,
