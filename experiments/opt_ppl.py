@@ -6,10 +6,11 @@
         --basis=haar --bits=4,5,6 --max_tokens=all
 
 Without flags it takes the embedded checkpoint opt-wiki-18m and the first 8,192 tokens
-of wiki_vital, one basis and one seed. All linear matrices of the blocks are
-quantized; embeddings, norms, biases and the output head are not. It prints one row per
-method, adds the rows to table2_opt.jsonl in `--out`, and writes table2_opt.md and
-table2_opt.png. The same command goes on where an interrupted one stopped.
+of the embedded text wiki_vital, one basis and one seed; the other data sets come from
+`--data_dir` or the hub. All linear matrices of the blocks are quantized; embeddings,
+norms, biases and the output head are not. It prints one row per method, adds the rows
+to table2_opt.jsonl in `--out`, and writes table2_opt.md and table2_opt.png. The same
+command goes on where an interrupted one stopped.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -81,6 +82,12 @@ class OptPplConfig:
     )
     model: str = flag(str(EMBEDDED), "OPT checkpoint: directory or hub id.", _GIVEN)
     dataset: str = flag("wiki_vital", f"One of {', '.join(DATASETS)}.", _DATASET)
+    data_dir: str = flag(
+        "",
+        "Folder with wikitext2/wiki.test.raw, lambada/lambada_test.jsonl, "
+        "ptb/ptb.test.txt or c4/c4-validation.00000-of-00008.json.gz; what it lacks is "
+        "asked of the hub.",
+    )
     text_file: str = flag("", "Score this UTF-8 text instead of a data set.")
     context: int = flag(
         0, "Window in tokens; 0: the length the model was trained at.",
@@ -171,6 +178,7 @@ def _load_text(config: OptPplConfig, loaded: LoadedModel) -> EvaluationText:
         context=config.context or default_context(config.dataset, own),
         text_file=config.text_file or None,
         max_tokens=parse_max_tokens(config.max_tokens),
+        data_dir=Path(config.data_dir) if config.data_dir else None,
     )
 
 

@@ -3,34 +3,43 @@
 | name | text | windows |
 |---|---|---|
 | `wiki_vital` | test file as it is | `context` tokens, not overlapping, all kept |
-| `wikitext2` | raw test file as it is | `context` tokens, not overlapping, all kept |
+| `wikitext2` | raw test file as it is | as `wiki_vital` |
 | `wikitext2-gptq` | test rows joined by blank lines | the last partial one dropped |
 | `lambada` | test texts joined by one space | stride 512 or `context` if less |
-| `text_file` | any UTF-8 file | as `wikitext2` |
+| `ptb` | test sentences joined by one space | the last partial one dropped |
+| `c4` | first 1,100 validation texts joined by one space | the first 256 |
+| `text_file` | any UTF-8 file | as `wiki_vital` |
 
 All are tokenized once, with the tokenizer's BOS in front of the text (`</s>` for OPT,
-whose own tokenizer puts it there too). `wikitext2-gptq` with a context of 2048 is what
-published OPT numbers use. `lambada` with a context of 2048 is the protocol of the 2024
-paper, where windows are weighted by their new tokens.
+whose own tokenizer puts it there too). `wiki_vital` is embedded; `data_dir` or the hub
+has the others. `wikitext2-gptq`, `ptb` and `c4` with a context of 2048 are GPTQ's
+protocols (`get_wikitext2`, `get_ptb_new`, `get_c4_new`), which published OPT numbers
+use. `lambada` with a context of 2048 is the protocol of the 2024 paper, where windows
+are weighted by their new tokens.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from experiments import corpora
+from experiments.corpora import (
+    ASSETS,
+    DATASETS,
+    LAMBADA_STRIDE,
+    PUBLISHED_CONTEXT,
+    Dataset,
+    read_utf8,
+)
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.evaluation import (
     Weighting,
     Windows,
     count_new,
-    count_scored,
     make_windows,
 )
 from kashin_jax.models.tokenizer import Tokenizer
@@ -44,10 +53,6 @@ __all__ = [
     "parse_max_tokens",
     "trained_context",
 ]
-
-ASSETS = Path(__file__).parent / "assets"
-PAPER_CONTEXT = 2048
-LAMBADA_STRIDE = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,31 +110,6 @@ class EvaluationText:
         }
 
 
-class _Dataset(NamedTuple):
-    read: Callable[[Path], str]
-    described: str
-    max_stride: int | None = None
-    drop_last: bool = False
-    weigh: Weighting = count_scored
-
-
-DATASETS = {
-    "wiki_vital": _Dataset(corpora.wiki_vital, "wiki_vital test file"),
-    "wikitext2": _Dataset(corpora.wikitext2_raw, "WikiText-2 raw test file"),
-    "wikitext2-gptq": _Dataset(
-        corpora.wikitext2_gptq,
-        "WikiText-2 raw test rows joined by blank lines",
-        drop_last=True,
-    ),
-    "lambada": _Dataset(
-        corpora.lambada,
-        "LAMBADA test texts joined by one space",
-        max_stride=LAMBADA_STRIDE,
-        weigh=count_new,
-    ),
-}
-
-
 def trained_context(model_directory: str | Path) -> int | None:
     """The sequence length a checkpoint was trained at, if `asset.json` records it.
 
@@ -140,7 +120,7 @@ def trained_context(model_directory: str | Path) -> int | None:
     if not path.is_file():
         return None
     try:
-        return int(json.loads(corpora.read_utf8(path))["trained_context"])
+        return int(json.loads(read_utf8(path))["trained_context"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"`{path}` has no whole number `trained_context`; restore or delete it."
@@ -155,10 +135,13 @@ def default_context(dataset: str, model_context: int) -> int:
       model_context: Longest window the model is good for, in tokens.
 
     Returns:
-      2048 for `wikitext2-gptq` where the model allows it, else `model_context`.
+      2048 for what published numbers are of, where the model allows it; else
+      `model_context`.
     """
-    gptq = dataset == "wikitext2-gptq"
-    return min(PAPER_CONTEXT, model_context) if gptq else model_context
+    found = DATASETS.get(dataset)
+    if found is None or not found.is_published:
+        return model_context
+    return min(PUBLISHED_CONTEXT, model_context)
 
 
 def parse_max_tokens(value: str) -> int | None:
@@ -176,7 +159,7 @@ def parse_max_tokens(value: str) -> int | None:
     return int(value)
 
 
-def _describe(source: _Dataset, *, stride: int, context: int, bos: bool) -> str:
+def _describe(source: Dataset, *, stride: int, context: int, bos: bool) -> str:
     start = " with a BOS in front" if bos else ""
     if stride == context:
         cut = (
@@ -185,37 +168,38 @@ def _describe(source: _Dataset, *, stride: int, context: int, bos: bool) -> str:
     else:
         cut = f"windows of {context} tokens, stride {stride}, each token predicted once"
     last = "dropped" if source.drop_last else "kept"
+    first = f"the first {source.max_windows} kept, " if source.max_windows else ""
     weighed = ", windows weighted by new tokens" if source.weigh is count_new else ""
     return (
         f"{source.described}, tokenized once{start}; {cut}; "
-        f"last partial window {last}{weighed}"
+        f"{first}last partial window {last}{weighed}"
     )
 
 
 def _notes(
-    dataset: str, *, stride: int, context: int, used: int, total: int
+    dataset: str, source: Dataset, *, context: int, used: int, total: int
 ) -> tuple[str, ...]:
     notes = []
     if used < total:
         notes.append(f"Only the first {used:,} of {total:,} tokens are used.")
-    if dataset == "lambada" and stride == context:
+    if dataset == "lambada" and context <= LAMBADA_STRIDE:
         notes.append(
             f"Window and stride coincide at {context} tokens: windows do not overlap; "
-            f"the paper's protocol has windows of {PAPER_CONTEXT}."
+            f"the paper's protocol has windows of {PUBLISHED_CONTEXT}."
         )
-    elif dataset in ("lambada", "wikitext2-gptq") and context != PAPER_CONTEXT:
+    elif source.is_published and context != PUBLISHED_CONTEXT:
         notes.append(
-            f"Published numbers use windows of {PAPER_CONTEXT} tokens; these have "
+            f"Published numbers use windows of {PUBLISHED_CONTEXT} tokens; these have "
             f"{context} and cannot be compared with them."
         )
     return tuple(notes)
 
 
-def _find(dataset: str, text_file: str | Path | None) -> tuple[str, _Dataset]:
+def _find(dataset: str, text_file: str | Path | None) -> tuple[str, Dataset]:
     if text_file is not None:
         path = Path(text_file)
-        read = lambda _: corpora.read_utf8(path)
-        return f"text_file:{path.name}", _Dataset(read, f"the file {path.name}")
+        read = lambda _: read_utf8(path)
+        return f"text_file:{path.name}", Dataset(read, f"the file {path.name}")
     if dataset not in DATASETS:
         known = ", ".join(DATASETS)
         raise UsageError(
@@ -231,19 +215,20 @@ def load_text(
     context: int,
     text_file: str | Path | None = None,
     max_tokens: int | None = None,
-    data_dir: Path = ASSETS,
+    data_dir: Path | None = None,
 ) -> EvaluationText:
     """Reads and tokenizes an evaluation text.
 
-    The embedded files are taken first; `datasets` asks the hub for what is missing.
+    The user's folder is asked first; what neither it nor the repository has is asked of
+    the hub.
 
     Args:
       dataset: A name of `DATASETS`; ignored when `text_file` is given.
       tokenizer: Of the model that will be scored.
       context: Window length in tokens, at least 2.
-      text_file: A UTF-8 file to score in place of a data set, as `wikitext2` is.
+      text_file: A UTF-8 file to score in place of a data set, as `wiki_vital` is.
       max_tokens: Keep only the first tokens of the text, BOS included; None keeps all.
-      data_dir: Where `wikitext2/` and `lambada/` lie.
+      data_dir: The user's folder, with `wikitext2/wiki.test.raw` and so on.
 
     Returns:
       The text; that it fills at least one window has been checked.
@@ -262,6 +247,8 @@ def load_text(
     bos = tokenizer.bos_id is not None
     if tokenizer.bos_id is not None:
         all_tokens = np.insert(all_tokens, 0, tokenizer.bos_id)
+    if source.max_windows is not None:
+        all_tokens = all_tokens[: source.max_windows * context]
     tokens = all_tokens[:max_tokens]
     stride = min(source.max_stride or context, context)
     loaded = EvaluationText(
@@ -275,11 +262,7 @@ def load_text(
         weigh=source.weigh,
         text_sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
         notes=_notes(
-            name,
-            stride=stride,
-            context=context,
-            used=tokens.size,
-            total=all_tokens.size,
+            name, source, context=context, used=tokens.size, total=all_tokens.size
         ),
     )
     loaded.windows()

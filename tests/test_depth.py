@@ -305,7 +305,7 @@ def test_the_default_study_is_the_one_described():
         ("--metrics=", "`--metrics` must be a list of"),
         ("--tasks=squad", "`--tasks` must name some of"),
         ("--max_tokens=few", "`--max_tokens` must be `all` or a whole number"),
-        ("--dataset=c4", "`--dataset` must be one of wikitext2"),
+        ("--dataset=c5", "`--dataset` must be one of wiki_vital"),
         ("--basis=fourier", "`--basis`"),
         ("--seed=-1", "`--seed` must list whole numbers"),
         ("--rtol=0", "`--rtol` must be in (0, 1). Got 0.0"),

@@ -210,7 +210,7 @@ def test_the_real_command_makes_a_table_of_the_embedded_checkpoint(tmp_path):
     records = read_jsonl(file)
     assert [r["method"] for r in records] == ["full precision", "kashin", "rtn-g128"]
     assert {(r["dataset"], r["context"], r["tokens"]) for r in records} == {
-        ("wikitext2", 512, 1022)
+        ("wiki_vital", 512, 1022)
     }
     full, ours, rtn = (r["perplexity"] for r in records)
     assert full < rtn < 1.1 * full
@@ -219,18 +219,18 @@ def test_the_real_command_makes_a_table_of_the_embedded_checkpoint(tmp_path):
 
 
 @pytest.mark.heavy
-def test_the_embedded_checkpoint_agrees_with_the_prototypes_numbers(tmp_path):
-    """First 32 windows of 512 tokens, scored by another program before this one was."""
+def test_the_embedded_checkpoint_agrees_with_another_programs_numbers(tmp_path):
+    """First 32 windows of 512 tokens, scored once by OPT, RTN and NF4 in plain NumPy."""
     flags = ["--max_tokens=16384", "--methods=rtn-g128,nf4-g64", f"--out={tmp_path}"]
     assert main(flags) == 0
     (file,) = tmp_path.glob("*.jsonl")
     full, rtn, nf4 = (record["perplexity"] for record in read_jsonl(file))
-    assert full == pytest.approx(29.257, abs=0.02)
-    assert rtn == pytest.approx(30.39, abs=0.1)
-    assert nf4 == pytest.approx(29.73, abs=0.05)
+    assert full == pytest.approx(28.439, abs=0.02)
+    assert rtn == pytest.approx(29.163, abs=0.05)
+    assert nf4 == pytest.approx(29.184, abs=0.05)
 
 
 def test_the_plain_command_has_the_documented_defaults():
     config = OptPplConfig()
     assert (config.bits, config.basis, config.seed) == (("4",), ("hadamard",), ("0",))
-    assert (config.dataset, config.max_tokens) == ("wikitext2", "8192")
+    assert (config.dataset, config.max_tokens) == ("wiki_vital", "8192")

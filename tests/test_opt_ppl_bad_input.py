@@ -46,7 +46,7 @@ def complaint(tmp_path, capsys):
     [
         ("--datset=wikitext2", "datset"),
         ("wikitext2", "`wikitext2` is not a flag"),
-        ("--dataset=c4", "`--dataset` must be one of wikitext2, wikitext2-gptq"),
+        ("--dataset=c5", "`--dataset` must be one of wiki_vital, wikitext2, wikitext2"),
         ("--methods=gptq", "`--methods` has no `gptq`. Choose all or from: kashin"),
         ("--methods=", "`--methods` is empty. Choose from: kashin"),
         ("--basis=fourier", "`--basis`: Unknown basis `fourier`. Choose from"),
@@ -130,9 +130,33 @@ def test_a_directory_is_no_text(tiny, tmp_path, complaint):
 def test_a_text_shorter_than_a_window_is_refused_where_windows_must_be_full(
     tiny, tmp_path, complaint
 ):
-    flags = ["--dataset=wikitext2-gptq", "--text_file=", "--max_tokens=20"]
+    written = tmp_path / "wikitext2" / "wiki.test.raw"
+    written.parent.mkdir()
+    written.write_text(" Made up . \n" * 100)
+    flags = [
+        "--dataset=wikitext2-gptq", "--text_file=", "--max_tokens=20",
+        f"--data_dir={tmp_path}",
+    ]  # fmt: skip
     line = complaint([*arguments(tiny, tmp_path / "out"), *flags], FILE)
     assert "Got 20; give a longer text or a smaller context." in line
+
+
+def test_a_data_set_that_nobody_has_is_named_and_not_replaced(
+    tiny, tmp_path, complaint, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", _no_network)
+    flags = ["--dataset=ptb", "--text_file=", f"--data_dir={tmp_path}"]
+    line = complaint([*arguments(tiny, tmp_path / "out"), *flags], FILE)
+    assert line == (
+        f"opt_ppl: `{tmp_path}/ptb/ptb.test.txt` is missing and "
+        "`ptb-text-only/ptb_text_only` cannot be loaded from the hub (ConnectionError);"
+        " put the file into a folder that `--data_dir` names or go online."
+    )
+
+
+def _no_network(self, repository, timeout):
+    raise ConnectionError
 
 
 def test_a_model_that_is_not_there_is_named(tiny, tmp_path, complaint):
@@ -192,7 +216,7 @@ def remove(name):
 
 
 def larger_tokenizer(directory):
-    text = (ASSETS / "wikitext2" / "wiki.valid.raw").read_text("utf-8")[:20_000]
+    text = (ASSETS / "wiki_vital" / "valid.txt").read_text("utf-8")[:20_000]
     make_tokenizer(text, directory / "tokenizer.json", VOCABULARY + 1)
 
 

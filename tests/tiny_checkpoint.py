@@ -58,7 +58,7 @@ def make_checkpoint(directory, *, seed=0, ffn_dim=64):
         init_std=0.15,
     )
     save_opt(OPTForCausalLM(config, rngs=nnx.Rngs(seed)), config, directory)
-    text = (ASSETS / "wikitext2" / "wiki.valid.raw").read_text("utf-8")[:1500]
+    text = (ASSETS / "wiki_vital" / "valid.txt").read_text("utf-8")[:1500]
     directory.with_suffix(".txt").write_text(text, "utf-8")
     make_tokenizer(text, directory / "tokenizer.json")
     return directory

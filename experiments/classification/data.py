@@ -170,7 +170,6 @@ def _from_hub(task: Task, split: str, data_dir: Path | None) -> Examples:
         split.replace("dev", "validation"),
         [name for name in task.hub_columns if name is not None],
         missing=str(data_dir / file) if data_dir is not None else file,
-        remedy="put the file into a folder that `--data_dir` names",
     )
     _check_hub_labels(task, table)
     rows = [

@@ -47,7 +47,7 @@ class DepthConfig:
     model: str = flag(
         str(ASSETS / "opt-wiki-18m"), "OPT checkpoint: directory or hub id.", GIVEN
     )
-    dataset: str = flag("wikitext2", f"One of {', '.join(DATASETS)}.", _DATASET)
+    dataset: str = flag("wiki_vital", f"One of {', '.join(DATASETS)}.", _DATASET)
     text_file: str = flag("", "Score this UTF-8 text instead of a data set.")
     max_tokens: str = flag("4096", "Tokens scored, from the first on; or `all`.")
     glue_model: str = flag(
@@ -58,7 +58,9 @@ class DepthConfig:
         (), f"List of {', '.join(TASKS)}; by default all that model and data allow."
     )
     data_dir: str = flag(
-        "", "Folder with SST-2/dev.tsv and so on; what it lacks is embedded."
+        "",
+        "Folder with SST-2/dev.tsv, wikitext2/wiki.test.raw and so on; what it lacks "
+        "is embedded or asked of the hub.",
     )
     max_length: int = flag(
         128, "Tokens of an example of a task; longer ones are cut.", POSITIVE_COUNT

@@ -117,4 +117,5 @@ def _text(config: DepthConfig, loaded: LoadedModel) -> EvaluationText:
         context=default_context(config.dataset, own),
         text_file=config.text_file or None,
         max_tokens=parse_max_tokens(config.max_tokens),
+        data_dir=config.data_path,
     )
