@@ -4,8 +4,8 @@ r"""Fine-tunes a BERT, RoBERTa or DistilBERT encoder on a GLUE task.
     python -m experiments.finetune_glue --task=mrpc --data_dir=GLUE --out=DIR
 
 Without `--model` it starts from the embedded encoder minilm-glue. Data are read from
-`--data_dir` (`GLUE/RTE/train.tsv` or `GLUE/rte/train.tsv`), else from the embedded
-files, else by the library `datasets`. A fresh head is drawn, with the task's label
+`--data_dir` (`GLUE/RTE/train.tsv` or `GLUE/rte/train.tsv`), else by the library
+`datasets`: no task of GLUE is embedded. A fresh head is drawn, with the task's label
 names; `--head=NAME` starts from a head of a checkpoint with several, `--head=stored`
 from the only one of a classifier.
 

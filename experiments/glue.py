@@ -1,17 +1,18 @@
-"""GLUE metrics of a quantized classifier: the 2024 paper's Table 3, with its controls.
+"""Accuracy of a quantized classifier: the 2024 paper's Table 3, with its controls.
 
     python -m experiments.glue --bits=4
     python -m experiments.glue --bits=2,3,4,6 --seeds=3 --data_dir=GLUE
     python -m experiments.glue --model='runs/bert-base-uncased-{task}/hf' --tasks=rte
 
-Without flags it takes the embedded encoder minilm-glue and the tasks whose evaluation
-files are embedded; it says which others were left out. `--model` is any BERT, RoBERTa
-or DistilBERT classifier in Hugging Face's layout; `{task}` in it stands for the name of
-the task, for one checkpoint per task. One that is quantized already, by `--save` or
-`kashin quantize`, is scored as it is. By the paper's protocol all matrices are
-quantized but embeddings and the classifier. It prints one row per method, adds them
-to table3_glue.jsonl in `--out`, and writes table3_glue.md and table3_glue.png. The same
-command goes on where an interrupted one stopped.
+Without flags it takes the embedded encoder minilm-glue and two embedded sets of rated
+sentences, which its SST-2 head answers. GLUE's nine tasks are scored where `--data_dir`
+has them, or `--tasks` names them and the hub has them; it says which were left out.
+`--model` is any BERT, RoBERTa or DistilBERT classifier in Hugging Face's layout;
+`{task}` in it stands for the name of the task, for one checkpoint per task. One that is
+quantized already, by `--save` or `kashin quantize`, is scored as it is. By the paper's
+protocol all matrices are quantized but embeddings and the classifier. It prints one row
+per method, adds them to table3_glue.jsonl in `--out`, and writes table3_glue.md and
+table3_glue.png. The same command goes on where an interrupted one stopped.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -33,7 +34,7 @@ from experiments.classification.rows import (
     unchanged_records,
 )
 from experiments.classification.table import glue_columns, table_rows
-from experiments.classification.tasks import TASKS, Task, choose_tasks
+from experiments.classification.tasks import TASKS, Task, choose_tasks, data_title
 from experiments.cli import GIVEN, POSITIVE_COUNT, check_flags, flag, run_program
 from experiments.flag_values import (
     command_line,
@@ -75,12 +76,14 @@ class GlueConfig:
         str(EMBEDDED), "Classifier: directory or hub id; {task} is replaced.", GIVEN
     )
     tasks: tuple[str, ...] = flag(
-        (), f"List of {', '.join(TASKS)}; by default all that model and data allow."
+        (),
+        f"List of {', '.join(TASKS)}; by default what the model knows and --data_dir "
+        "has, without it the embedded ones.",
     )
     data_dir: str = flag(
         "",
-        "Folder with RTE/dev.tsv and so on, in GLUE's layout or a plain one; what it "
-        "lacks is embedded or loaded.",
+        "Folder with RTE/dev.tsv and so on, in GLUE's layout or a plain one; what else "
+        "--tasks names is embedded or asked of the hub.",
     )
     labels: tuple[str, ...] = flag(
         (), "What the outputs mean, in order, where config.json does not say; or task."
@@ -215,7 +218,7 @@ def _present(
     columns, rows = glue_columns(tasks, records), table_rows(tasks, records)
     facts = table_facts(bench, records, left_out, config.max_length, config.seeds)
     print("\n".join(facts) + "\n\n" + aligned_table(rows, columns))
-    title = f"{records[0]['model']}: GLUE dev"
+    title = f"{records[0]['model']}: {data_title(tasks)}"
     written = write_results(
         out, ARTIFACT, records, columns, rows=rows, title=title, facts=facts,
         command=command_line("glue", config, always=_shown(bench)),

@@ -28,7 +28,7 @@ from experiments.classification.rows import (
     quantized_records,
     unchanged_records,
 )
-from experiments.classification.tasks import TASKS, Task
+from experiments.classification.tasks import GLUE_TASKS, TASKS, Task
 from experiments.cli import (
     COUNT,
     GIVEN,
@@ -71,7 +71,7 @@ class RefineConfig:
     """
 
     task: str = flag(
-        "", f"One of {', '.join(TASKS)}.", (TASKS.__contains__, "a GLUE task")
+        "", f"One of {', '.join(GLUE_TASKS)}.", (GLUE_TASKS.__contains__, "a GLUE task")
     )
     bits: tuple[str, ...] = flag(("2", "3", "4"), "Code widths, as a list.", GIVEN)
     methods: tuple[str, ...] = flag(
@@ -80,7 +80,9 @@ class RefineConfig:
     model: str = flag(
         str(ASSETS / "minilm-glue"), "Classifier: directory or hub id.", GIVEN
     )
-    data_dir: str = flag("", "Folder with RTE/train.tsv and so on.")
+    data_dir: str = flag(
+        "", "Folder with RTE/train.tsv and so on; what it lacks is asked of the hub."
+    )
     basis: str = flag("hadamard", "Family of the bases.", GIVEN)
     max_length: int = flag(128, "Tokens of an example.", POSITIVE_COUNT)
     epochs: float = flag(1.0, "Passes over the training set.", POSITIVE)

@@ -146,7 +146,7 @@ def test_tables_and_figure_are_written_with_the_command(finished):
     records = study(finished)
     summary, settings = summary_rows(records), setting_rows(records)
     assert [(row["metric"], row["bits"]) for row in summary] == [
-        (metric, bits) for metric in ("error", "perplexity", "GLUE") for bits in (2, 4)
+        (metric, bits) for metric in ("error", "perplexity", "tasks") for bits in (2, 4)
     ]
     assert len(settings) == SETTINGS
     assert sum(row["error"].endswith(" *") for row in settings) == 4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.classification.data import load_examples
-from experiments.classification.tasks import TASKS
+from experiments.classification.tasks import GLUE_TASKS, TASKS
 from kashin_jax.errors import DataError, UsageError
 
 MNLI_HEADER = (
@@ -105,7 +105,7 @@ def rte(root, *rows, header="index\tsentence1\tsentence2\tlabel"):
 
 
 def test_the_files_of_the_release_cover_all_tasks():
-    assert set(RELEASE) == set(TASKS)
+    assert set(RELEASE) == set(GLUE_TASKS)
 
 
 @pytest.mark.parametrize("name", RELEASE)
@@ -123,7 +123,7 @@ def test_every_task_is_read_in_the_layout_of_its_release(name, tmp_path):
     assert found.num_skipped == 0
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", GLUE_TASKS)
 def test_every_task_is_read_in_the_plain_layout(name, tmp_path):
     task = TASKS[name]
     texts = "sentence1\tsentence2" if task.is_pair else "sentence"
@@ -239,3 +239,36 @@ def test_a_split_without_public_labels_is_refused():
         load_examples(TASKS["rte"], "test")
     with pytest.raises(UsageError, match="train, dev_matched, dev_mismatched. Got"):
         load_examples(TASKS["mnli"], "dev")
+    with pytest.raises(UsageError, match="Amazon reviews has labels for amazon. Got"):
+        load_examples(TASKS["sentiment-amazon"], "train")
+
+
+def rated(root, *rows):
+    written(root, "sentiment/nyt.tsv", "\n".join(["id\trating\tsentence", *rows]))
+    return load_examples(TASKS["sentiment-nyt"], "nyt", root)
+
+
+def test_rated_sentences_keep_their_ratings(tmp_path):
+    found = rated(
+        tmp_path, "1_1\t-1\tDull, they say.", '1_2\t3.25\t"Fine" \u2028 it is.'
+    )
+    assert found.first == ("Dull, they say.", '"Fine" \u2028 it is.')
+    assert found.second is None
+    assert found.labels.dtype == np.float32 and found.labels.tolist() == [-1, 3.25]
+    assert found.source == "data_dir:sentiment/nyt.tsv"
+
+
+@pytest.mark.parametrize(
+    ("rating", "says"),
+    [
+        ("0", "has the rating 0, neither negative nor positive"),
+        ("4.5", "has the score '4.5', not a number from -4 to 4"),
+        ("nan", "has the score 'nan', not a number"),
+        ("good", "has the score 'good', not a number"),
+    ],
+)
+def test_a_rating_without_a_class_is_an_error_that_names_its_line(
+    tmp_path, rating, says
+):
+    with pytest.raises(DataError, match=rf"nyt\.tsv` line 3 {says}"):
+        rated(tmp_path, "1\t2\tFine.", f"2\t{rating}\tWell.")

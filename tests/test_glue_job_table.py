@@ -4,7 +4,7 @@ import pytest
 
 from experiments.classification.plot import plot_glue
 from experiments.classification.table import glue_columns, table_rows
-from experiments.classification.tasks import TASKS
+from experiments.classification.tasks import GLUE_TASKS, TASKS
 from experiments.methods import FULL_PRECISION, GLUE_METHODS, METHODS, choose_methods
 from experiments.published import published_glue
 from experiments.tables import aligned_table
@@ -132,7 +132,7 @@ def test_published_values_are_the_paper_s(config, method):
 def test_the_paper_has_every_metric_of_every_task(config, method):
     values = [
         published_glue(config, method, 4, task.name, metric)
-        for task in TASKS.values()
+        for task in map(TASKS.get, GLUE_TASKS)
         for metric in task.metrics
     ]
     assert len(values) == 13 and None not in values
@@ -150,6 +150,7 @@ SMALL = ClassifierConfig(
         (BERT, "kashin", 3, "rte", "accuracy"),
         (BERT, "rtn-g128", 4, "rte", "accuracy"),
         (BERT, "kashin", 4, "rte", "f1"),
+        (BERT, "kashin", 4, "sentiment-nyt", "accuracy"),
         (SMALL, "kashin", 4, "rte", "accuracy"),
         (SMALL, FULL_PRECISION, 16, "rte", "accuracy"),
     ],

@@ -5,7 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from experiments.classification.metrics import flip_rate, glue_metrics, predictions
+from experiments.classification.metrics import (
+    flip_rate,
+    glue_metrics,
+    log_loss,
+    predictions,
+)
 from experiments.classification.tasks import TASKS
 from kashin_jax.errors import NonFiniteError, UsageError
 
@@ -183,3 +188,24 @@ def test_flip_rate_is_the_share_of_changed_classes():
     assert flip_rate(TASKS["stsb"], scores(1, 2), scores(2, 1)) is None
     with pytest.raises(ValueError, match="one shape"):
         flip_rate(rte, choosing(0), reference)
+
+
+def test_ratings_are_scored_by_their_sign_and_by_their_size():
+    """A head of two outputs against ratings: the class, and how sure it is."""
+    outputs = floats(2, 0, 0, 1, 1, 2, 0, 5).reshape(4, 2)
+    ratings = floats(-3, 1, -1, 3)
+    found = glue_metrics(TASKS["sentiment-nyt"], outputs, ratings)
+    # Positive less negative: -2, 1, 1, 5, mean 1.25; ratings have the mean 0. Products
+    # 6 + 1 - 1 + 15 = 21, squares 31 - 4 * 1.25^2 = 24.75 and 20.
+    assert found == {
+        "accuracy": 75.0,
+        "pearson": pytest.approx(2100 / math.sqrt(24.75 * 20), rel=1e-12),
+    }
+    sure = [math.log1p(math.exp(-x)) for x in (2, 1, -1, 5)]
+    loss = log_loss(TASKS["sentiment-nyt"], outputs, ratings)
+    assert loss == pytest.approx(np.mean(sure), rel=1e-12)
+
+
+def test_a_margin_that_is_constant_has_no_correlation():
+    found = glue_metrics(TASKS["sentiment-amazon"], choosing(1, 1, 1), floats(-1, 2, 3))
+    assert found == {"accuracy": pytest.approx(200 / 3), "pearson": 0.0}

@@ -2,11 +2,12 @@
 
 import types
 
+import numpy as np
 import pytest
 
 from experiments.classification import data
 from experiments.classification.data import embedded_tasks, load_examples
-from experiments.classification.tasks import TASKS
+from experiments.classification.tasks import GLUE_TASKS, TASKS
 from kashin_jax.errors import DataError
 
 
@@ -22,18 +23,31 @@ def test_a_data_dir_that_is_none_is_refused(tmp_path):
 
 
 def test_the_embedded_files_are_found_and_whole():
-    assert embedded_tasks() == ("sst2", "stsb")
-    sentiment = load_examples(TASKS["sst2"], "dev")
-    assert (len(sentiment.first), int(sentiment.labels.sum())) == (872, 444)
-    similarity = load_examples(TASKS["stsb"], "dev")
-    assert len(similarity.first) == 1500 and similarity.second is not None
-    assert sentiment.source == similarity.source == "embedded"
+    assert embedded_tasks() == ("sentiment-amazon", "sentiment-nyt")
+    for name in embedded_tasks():
+        found = load_examples(TASKS[name], TASKS[name].evaluation_splits[0])
+        # As many of either side, none rated close to neither.
+        assert (len(found.first), int((found.labels > 0).sum())) == (1000, 500)
+        assert 1 <= np.abs(found.labels).min() and np.abs(found.labels).max() <= 4
+        assert len(set(found.labels.tolist())) > 20
+        assert found.source == "embedded"
 
 
 def test_a_file_of_the_user_comes_before_the_embedded_one(tmp_path):
     written(tmp_path, "sst2/dev.tsv", "sentence\tlabel\nfine\t1\n")
     assert load_examples(TASKS["sst2"], "dev", tmp_path).first == ("fine",)
-    assert load_examples(TASKS["stsb"], "dev", tmp_path).source == "embedded"
+    written(tmp_path, "sentiment/nyt.tsv", "id\trating\tsentence\n1\t2.5\tfine\n")
+    assert load_examples(TASKS["sentiment-nyt"], "nyt", tmp_path).first == ("fine",)
+    other = load_examples(TASKS["sentiment-amazon"], "amazon", tmp_path)
+    assert other.source == "embedded"
+
+
+def test_an_embedded_file_that_is_gone_is_an_error_and_not_asked_for(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data, "EMBEDDED", tmp_path)
+    with pytest.raises(DataError, match=r"sentiment/nyt\.tsv` is missing; restore it"):
+        load_examples(TASKS["sentiment-nyt"], "nyt")
 
 
 class HubTable(dict):
@@ -53,7 +67,8 @@ def fake_hub(monkeypatch):
         if not hub.online:
             raise OSError("no route to host")
 
-    def load_dataset(repository, config, split):
+    def load_dataset(repository, config, split, revision, data_files):
+        assert (revision, data_files) == (None, None)
         hub.asked.append((repository, config, split))
         return hub.tables[config]
 
@@ -62,7 +77,7 @@ def fake_hub(monkeypatch):
     return hub
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", GLUE_TASKS)
 def test_the_hub_gives_what_is_in_no_file(name, fake_hub, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "EMBEDDED", tmp_path)
     task = TASKS[name]

@@ -220,7 +220,7 @@ def test_the_real_command_makes_a_table_of_the_embedded_checkpoint(tmp_path):
 
 @pytest.mark.heavy
 def test_the_embedded_checkpoint_agrees_with_another_programs_numbers(tmp_path):
-    """First 32 windows of 512 tokens, scored once by OPT, RTN and NF4 in plain NumPy."""
+    """First 32 windows of 512 tokens, scored once by OPT, RTN and NF4 in NumPy."""
     flags = ["--max_tokens=16384", "--methods=rtn-g128,nf4-g64", f"--out={tmp_path}"]
     assert main(flags) == 0
     (file,) = tmp_path.glob("*.jsonl")

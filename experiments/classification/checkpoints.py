@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.classification.data import embedded_tasks
+from experiments.classification.data import EMBEDDED, has_files
 from experiments.classification.evaluation import load_evaluation_sets
 from experiments.classification.labels import output_order
 from experiments.classification.rows import TaskBench
-from experiments.classification.tasks import TASKS, Task, choose_tasks
+from experiments.classification.tasks import GLUE_TASKS, TASKS, Task, choose_tasks
+from experiments.corpora import check_data_dir
 from experiments.quantized_checkpoint import (
     dense_directory,
     is_quantized,
@@ -41,15 +42,19 @@ def resolve_tasks(
 
     Args:
       model: The value of `--model`.
-      names: The value of `--tasks`. When empty: the heads of a checkpoint that has
-        several; the task that `finetuning_task` names in `config.json`; or, where
-        `{task}` stands in `model`, the tasks whose directory exists.
+      names: The value of `--tasks`. When empty, GLUE's tasks that the model knows and
+        `data_dir` has: the heads of a checkpoint that has several; the task that
+        `finetuning_task` names in `config.json`; or, where `{task}` stands in `model`,
+        the tasks whose directory exists. Without a `data_dir`, the embedded tasks that
+        one of those heads answers.
       data_dir: The value of `--data_dir`.
 
     Raises:
       UsageError: If a task is unknown, or none is named and none can be derived.
       CheckpointError: If the model cannot be found.
+      DataError: If `data_dir` is not a folder.
     """
+    check_data_dir(data_dir)
     if names:
         return choose_tasks(names), ()
     known = _tasks_of(model)
@@ -58,9 +63,9 @@ def resolve_tasks(
             f"`--tasks` is needed: `--model={model}` does not say which task it is "
             f"for. Choose from {', '.join(TASKS)}."
         )
-    if len(known) == 1:
+    at_hand = _at_hand(known, data_dir)
+    if not at_hand and len(known) == 1:
         return choose_tasks(known), ()
-    at_hand = {name for name in known if _has_data(TASKS[name], data_dir)}
     if not at_hand:
         raise UsageError(
             f"None of {', '.join(known)} has data at hand; give `--data_dir`, or "
@@ -74,23 +79,26 @@ def _tasks_of(model: str) -> list[str]:
     if _PLACEHOLDER in model:
         return [
             name
-            for name in TASKS
+            for name in GLUE_TASKS
             if Path(model.replace(_PLACEHOLDER, name)).expanduser().is_dir()
         ]
     if heads := head_names(model):
-        return [name for name in TASKS if name in heads]
+        return [name for name in GLUE_TASKS if name in heads]
     content = read_json(checkpoint_directory(model) / "config.json")
     task = str(content.get("finetuning_task", "")).lower().replace("-", "")
-    return [task] if task in TASKS else []
+    return [task] if task in GLUE_TASKS else []
 
 
-def _has_data(task: Task, data_dir: Path | None) -> bool:
-    if task.name in embedded_tasks():
-        return True
-    return data_dir is not None and any(
-        all((data_dir / folder / f"{s}.tsv").is_file() for s in task.evaluation_splits)
-        for folder in (task.folder, task.name)
-    )
+def _at_hand(known: Sequence[str], data_dir: Path | None) -> list[str]:
+    """Of the tasks that heads of these names answer, those that a table is made of."""
+    # A folder of GLUE asks for GLUE: no other task stands in for what it lacks.
+    folder = EMBEDDED if data_dir is None else data_dir
+    own = [name for name in known if has_files(TASKS[name], folder)]
+    return own or [
+        name
+        for name, task in TASKS.items()
+        if task.head in known and has_files(task, folder)
+    ]
 
 
 def load_task_bench(
@@ -113,16 +121,16 @@ def load_task_bench(
       UsageError: If a flag does not fit the model.
       DataError: If the data cannot be used.
     """
-    path = model.replace(_PLACEHOLDER, task.name)
+    path = model.replace(_PLACEHOLDER, task.head_name)
     if not takes_quantized:
         dense_directory(path, instead=_INSTEAD)
     heads = head_names(path)
-    if heads and task.name not in heads:
+    if heads and task.head_name not in heads:
         raise CheckpointError(
             f"`--model={path}` has no head for {task.title}; its heads are "
             f"{', '.join(heads)}."
         )
-    loaded, stored = _loaded(path, task.name if heads else None)
+    loaded, stored = _loaded(path, task.head_name if heads else None)
     if loaded.config.is_regression != task.is_regression:
         kind = "a regression" if loaded.config.is_regression else "classes"
         raise CheckpointError(

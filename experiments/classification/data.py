@@ -1,4 +1,4 @@
-"""GLUE examples: from the user's files, else the embedded ones, else the hub.
+"""Examples of tasks: from the user's files, else the embedded ones, else the hub.
 
 Files are UTF-8 tables split on tabs alone: quotes are literal, as in GLUE's own
 release. Texts are kept to the last space, which byte-level tokenizers see.
@@ -15,12 +15,18 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from experiments.classification.tasks import TASKS, Columns, Task, label_key
-from experiments.corpora import HubTable, hub_table, read_utf8
+from experiments.corpora import (
+    ASSETS,
+    HubTable,
+    check_data_dir,
+    hub_table,
+    read_utf8,
+)
 from kashin_jax.errors import DataError, UsageError
 
-__all__ = ["EMBEDDED", "Examples", "embedded_tasks", "load_examples"]
+__all__ = ["EMBEDDED", "Examples", "embedded_tasks", "has_files", "load_examples"]
 
-EMBEDDED = Path(__file__).parents[1] / "assets" / "glue"
+EMBEDDED = ASSETS
 
 _REPOSITORY = "nyu-mll/glue"
 # Known damage is far rarer; more of it means that the user's file is another's.
@@ -33,7 +39,7 @@ class Examples(NamedTuple):
     Attributes:
       first: The texts, or the first texts of pairs.
       second: The second texts; None for a task of single texts.
-      labels: Classes in the order of `Task.labels`, or scores.
+      labels: Classes in the order of `Task.labels`, scores or ratings.
       source: `data_dir:RTE/dev.tsv`, `embedded` or the hub's repository.
       sha256: Of the file's bytes; of the rows as JSON lines if they are the hub's.
       num_skipped: Damaged rows left out, see `Task.has_damaged_rows`.
@@ -57,10 +63,14 @@ class _Row(NamedTuple):
 
 def embedded_tasks() -> tuple[str, ...]:
     """Names of the tasks whose evaluation files come with the repository."""
-    return tuple(
-        name
-        for name, task in TASKS.items()
-        if all((EMBEDDED / name / f"{s}.tsv").is_file() for s in task.evaluation_splits)
+    return tuple(name for name, task in TASKS.items() if has_files(task, EMBEDDED))
+
+
+def has_files(task: Task, folder: Path) -> bool:
+    """Whether a folder has all evaluation files of a task, in a layout we know."""
+    return any(
+        all((folder / name / f"{s}.tsv").is_file() for s in task.evaluation_splits)
+        for name in (task.folder, task.name)
     )
 
 
@@ -81,10 +91,9 @@ def load_examples(task: Task, split: str, data_dir: Path | None = None) -> Examp
       DataError: If the file cannot be found or read, or a row is malformed; the
         message names the file and the line.
     """
-    known = ("train", *task.evaluation_splits)
-    if split not in known:
+    if split not in task.splits:
         raise UsageError(
-            f"{task.title} has labels for {', '.join(known)}. "
+            f"{task.title} has labels for {', '.join(task.splits)}. "
             f"Got `split`={split}; name one of those."
         )
     found = _find(task, f"{split}.tsv", data_dir)
@@ -95,13 +104,12 @@ def load_examples(task: Task, split: str, data_dir: Path | None = None) -> Examp
 
 
 def _find(task: Task, file: str, data_dir: Path | None) -> tuple[Path, str] | None:
+    check_data_dir(data_dir)
     if data_dir is not None:
-        if not data_dir.is_dir():
-            raise DataError(f"`--data_dir`={data_dir} is not a folder; check the path.")
         for folder in (task.folder, task.name):
             if (data_dir / folder / file).is_file():
                 return data_dir / folder / file, f"data_dir:{folder}/{file}"
-    path = EMBEDDED / task.name / file
+    path = EMBEDDED / task.folder / file
     return (path, "embedded") if path.is_file() else None
 
 
@@ -164,6 +172,8 @@ def _row(where: str, cells: Sequence[str]) -> _Row:
 
 def _from_hub(task: Task, split: str, data_dir: Path | None) -> Examples:
     file = f"{task.folder}/{split}.tsv"
+    if task.hub_columns is None:
+        raise DataError(f"`{EMBEDDED / file}` is missing; restore it.")
     table = hub_table(
         _REPOSITORY,
         task.name,
@@ -171,7 +181,7 @@ def _from_hub(task: Task, split: str, data_dir: Path | None) -> Examples:
         [name for name in task.hub_columns if name is not None],
         missing=str(data_dir / file) if data_dir is not None else file,
     )
-    _check_hub_labels(task, table)
+    _check_hub_labels(task, task.hub_columns.label, table)
     rows = [
         _row(f"`{_REPOSITORY}` {task.name} {split} row {i}", [*texts, str(label)])
         for i, (*texts, label) in enumerate(zip(*table.columns, strict=True))
@@ -182,8 +192,8 @@ def _from_hub(task: Task, split: str, data_dir: Path | None) -> Examples:
     return _collect(task, rows, _REPOSITORY, sha256, blank_is_text=True)
 
 
-def _check_hub_labels(task: Task, table: HubTable) -> None:
-    feature = table.features.get(task.hub_columns.label)
+def _check_hub_labels(task: Task, column: str, table: HubTable) -> None:
+    feature = table.features.get(column)
     names = tuple(getattr(feature, "names", task.labels))
     if names != task.labels:
         raise DataError(
@@ -195,6 +205,7 @@ def _check_hub_labels(task: Task, table: HubTable) -> None:
 def _collect(
     task: Task, rows: Iterable[_Row], source: str, sha256: str, *, blank_is_text: bool
 ) -> Examples:
+    is_class = task.score_range is None and task.rating_range is None
     first, second, labels = [], [], []
     for row in rows:
         for text in (row.first, row.second):
@@ -206,7 +217,7 @@ def _collect(
     return Examples(
         first=tuple(first),
         second=tuple(second) if task.is_pair else None,
-        labels=np.asarray(labels, np.float32 if task.is_regression else np.int32),
+        labels=np.asarray(labels, np.int32 if is_class else np.float32),
         source=source,
         sha256=sha256,
     )
@@ -214,6 +225,8 @@ def _collect(
 
 def _parse_label(task: Task, row: _Row) -> float:
     cell = row.label.strip()
+    if task.rating_range is not None:
+        return _parse_rating(task, cell, row.where)
     if cell in ("-1", "-1.0"):
         raise DataError(
             f"{row.where} has the label -1: hidden, as in GLUE's test sets; "
@@ -231,6 +244,17 @@ def _parse_label(task: Task, row: _Row) -> float:
         f"{row.where} has the label {cell!r}; {task.title} knows {names}: "
         "correct the row."
     )
+
+
+def _parse_rating(task: Task, cell: str, where: str) -> float:
+    assert task.rating_range is not None
+    rating = _parse_score(task.rating_range, cell, where)
+    if rating == 0:
+        raise DataError(
+            f"{where} has the rating 0, neither {task.labels[0]} nor {task.labels[1]}; "
+            "leave the row out."
+        )
+    return rating
 
 
 def _parse_score(score_range: tuple[float, float], cell: str, where: str) -> float:

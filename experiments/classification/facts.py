@@ -8,9 +8,14 @@ from experiments.tables import Record
 
 __all__ = ["table_facts"]
 
-_METRICS = (
+_GLUE = (
     "Percent: Matthews (CoLA), accuracy (SST-2, RTE, WNLI, QNLI), accuracy / F1 (MRPC, "
     "QQP), Pearson / Spearman (STS-B), matched / mismatched (MNLI)."
+)
+_RATED = (
+    "Percent: accuracy / Pearson ({}) of the SST-2 head, fine-tuned on film reviews: "
+    "its class against the sign of the mean human rating, and its output for positive "
+    "less its output for negative against the rating itself."
 )
 _QUANTIZING = (
     "All matrices but embeddings and classifier are quantized, decoded, and run in "
@@ -48,14 +53,14 @@ def table_facts(
     )
     facts = [
         f"Model {first['model']}; examples: {sizes}; at most {max_length} tokens each.",
-        _METRICS,
+        *_metrics([one.task for one in bench.tasks]),
         _STORED if bench.is_quantized else _QUANTIZING,
     ]
     if left_out:
         facts.append(
             f"Left out: {', '.join(task.title for task in left_out)}, whose files are "
-            "not embedded (licences absent or restrictive); give `--data_dir`, or name "
-            "them by `--tasks` to have them fetched."
+            "not at hand (GLUE is not embedded); give `--data_dir`, or name them by "
+            "`--tasks` to have them fetched."
         )
     if seeds > 1:
         facts.append(
@@ -66,6 +71,12 @@ def table_facts(
         f"{first['kashin_jax_version']}."
     )
     return facts
+
+
+def _metrics(tasks: Sequence[Task]) -> list[str]:
+    rated = [task.title for task in tasks if task.rating_range is not None]
+    glue = [_GLUE] if len(rated) < len(tasks) else []
+    return glue + ([_RATED.format(", ".join(rated))] if rated else [])
 
 
 def _cut(count: int) -> str:

@@ -51,8 +51,8 @@ def remembered(
 
 
 def saved_name(task: Task, row: Record) -> str:
-    """The directory of a saved row: task, method, width, and what else tells it."""
-    parts = [task.name, row["method"], f"{row['bits']}bit"]
+    """The directory of a saved row: head, method, width, and what else tells it."""
+    parts = [task.head_name, row["method"], f"{row['bits']}bit"]
     for name, label in (("basis", ""), ("seed", "seed")):
         if row[name] is not None:
             parts.append(f"{label}{row[name]}")
@@ -88,5 +88,5 @@ def save_row(
         rules=rules,
         seed=row["seed"] or 0,
         dtype=loaded.stored_dtype,
-        extra={"finetuning_task": task.name},
+        extra={"finetuning_task": task.head_name},
     )

@@ -1,4 +1,4 @@
-"""GLUE's metrics, in percent as the paper's Table 3 prints them.
+"""Metrics of tasks, in percent as the paper's Table 3 prints them.
 
 | metric | tasks | definition |
 |---|---|---|
@@ -6,6 +6,7 @@
 | `f1` | MRPC, QQP | of class 1; 0 where there is neither a hit nor a miss |
 | `matthews` | CoLA | 0 where predictions or labels are constant |
 | `pearson`, `spearman` | STS-B | 0 where predictions or labels are constant |
+| `pearson` | rated sentences | of the output for positive less that for negative |
 
 A constant prediction has no correlation; 0 is what a model that knows nothing scores on
 average, and what scikit-learn says for the Matthews coefficient in that case.
@@ -19,7 +20,7 @@ from jaxtyping import Float, Float64, Int, Int32, Num
 from experiments.classification.tasks import Task
 from kashin_jax.errors import NonFiniteError
 
-__all__ = ["flip_rate", "glue_metrics", "log_loss", "predictions"]
+__all__ = ["class_labels", "flip_rate", "glue_metrics", "log_loss", "predictions"]
 
 
 def predictions(
@@ -51,6 +52,11 @@ def predictions(
     return outputs.argmax(axis=1).astype(np.int32)
 
 
+def class_labels(task: Task, labels: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
+    """The classes that ratings stand for; other labels as they are."""
+    return labels if task.rating_range is None else (labels > 0).astype(np.int32)
+
+
 def glue_metrics(
     task: Task,
     outputs: Float[np.ndarray, "n k"],
@@ -80,9 +86,16 @@ def glue_metrics(
             f"`outputs` and `labels` must be as long as each other and not empty. "
             f"Got {len(outputs)} and {len(labels)}."
         )
-    predicted = predictions(task, outputs)
+    answers = class_labels(task, labels), predictions(task, outputs)
+    rated = labels, answers[1]
+    if task.rating_range is not None:
+        # How sure the head is: finer than the class, and no threshold moves it.
+        rated = labels, np.diff(outputs.astype(np.float64))[:, 0]
     names = task.metrics_of(split or task.evaluation_splits[0])
-    return {name: 100.0 * float(_METRICS[name](labels, predicted)) for name in names}
+    return {
+        name: 100.0 * float(_METRICS[name](*(rated if name in _RATED else answers)))
+        for name in names
+    }
 
 
 def flip_rate(
@@ -125,7 +138,7 @@ def log_loss(
     if task.is_regression:
         return None
     logs = log_softmax(outputs.astype(np.float64), axis=1)
-    return float(-logs[np.arange(len(predicted)), labels].mean())
+    return float(-logs[np.arange(len(predicted)), class_labels(task, labels)].mean())
 
 
 def _accuracy(labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]) -> float:
@@ -176,6 +189,7 @@ def _is_constant(values: Num[np.ndarray, " n"]) -> bool:
     return bool(spread <= 1e-9 * np.abs(_float64(values)).max())
 
 
+_RATED = frozenset({"pearson", "spearman"})
 _METRICS: Mapping[str, Callable[..., float]] = {
     "accuracy": _accuracy,
     "matched": _accuracy,

@@ -1,4 +1,4 @@
-"""Rows of the GLUE table: quantize, score all tasks, count bits, one method each."""
+"""Rows of a table of tasks: quantize, score all tasks, count bits, one method each."""
 
 import dataclasses
 import re
@@ -67,6 +67,10 @@ class TaskBench(NamedTuple):
     sets: tuple[EvaluationSet, ...]
     weights_sha256: str
     stored: Record | None = None
+
+    def shares_head(self, other: "TaskBench") -> bool:
+        """Whether both are answered by one head."""
+        return self.task.head_name == other.task.head_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,7 +257,9 @@ def _scored(
 ) -> Iterator[dict[str, Any]]:
     loaded, row = one.loaded, {**row, **prepared.fields}
     model = replace_kernels(loaded.model, prepared.kernels)
-    if bench.save is not None:
+    # Tasks that share a head share its classifier: it is written once.
+    answered = [other for other in bench.tasks if other.shares_head(one)]
+    if bench.save is not None and answered[0] is one:
         save_row(
             bench.save, one.task, loaded, one.order, prepared.tensors, row,
             prepared.rules,

@@ -1,7 +1,8 @@
-"""The nine GLUE tasks of the 2024 paper's Table 3: names, labels, columns, metrics.
+"""Tasks of classifiers: the nine of GLUE and two embedded sets of rated sentences.
 
-Label names and their order are those of `nyu-mll/glue` on the Hugging Face hub, which
-is also the order of integer labels in GLUE's own files.
+GLUE's are those of the 2024 paper's Table 3. Their label names and the order of these
+are those of `nyu-mll/glue` on the Hugging Face hub, which is also the order of integer
+labels in GLUE's own files.
 """
 
 import dataclasses
@@ -11,7 +12,15 @@ from typing import NamedTuple
 
 from kashin_jax.errors import UsageError
 
-__all__ = ["TASKS", "Columns", "Task", "choose_tasks", "label_key"]
+__all__ = [
+    "GLUE_TASKS",
+    "TASKS",
+    "Columns",
+    "Task",
+    "choose_tasks",
+    "data_title",
+    "label_key",
+]
 
 
 class Columns(NamedTuple):
@@ -27,14 +36,18 @@ class Task:
     """A data set together with the way it is scored.
 
     Attributes:
-      name: Short name, also the hub's configuration.
+      name: Short name, of GLUE's tasks also the hub's configuration.
       title: As printed in tables.
-      folder: GLUE's own folder name.
+      folder: Of its files; for GLUE's tasks, as GLUE calls it.
       labels: Label names in Hugging Face order; empty for regression.
+      head: The task whose head answers this one; None for its own.
       score_range: Least and greatest label of a regression.
+      rating_range: Least and greatest label of a task of two classes whose labels are
+        ratings: below 0 is the first class, above 0 the second.
       layouts: The columns of files that are understood: GLUE's own first, then the
         plain ones `sentence label` or `sentence1 sentence2 label` (or `score`).
-      hub_columns: The columns on the hub.
+      hub_columns: The columns on the hub; None for what is embedded alone, and has no
+        training set.
       header: The columns of GLUE's own file where that has no header line.
       evaluation_splits: Names of the files that are scored, without `.tsv`.
       metrics: What the table prints; with two splits, one metric of each.
@@ -47,22 +60,35 @@ class Task:
     folder: str
     labels: tuple[str, ...]
     layouts: tuple[Columns, ...]
-    hub_columns: Columns
+    hub_columns: Columns | None
     metrics: tuple[str, ...]
+    head: str | None = None
     score_range: tuple[float, float] | None = None
+    rating_range: tuple[float, float] | None = None
     header: tuple[str, ...] | None = None
     evaluation_splits: tuple[str, ...] = ("dev",)
     has_damaged_rows: bool = False
 
     @property
+    def head_name(self) -> str:
+        """The task whose head answers this one."""
+        return self.head or self.name
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All that have labels."""
+        training = () if self.hub_columns is None else ("train",)
+        return (*training, *self.evaluation_splits)
+
+    @property
     def is_regression(self) -> bool:
-        """Whether the label is a number rather than a class."""
+        """Whether the answer is a number rather than a class."""
         return self.score_range is not None
 
     @property
     def is_pair(self) -> bool:
         """Whether an example has two texts."""
-        return self.hub_columns.second is not None
+        return self.layouts[0].second is not None
 
     @property
     def num_outputs(self) -> int:
@@ -89,7 +115,7 @@ _SENTENCE = Columns("sentence", None, "label")
 _PAIR = Columns("sentence1", "sentence2", "label")
 _SCORED_PAIR = Columns("sentence1", "sentence2", "score")
 
-_ALL = (
+_GLUE = (
     Task(
         name="cola",
         title="CoLA",
@@ -177,8 +203,41 @@ _ALL = (
     ),
 )
 
-TASKS: Mapping[str, Task] = types.MappingProxyType({task.name: task for task in _ALL})
-"""The tasks by name, in the column order of the paper's Table 3."""
+
+def _rated_sentences(source: str, title: str) -> Task:
+    return Task(
+        name=f"sentiment-{source}",
+        title=title,
+        folder="sentiment",
+        labels=("negative", "positive"),
+        head="sst2",
+        rating_range=(-4.0, 4.0),
+        layouts=(Columns("sentence", None, "rating"),),
+        hub_columns=None,
+        evaluation_splits=(source,),
+        metrics=("accuracy", "pearson"),
+    )
+
+
+_RATED = (
+    _rated_sentences("amazon", "Amazon reviews"),
+    _rated_sentences("nyt", "NYT editorials"),
+)
+
+GLUE_TASKS = tuple(task.name for task in _GLUE)
+"""Names of GLUE's tasks, in the column order of the paper's Table 3."""
+
+TASKS: Mapping[str, Task] = types.MappingProxyType(
+    {task.name: task for task in (*_GLUE, *_RATED)}
+)
+"""All tasks by name, GLUE's first."""
+
+
+def data_title(tasks: Iterable[Task]) -> str:
+    """What some tasks are scored on, in a few words."""
+    kinds = ("GLUE dev", "rated sentences")
+    found = {kinds[task.rating_range is not None] for task in tasks}
+    return " and ".join(kind for kind in kinds if kind in found)
 
 
 def choose_tasks(names: Iterable[str]) -> tuple[Task, ...]:

@@ -55,7 +55,7 @@ class DepthConfig:
         "Classifier: directory or hub id; {task} is replaced.", GIVEN,
     )  # fmt: skip
     tasks: tuple[str, ...] = flag(
-        (), f"List of {', '.join(TASKS)}; by default all that model and data allow."
+        (), f"List of {', '.join(TASKS)}; the default is that of experiments.glue."
     )
     data_dir: str = flag(
         "",

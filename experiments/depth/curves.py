@@ -45,7 +45,7 @@ class Metric(NamedTuple):
 METRICS: Mapping[str, Metric] = MappingProxyType({
     "error": Metric("relative squared error\nof the weights", "error", fixed(5)),
     "perplexity": Metric("perplexity per token", "perplexity", fixed(2)),
-    "glue": Metric("GLUE score, percent", "GLUE", fixed(2), is_score=True),
+    "glue": Metric("mean task score, percent", "tasks", fixed(2), is_score=True),
 })  # fmt: skip
 
 

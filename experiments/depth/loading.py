@@ -37,6 +37,7 @@ def choose_glue_tasks(config: DepthConfig) -> tuple[Task, ...]:
     Raises:
       UsageError: If a task is unknown, or none is named and none can be derived.
       CheckpointError: If the classifier cannot be found.
+      DataError: If `--data_dir` is not a folder.
     """
     if "glue" not in config.metrics:
         return ()

@@ -7,10 +7,10 @@
 The paper's method (greedy decomposition, then one codebook of pairs per matrix) at each
 width, stopped after each number of `--steps` at a tolerance that it does not reach, and
 at each tolerance of `--rtols` with steps to spare. For each: the relative squared error
-of the weights of `--model` (mean over its layers), its perplexity, and the GLUE score
-of `--glue_model` (mean over the tasks at hand). It marks where more depth stops
-helping: at the fewest steps, or the loosest tolerance, whose value is as good as the
-best at any depth, up to the spread over seeds or to 1 %.
+of the weights of `--model` (mean over its layers), its perplexity, and the mean score
+of `--glue_model` over its tasks, those of `experiments.glue`. It marks where more depth
+stops helping: at the fewest steps, or the loosest tolerance, whose value is as good as
+the best at any depth, up to the spread over seeds or to 1 %.
 
 It prints two tables, adds its records to depth.jsonl in `--out`, and writes depth.md
 and depth.png. The same command goes on where an interrupted one stopped.

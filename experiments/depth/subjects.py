@@ -11,6 +11,7 @@ from experiments.classification.rows import (
     quantized_records,
     unchanged_records,
 )
+from experiments.classification.tasks import data_title
 from experiments.depth.points import METHOD, Point
 from experiments.layer_store import LayerStore
 from experiments.methods import METHODS
@@ -82,7 +83,8 @@ def glue_subject(bench: GlueBench) -> Subject:
     identity = {
         "model": bench.identity["model"],
         "data": ", ".join(one.task.name for one in bench.tasks),
-        "protocol": f"GLUE dev, at most {bench.identity['max_length']} tokens",
+        "protocol": f"{data_title([one.task for one in bench.tasks])}, at most "
+        f"{bench.identity['max_length']} tokens",
         "examples": sum(len(one.labels) for one in sets),
         "data_sha256": _joined([one.sha256 for one in sets]),
         "weights_sha256": _joined(list(checkpoints)),

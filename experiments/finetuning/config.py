@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from experiments.classification.tasks import TASKS, Task
+from experiments.classification.tasks import GLUE_TASKS, TASKS, Task
 from experiments.cli import (
     COUNT,
     GIVEN,
@@ -26,7 +26,7 @@ STORED = "stored"
 """The value of `--head` that means the only head of a checkpoint."""
 
 _EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "minilm-glue"
-_TASK = (lambda x: x in TASKS, f"one of {', '.join(TASKS)}")
+_TASK = (lambda x: x in GLUE_TASKS, f"one of {', '.join(GLUE_TASKS)}")
 _DROPOUT = (lambda x: x == -1 or 0 <= x < 1, "-1 or in [0, 1)")
 _DECAY = (lambda x: 0 <= x < math.inf, "at least 0 and finite")
 
@@ -39,7 +39,7 @@ class FinetuneConfig:
       UsageError: If a value cannot work; the message names the flag.
     """
 
-    task: str = flag("", f"One of {', '.join(TASKS)}.", _TASK)
+    task: str = flag("", f"One of {', '.join(GLUE_TASKS)}.", _TASK)
     model: str = flag(
         str(_EMBEDDED), "Encoder or classifier: directory or hub id.", GIVEN
     )
@@ -58,7 +58,7 @@ class FinetuneConfig:
         (), "Label of each output of such a head, where it has only generic names."
     )
     data_dir: str = flag(
-        "", "Folder with RTE/train.tsv and so on; what it lacks is embedded or loaded."
+        "", "Folder with RTE/train.tsv and so on; what it lacks is asked of the hub."
     )
     max_length: int = flag(128, "Longest sequence in tokens.", POSITIVE_COUNT)
 
