@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from experiments.assets.make_texts import recorded_sha256
 from experiments.text import ASSETS, trained_context
 from kashin_jax.errors import CheckpointError
 
@@ -27,13 +28,35 @@ def test_an_asset_has_the_size_and_checksum_of_the_table(name):
     assert (path.stat().st_size, sha256_of(path)) == TABLE[name]
 
 
+def test_the_program_that_makes_the_texts_reads_the_table_as_the_test_does():
+    assert recorded_sha256() == {name: sha256 for name, (_, sha256) in TABLE.items()}
+
+
 def test_the_table_lists_every_asset():
     files = {
         path.relative_to(ASSETS).as_posix()
         for path in ASSETS.rglob("*")
         if path.is_file()
     }
-    assert files == {*TABLE, "ASSETS.md", ".gitattributes"}
+    code = {name for name in files if name.endswith((".py", ".pyc"))}
+    assert files - code == {*TABLE, "ASSETS.md", ".gitattributes"}
+
+
+def test_test_and_validation_articles_are_new_to_the_model_and_to_calibration():
+    """A title in two splits, or in the training text, would flatter a quantizer."""
+    folder = ASSETS / "wiki_vital"
+    splits = {
+        name: set(
+            re.findall(r"^ = (.+) = $", (folder / f"{name}.txt").read_text(), re.M)
+        )
+        for name in ("test", "valid", "calibration")
+    }
+    assert {name: len(titles) for name, titles in splits.items()} == {
+        "test": 2554, "valid": 1755, "calibration": 4498
+    }  # fmt: skip
+    assert len(set.union(*splits.values())) == 8807
+    seen = (folder / "seen_titles.txt").read_text("utf-8").splitlines()
+    assert len(seen) == 327 and set(seen) <= splits["calibration"]
 
 
 def test_git_leaves_the_bytes_of_assets_alone():

@@ -47,7 +47,7 @@ def finished(text_file, tmp_path_factory):
         text_file=(str(text_file),),
         out=str(out),
         cache_dir=str(out / "cache"),
-        eval_file=str(ASSETS / "wikitext2" / "wiki.valid.raw"),
+        eval_file=str(ASSETS / "wiki_vital" / "valid.txt"),
         eval_every=4,
         eval_tokens=70,
     )

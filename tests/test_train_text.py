@@ -27,8 +27,28 @@ from experiments.training.documents import (
 from kashin_jax.errors import DataError
 
 ASSETS = Path(__file__).resolve().parents[1] / "experiments" / "assets"
-SAMPLE = ASSETS / "wikipedia2014_sample.txt"
-VALIDATION = ASSETS / "wikitext2" / "wiki.valid.raw"
+TEXTS = ASSETS / "wiki_vital"
+# Made-up lines in WikiText's spacing, with all that it writes in a way of its own.
+WIKITEXT = """\
+ The harbour was built in 1887 by a well @-@ known engineer , and paid by two towns .
+ It holds 1 @,@ 250 boats ( 40 @.@ 5 % of them sailing ) and costs $ 3 @.@ 2 a day .
+ " We don 't need a bigger one , " said the mayor ; " ours hasn 't been full . "
+ The town 's council met at 18 : 05 , as it always had : seven members , all late .
+ Ferries run on 5 – 6 days a week and / or by night [ 12 ] , in summer on all of them .
+ A. B. Miller drew the plans with St. Mary 's tower in the middle of the picture .
+ Was it worth it ? They 'd say yes ! The keepers ' houses have stood there ever since .
+ Trade with the islands rose from £ 20 @,@ 000 to £ 1 @.@ 5 million in 30 years .
+ A half @-@ sunk barge — the oldest of three — still lies in the north @-@ east corner .
+"""
+
+
+def wikitext_articles():
+    """Two articles in WikiText's layout."""
+    first, second = WIKITEXT.split(" Ferries", 1)
+    return (
+        f" = Old harbour = \n \n{first} \n = = Ferries = = \n \n Ferries{second} \n"
+        f" = Another harbour = \n \n{first}"
+    )
 
 
 def source_of(*paths, spacing=0.0, seed=0, separator=""):
@@ -40,7 +60,7 @@ def tokenizer():
     return load_tokenizer(ASSETS / "opt-wiki-18m")
 
 
-# The right sides are lines, or parts of them, of WikiText-2's validation text.
+# The right sides are as WikiText writes it.
 @pytest.mark.parametrize(
     ("prose", "wikitext"),
     [
@@ -77,16 +97,12 @@ def test_joined_up_lines_of_wikitext_come_back_exactly():
         (r" '(s|t|d|m|ll|re|ve)\b", r"'\1"),
         (r" ([–/]) ", r"\1"),
     ]
-    lines = [line.strip() for line in VALIDATION.read_text("utf-8").split("\n")]
-    lines = [line for line in lines if line and not line.startswith("=")]
-    exact = 0
-    for line in lines:
+    for line in map(str.strip, WIKITEXT.splitlines()):
         joined = line
         for pattern, replacement in joins:
             joined = re.sub(pattern, replacement, joined)
-        exact += respace_line(joined) == line
-    assert len(lines) == 1841
-    assert exact / len(lines) > 0.95
+        assert joined != line
+        assert respace_line(joined) == line
 
 
 def test_an_article_takes_the_layout_of_wikitext():
@@ -97,18 +113,23 @@ def test_an_article_takes_the_layout_of_wikitext():
     )
 
 
-def test_an_article_of_wikitext_is_left_alone():
-    for article in read_documents(VALIDATION):
+def test_an_article_of_wikitext_is_left_alone(tmp_path):
+    path = tmp_path / "articles.txt"
+    path.write_text(wikitext_articles(), "utf-8")
+    articles = list(read_documents(path))
+    assert [article.partition("\n")[0] for article in articles] == [
+        " = Old harbour = ", " = Another harbour = "
+    ]  # fmt: skip
+    for article in articles:
         assert respace_document(article) == article
 
 
-def test_the_known_numbers_of_articles_are_found():
-    # 60 is WikiText-2's published number, 920 that of the sample's description.
-    assert len(list(read_documents(VALIDATION))) == 60
-    sample = list(read_documents(SAMPLE))
-    assert len(sample) == 920
-    respaced = sum(document.startswith(" = ") for document in sample)
-    assert respaced / 920 == pytest.approx(0.8, abs=0.03)
+@pytest.mark.parametrize(("name", "count"), [("calibration", 4498), ("valid", 1755)])
+def test_the_known_numbers_of_articles_are_found(name, count):
+    """Those of ASSETS.md, known from the source and not from this program."""
+    documents = list(read_documents(TEXTS / f"{name}.txt"))
+    assert len(documents) == count
+    assert all(document.startswith(" = ") for document in documents)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +139,8 @@ def test_the_known_numbers_of_articles_are_found():
         ("Title\n\na\nb\n\nEnd", "", ["Title\n\na\nb", "End"]),
         ("Title\n\n = T = \n x ", "", ["Title", " = T = \n x "]),
         (" = T = \n x \n = U = \n y ", "", [" = T = \n x ", " = U = \n y "]),
+        (" = T = \n\n x \n\n = U = \n\n y ", "", [" = T = \n\n x ", " = U = \n\n y "]),
+        (" = T = \n\n = U = \n\n y ", "", [" = T = ", " = U = \n\n y "]),
         (" = T = \n = = S = = \n x ", "", [" = T = \n = = S = = \n x "]),
         ("a\r\nb\r\n\r\nc\nd", "", ["a\nb", "c\nd"]),
         ("a\n\nb\n--\nc\n--\n\n--", "--", ["a\n\nb", "c"]),
@@ -240,7 +263,7 @@ def test_a_text_that_ends_in_garbage_leaves_no_file(tokenizer, tmp_path):
 
 
 def test_a_new_tokenizer_has_the_special_tokens_of_opt():
-    text = SAMPLE.read_text("utf-8")[:20_000]
+    text = (TEXTS / "calibration.txt").read_text("utf-8")[:20_000]
     tokenizer = train_tokenizer([text], vocab_size=500)
     assert tokenizer.get_vocab_size() == 500
     special = ["<s>", "<pad>", "</s>", "<unk>"]

@@ -31,4 +31,4 @@ def arguments(**values):
 
 
 def sample_text():
-    return (ASSETS / "wikipedia2014_sample.txt").read_text("utf-8")[:40_000]
+    return (ASSETS / "wiki_vital" / "calibration.txt").read_text("utf-8")[:40_000]

@@ -39,7 +39,7 @@ cd "$(dirname "$0")/../.."
   --clip=1.0 \
   --dtype=bfloat16 \
   --seed=0 \
-  --eval_file=experiments/assets/wikitext2/wiki.valid.raw \
+  --eval_file=experiments/assets/wiki_vital/valid.txt \
   --eval_every=500 \
   --eval_tokens=0 \
   "$@"

@@ -96,7 +96,8 @@ def split_documents(lines: Iterable[str], *, separator: str = "") -> Iterator[st
     """Cuts lines into documents.
 
     A line equal to `separator` ends a document, and a WikiText title starts one. With
-    the default, an empty line, a lone short line is the title of what follows it; so
+    the default, an empty line, a lone short line is the title of what follows it, a
+    WikiText title too; so
     prose whose paragraphs are separated by empty lines becomes one document per
     paragraph, unless another separator is given.
 
@@ -109,12 +110,12 @@ def split_documents(lines: Iterable[str], *, separator: str = "") -> Iterator[st
     """
     title = ""
     for chunk in _chunks(lines, separator):
-        if not separator and not title and _is_title(chunk):
-            title = chunk
-            continue
         if title and _WIKITEXT_TITLE.match(chunk.partition("\n")[0]):
             yield title
             title = ""
+        if not separator and not title and _is_title(chunk):
+            title = chunk
+            continue
         yield f"{title}\n\n{chunk}" if title else chunk
         title = ""
     if title:
@@ -122,11 +123,7 @@ def split_documents(lines: Iterable[str], *, separator: str = "") -> Iterator[st
 
 
 def _is_title(chunk: str) -> bool:
-    return (
-        "\n" not in chunk
-        and len(chunk) <= _TITLE_LENGTH
-        and not _WIKITEXT_TITLE.match(chunk)
-    )
+    return "\n" not in chunk and len(chunk) <= _TITLE_LENGTH
 
 
 def _chunks(lines: Iterable[str], separator: str) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""Embedded models and texts, described in ASSETS.md, and the program for the texts."""
