@@ -6,17 +6,55 @@ FLAGS ?= --bits=4
 ARTIFACT ?= all
 ORACLE ?= .oracle
 
-.PHONY: run test setup check oracle bench results docs notebooks clean
+# All cores; compiled programs are kept in .pytest_cache (`make test CLEAR=1` empties it).
+PYTEST := -m pytest -n auto --dist=loadfile --no-loadscope-reorder --durations=20 \
+  $(if $(CLEAR),--cache-clear)
+SLOW := -m 'slow and not oracle' --nbmake notebooks tests
+
+.PHONY: run test lint default slow second test-slow coverage setup oracle bench \
+  results docs notebooks clean
 
 run: setup            ## set up, then quantize the embedded OPT and print its table
 	$(BIN)/python -m experiments.opt_ppl $(FLAGS)
 
-test: setup           ## set up, then lint, type-check and run every test
+test: setup lint default  ## set up, then lint, type-check and run the default suite
+
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --nbmake -n auto --dist=loadfile \
-	  --no-loadscope-reorder notebooks tests
+
+default: setup
+	$(BIN)/python $(PYTEST) tests
+
+test-slow: setup slow second  ## the slow tests, and the default suite on another Python
+
+slow: setup
+	$(BIN)/python $(PYTEST) $(SLOW)
+
+second: setup         ## the default suite on another Python, if there is one
+	@python=$$(.ci/second-python $(BIN)/python); if [ -n "$$python" ]; then \
+	  echo "The default suite on a second Python, $$python:"; \
+	  $(MAKE) default PYTHON="$$python" VENV=$(VENV)-second; \
+	else \
+	  echo "No second Python (3.12 or newer): the default suite ran on one alone."; \
+	fi
+
+# Lines of kashin_jax that ran, in subprocesses too. BEFORE is the figure of the suite
+# that took 25 minutes, all tests of it.
+BEFORE ?= unknown
+coverage: setup       ## line coverage of the default suite, and of both suites
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run $(PYTEST) tests
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --format=total > .coverage-default
+	$(BIN)/python -m coverage run $(PYTEST) $(SLOW)
+	$(BIN)/python -m coverage combine --quiet --append
+	$(BIN)/python -m coverage report
+	@echo "Line coverage of kashin_jax, per cent:"
+	@echo "  default suite            $$(cat .coverage-default)"
+	@echo "  default and slow suites  $$($(BIN)/python -m coverage report --format=total)"
+	@echo "  the suite before them    $(BEFORE)"
 
 setup: $(VENV)/.installed
 
@@ -51,4 +89,4 @@ notebooks: setup      ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/execute.py
 
 clean:
-	rm -rf $(VENV) $(ORACLE) site
+	rm -rf $(VENV) $(VENV)-second $(ORACLE) site

@@ -99,7 +99,7 @@ def _model(config: BenchConfig) -> list[Row]:
 
         def run(options: KashinConfig = options, bases: Any = bases) -> list[Any]:
             return [
-                decompose_blocks(k, bases[path], options, k.shape)[2:]
+                decompose_blocks(k, bases[path], options, (len(k), k.shape[1]))[2:]
                 for path, k in kernels.items()
             ]
 

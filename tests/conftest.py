@@ -1,6 +1,7 @@
 """Strict numerics for every test, and compiled programs that tests share."""
 
 import gc
+import os
 import shutil
 import signal
 import tempfile
@@ -20,9 +21,20 @@ def pytest_configure(config):
     Modules, workers and runs load what another one compiled, from pytest's own cache
     (`--cache-clear` empties it). Programs are named after all that they are made from.
     """
-    programs = kept_programs(config)
-    jax.config.update("jax_compilation_cache_dir", str(programs))
+    programs = str(kept_programs(config))
+    jax.config.update("jax_compilation_cache_dir", programs)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # Of the programs and notebooks that tests start, too.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at marks
+def pytest_collection_modifyitems(items):
+    """Notebooks are slow tests."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("slow")
 
 
 def kept_programs(config):

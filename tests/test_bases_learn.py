@@ -125,7 +125,7 @@ def test_a_basis_without_angles_and_too_few_steps_are_refused():
         learn_angles(pair_of("givens", 4, 4), matrix(4, 4), l1_loss, ADAM, 0)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_experiment_counts_what_learned_angles_cost(tmp_path, capsys):
     model, out = tmp_path / "model", tmp_path / "out"
     make_checkpoint(model)

@@ -25,7 +25,7 @@ LARGE = Layout(
 )
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_memory_is_at_most_ten_times_the_largest_quantized_matrix(tmp_path):
     rules = StreamingConfig(method="rtn", bits=4.0).rules()
     bare = measure(tmp_path / "bare", LAYOUTS["bare"], rules)
@@ -38,7 +38,7 @@ def test_memory_is_at_most_ten_times_the_largest_quantized_matrix(tmp_path):
     assert 4 < found["bits_per_weight"] < 4.2
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_benchmark_adds_a_record(tmp_path, capsys):
     flags = [
         "--layout=bare",

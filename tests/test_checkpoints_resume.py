@@ -150,7 +150,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_process_killed_inside_a_shard_goes_on_in_another_one(source, tmp_path):
     flags = ["--method=rtn", "--bits=4", f"--max-shard-size={SHARD}", "--skip=_proj"]
 

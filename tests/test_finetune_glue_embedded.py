@@ -7,7 +7,7 @@ from experiments.finetune_glue import main
 from experiments.results import read_jsonl
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_few_steps_teach_a_fresh_head_on_the_embedded_encoder(tmp_path, capsys):
     lines = (EMBEDDED / "sst2" / "dev.tsv").read_text("utf-8").splitlines()
     (tmp_path / "sst2").mkdir()

@@ -162,7 +162,7 @@ def test_a_layer_that_does_not_converge_stays_in_the_authors_variant(copy, tmp_p
     assert abs(ours["log_loss"] - full["log_loss"]) > 1e-3
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_embedded_checkpoint_scores_what_another_program_measured(tmp_path, capsys):
     """Its SST-2 head on the rated sentences, scored once by a BERT in plain NumPy."""
     assert main(["--methods=full precision", f"--out={tmp_path}"]) == 0

@@ -113,7 +113,7 @@ def compiled_memory(shape, config):
     return [(m.temp_size_in_bytes + m.output_size_in_bytes) / size for m in used]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 2.5, 4])
 def test_a_huge_matrix_needs_less_than_twice_its_size_beside_it(bits):
     config = JointConfig(bits=bits, effort="fast")

@@ -61,7 +61,7 @@ def dense_product(x, q):
     return np.asarray(x, np.float64) @ np.asarray(q.decode(), np.float64)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     block=st.tuples(st.integers(1, 9), st.integers(1, 9)),

@@ -194,7 +194,7 @@ def command(model, out):
     ]  # fmt: skip
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_real_command_makes_a_table_of_the_embedded_checkpoint(tmp_path):
     process = subprocess.run(
         [
@@ -218,7 +218,7 @@ def test_the_real_command_makes_a_table_of_the_embedded_checkpoint(tmp_path):
     assert 4.0 < records[1]["stored_bits_per_weight"] < 4.01
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_embedded_checkpoint_agrees_with_another_programs_numbers(tmp_path):
     """First 32 windows of 512 tokens, scored once by OPT, RTN and NF4 in NumPy."""
     flags = ["--max_tokens=16384", "--methods=rtn-g128,nf4-g64", f"--out={tmp_path}"]

@@ -175,7 +175,7 @@ def test_a_table_that_cannot_be_written_keeps_its_work(
     assert quantize.count == nll.count == 0
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_process_loses_nothing_finished(
     tiny, tmp_path, finished, quantize, kind

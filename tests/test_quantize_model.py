@@ -229,7 +229,7 @@ def test_replacing_an_unknown_kernel_is_an_error_that_names_it(network):
         replace_kernels(network, {"blocks/0/up": kernel.T})
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["hadamard", "haar", "dct"])
 def test_an_opt_computes_alike_through_packed_and_dense_layers(basis):
     config = OPTConfig(
@@ -260,7 +260,7 @@ STAGES = {
 }
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_each_stage_compiles_once_per_distinct_shape(caplog):
     shapes = [(12, 20), (20, 28)] * 3
     config = KashinConfig(bits=1, **FAST)
@@ -331,7 +331,7 @@ def stage_memory(shape):
     return used
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(768, 768), (384, 1536)])
 def test_no_stage_needs_more_than_eight_times_the_matrix(shape):
     used = stage_memory(shape)

@@ -28,7 +28,7 @@ def test_the_readme_is_short():
     assert len(EXAMPLES[0].splitlines()) <= 12
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_library_examples_run_as_they_stand(capsys):
     names: dict = {}
     assert len(EXAMPLES) == 2

@@ -21,7 +21,7 @@ from kashin_jax import stored_bits
 from kashin_jax.errors import UsageError
 from kashin_jax.models.classifier_loading import load_classifier
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.slow
 
 METHODS = ["kashin", "uniform", "rtn-g128", "rotate-k-means"]
 FLOATS = {"centroids", "levels", "scale", "zero"}

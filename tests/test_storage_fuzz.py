@@ -1,6 +1,6 @@
 """Damaged and invented files: success or `CheckpointError`, and little memory.
 
-The seeds are the golden files. The heavy tests are the same properties with thousands
+The seeds are the golden files. The slow tests are the same properties with thousands
 of cases and other random numbers every time.
 """
 
@@ -252,21 +252,21 @@ def test_no_description_or_leaves_break_the_reader_of_packed_tensors(case):
     any_leaves(case)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @many
 @given(data=HEADERS)
 def test_thousands_of_damaged_headers_are_read_or_refused(golden, data):
     any_bytes(golden / "copy", data)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @settings(many, max_examples=2000)
 @given(change=damaged_file(), first=st.integers(0, 3))
 def test_thousands_of_damaged_checkpoints_are_read_or_refused(golden, change, first):
     any_file(golden, change, first)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @many
 @given(case=damaged_leaves())
 def test_thousands_of_damaged_tensors_are_read_or_refused(case):

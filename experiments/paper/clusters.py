@@ -51,7 +51,8 @@ def cluster_layer(
     config = config or KashinConfig(bits=BITS, basis=BasisSpec(family, family))
     kernel = kernels[layer]
     basis = layer_basis(key, layer, family, kernel)
-    found = decompose_blocks(kernel, basis, config, kernel.shape)
+    shape = kernel.shape[0], kernel.shape[1]
+    found = decompose_blocks(kernel, basis, config, shape)
     fit_key = jax.random.fold_in(path_key(key, layer), config.bits)
     codes, centroids = cluster_factors(found.u, found.v, fit_key, config)
     chosen = centroids[codes.astype(jnp.int32)]

@@ -77,6 +77,9 @@ class BasisSpec:
         return self.left if self.left == self.right else f"{self.left}:{self.right}"
 
 
+# `inline`: one program where it is called as it is, and no trace of it in the programs
+# of others.
+@partial(jax.jit, static_argnames=("family", "n"), inline=True)
 def make_basis(family: str, key: Key[Array, ""], n: int) -> Basis:
     """A basis of R^n of the named family.
 
@@ -88,6 +91,7 @@ def make_basis(family: str, key: Key[Array, ""], n: int) -> Basis:
     return FAMILIES[BasisSpec(family, family).left](key, n)
 
 
+@partial(jax.jit, static_argnames=("spec", "shape"), inline=True)
 def make_pair(
     spec: BasisSpec, key: Key[Array, ""], shape: tuple[int, int]
 ) -> KroneckerBasis:

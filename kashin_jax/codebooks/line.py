@@ -48,8 +48,8 @@ def lloyd_sorted(
     ascending: Float[Array, " p"],
     start: Float[Array, " k"],
     *,
-    rtol: float,
-    max_steps: int,
+    rtol: float | Float[Array, ""],
+    max_steps: int | Int[Array, ""],
 ) -> ScalarCodebook:
     """Fits levels to sorted points: a cluster is a range, its mean two prefix sums.
 
@@ -89,15 +89,15 @@ def lloyd_sorted(
     return ScalarCodebook(levels, inertia, step, shift <= tolerance)
 
 
-@partial(jax.jit, static_argnames=("k", "num_restarts", "rtol", "max_steps"))
+@partial(jax.jit, static_argnames=("k", "num_restarts"))
 def fit_scalars(
     key: Key[Array, ""],
     points: Float[Array, " p"],
     k: int,
     *,
     num_restarts: int,
-    rtol: float,
-    max_steps: int,
+    rtol: float | Float[Array, ""],
+    max_steps: int | Int[Array, ""],
 ) -> ScalarCodebook:
     """Best of two deterministic and `num_restarts` k-means++ starts, on all points.
 

@@ -59,14 +59,14 @@ def assign_pairs(
     return fold_centroids(centroids.shape[0], compare, start)
 
 
-@partial(jax.jit, static_argnames=("rtol", "max_steps"))
+@jax.jit
 def lloyd_pairs(
     u: Float[Array, " p"],
     v: Float[Array, " p"],
     start: Float[Array, "k 2"],
     *,
-    rtol: float,
-    max_steps: int,
+    rtol: float | Float[Array, ""],
+    max_steps: int | Int[Array, ""],
 ) -> PairCodebook:
     """Fits centroids to points by Lloyd's algorithm; metric Euclidean throughout.
 
@@ -131,22 +131,33 @@ def fit_pairs(
         raise ValueError(
             "`u` and `v` are empty: there is nothing to fit a codebook to."
         )
-    sample_key, start_key = jax.random.split(key)
-    indices = sample_indices(sample_key, u.shape[0], sample)
-    restart_keys = jax.random.split(start_key, num_restarts)
-    drawn = jnp.stack([u[indices], v[indices]], axis=1)
+    restart_keys, drawn = _draw_sample(key, u, v, num_restarts, sample)
     start = _best_start(restart_keys, drawn, k, rtol, max_steps)
     # A sample misses rare outliers; a few steps on all points bring them in.
     return lloyd_pairs(u, v, start, rtol=rtol, max_steps=polish_steps)
 
 
-@partial(jax.jit, static_argnames=("k", "rtol", "max_steps"))
+@partial(jax.jit, static_argnames=("num_restarts", "sample"))
+def _draw_sample(
+    key: Key[Array, ""],
+    u: Float[Array, " p"],
+    v: Float[Array, " p"],
+    num_restarts: int,
+    sample: int,
+) -> tuple[Key[Array, " r"], Float[Array, "s 2"]]:
+    sample_key, start_key = jax.random.split(key)
+    indices = sample_indices(sample_key, u.shape[0], sample)
+    drawn = jnp.stack([u[indices], v[indices]], axis=1)
+    return jax.random.split(start_key, num_restarts), drawn
+
+
+@partial(jax.jit, static_argnames="k")
 def _best_start(
     keys: Key[Array, " r"],
     drawn: Float[Array, "s 2"],
     k: int,
-    rtol: float,
-    max_steps: int,
+    rtol: float | Float[Array, ""],
+    max_steps: int | Int[Array, ""],
 ) -> Float[Array, "k 2"]:
     def restart(key: Key[Array, ""]) -> PairCodebook:
         start = kmeans_plus_plus(key, drawn, k)

@@ -118,17 +118,14 @@ def kashin_code(
     Source: Merkulov et al. (2024), arXiv 2404.09737; one index of b bits addresses a
     pair, so 4 bits are 16 pairs.
     """
-    # The widths of one table share the compiled decomposition.
-    shared = KashinConfig(rtol=config.rtol, max_steps=config.max_steps)
-    u, v, *verdict = decompose_blocks(weight, basis, shared, block_shape)
+    u, v, *verdict = decompose_blocks(weight, basis, config, block_shape)
     scale, residual, num_steps, converged = verdict
-    max_u, max_v = (jnp.max(jnp.abs(factor), axis=(2, 3)) for factor in (u, v))
-    # Flat, so that matrices of equal size share the compiled fit.
-    grid, flat_u, flat_v = u.shape, u.reshape(-1), v.reshape(-1)
+    grid = u.shape
+    max_u, max_v, flat_u, flat_v = _flattened(u, v)
     del u, v
     codes, centroids = _cluster_points(flat_u, flat_v, key, config)
     return KashinCode(
-        codes=from_blocks(codes.reshape(grid)),
+        codes=_in_matrix(codes, grid),
         centroids=centroids,
         scale=scale,
         residual=residual,
@@ -139,19 +136,50 @@ def kashin_code(
     )
 
 
-@partial(jax.jit, static_argnames=("config", "block_shape"))
+@jax.jit
+def _flattened(
+    u: Float[Array, "r c bm bn"], v: Float[Array, "r c bm bn"]
+) -> tuple[
+    Float[Array, "r c"], Float[Array, "r c"], Float[Array, " p"], Float[Array, " p"]
+]:
+    """Levels of every block, and the factors flat.
+
+    So that matrices of equal size share the compiled fit.
+    """
+    max_u, max_v = (jnp.max(jnp.abs(factor), axis=(2, 3)) for factor in (u, v))
+    return max_u, max_v, u.reshape(-1), v.reshape(-1)
+
+
+@partial(jax.jit, static_argnames="grid")
+def _in_matrix(
+    codes: UInt8[Array, " p"], grid: tuple[int, int, int, int]
+) -> UInt8[Array, "m n"]:
+    return from_blocks(codes.reshape(grid))
+
+
 def decompose_blocks(
     weight: Float[Array, "m n"],
     basis: KroneckerBasis,
     config: KashinConfig,
     block_shape: tuple[int, int],
 ) -> KashinDecomposition:
-    """`kashin_decompose` of every block; leaves gain the axes of the grid in front."""
+    """`kashin_decompose` of every block; leaves gain the axes of the grid in front.
 
+    Compiled once for all tolerances, numbers of steps and widths.
+    """
+    return _decompose_blocks(weight, basis, config.rtol, config.max_steps, block_shape)
+
+
+@partial(jax.jit, static_argnames="block_shape")
+def _decompose_blocks(
+    weight: Float[Array, "m n"],
+    basis: KroneckerBasis,
+    rtol: float | Float[Array, ""],
+    max_steps: int | Int[Array, ""],
+    block_shape: tuple[int, int],
+) -> KashinDecomposition:
     def decompose(block: Float[Array, "bm bn"]) -> KashinDecomposition:
-        return kashin_decompose(
-            block, basis, rtol=config.rtol, max_steps=config.max_steps
-        )
+        return kashin_decompose(block, basis, rtol=rtol, max_steps=max_steps)
 
     if block_shape == weight.shape:
         # Without `vmap`: a batched loop keeps a second copy of every factor.
@@ -168,7 +196,7 @@ def cluster_factors(
 ) -> tuple[UInt8[Array, "m n"], Float[Array, "k 2"]]:
     """Codes of all weights in the order of the matrix, and the codebook."""
     codes, centroids = _cluster_points(u.reshape(-1), v.reshape(-1), key, config)
-    return from_blocks(codes.reshape(u.shape)), centroids
+    return _in_matrix(codes, u.shape), centroids
 
 
 def _cluster_points(

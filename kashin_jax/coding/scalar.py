@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from kashin_jax.codebooks import assign_scalars, fit_scalars
 
@@ -64,8 +64,8 @@ def kmeans_code(
     *,
     bits: int,
     num_restarts: int = 4,
-    rtol: float = 1e-5,
-    max_steps: int = 1000,
+    rtol: float | Float[Array, ""] = 1e-5,
+    max_steps: int | Int[Array, ""] = 1000,
 ) -> ScalarCode:
     """One codebook of `2**bits` levels for the whole matrix, by sorted Lloyd steps.
 
@@ -84,15 +84,15 @@ def kmeans_code(
     return ScalarCode(codes, book.levels, scale)
 
 
-@partial(jax.jit, static_argnames=("bits", "num_restarts", "rtol", "max_steps"))
+@partial(jax.jit, static_argnames=("bits", "num_restarts"))
 def channel_kmeans_code(
     x: Float[Array, "m n"],
     key: Key[Array, ""],
     *,
     bits: int,
     num_restarts: int = 4,
-    rtol: float = 1e-5,
-    max_steps: int = 1000,
+    rtol: float | Float[Array, ""] = 1e-5,
+    max_steps: int | Int[Array, ""] = 1000,
 ) -> ScalarCode:
     """A codebook of `2**bits` fp16 levels for every output channel, each fitted alone.
 

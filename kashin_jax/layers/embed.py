@@ -1,6 +1,7 @@
 """`KashinEmbed`: the drop-in for `nnx.Embed` whose table stays packed."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as default_promote_dtype
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from kashin_jax.layers.linear import quantized_of_shape
 from kashin_jax.layers.packed import Packed, pack
@@ -121,14 +122,9 @@ class KashinEmbed(nnx.Module):
                 f"`inputs` has type {inputs.dtype}; an embedding takes whole numbers."
             )
         tensor, *bases = self.packed.operands()
-        count = self.num_embeddings
-        index = inputs.reshape(-1).astype(jnp.int32)
-        # As nnx.Embed: a table of one row is that row for everything.
-        index = jnp.zeros_like(index) if count == 1 else index
-        index = jnp.where(index < 0, index + count, index)
-        rows = take_rows(tensor, jnp.clip(index, 0, count - 1), *bases)
-        known = ((index >= 0) & (index < count))[:, None]
-        rows = jnp.where(known, rows, jnp.nan).astype(tensor.dtype)
+        index, is_known = _indices(inputs.reshape(-1), self.num_embeddings)
+        rows = take_rows(tensor, index, *bases)
+        rows = _or_nan(rows, is_known, tensor.dtype)
         (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
         return _placed(rows.reshape(*inputs.shape, self.features), out_sharding)
 
@@ -149,6 +145,25 @@ class KashinEmbed(nnx.Module):
         flat = query.reshape(-1, self.features)
         y = times_transpose(flat, tensor, *bases)
         return _placed(y.reshape(*query.shape[:-1], -1), out_sharding)
+
+
+@partial(jax.jit, static_argnames="count", inline=True)
+def _indices(
+    inputs: Integer[Array, " t"], count: int
+) -> tuple[Int[Array, " t"], Bool[Array, " t"]]:
+    """Rows that there are, and which of the inputs stand for them."""
+    index = inputs.astype(jnp.int32)
+    # As nnx.Embed: a table of one row is that row for everything.
+    index = jnp.zeros_like(index) if count == 1 else index
+    index = jnp.where(index < 0, index + count, index)
+    return jnp.clip(index, 0, count - 1), (index >= 0) & (index < count)
+
+
+@partial(jax.jit, static_argnames="dtype", inline=True)
+def _or_nan(
+    rows: Float[Array, "t d"], is_known: Bool[Array, " t"], dtype: str
+) -> Float[Array, "t d"]:
+    return jnp.where(is_known[:, None], rows, jnp.nan).astype(dtype)
 
 
 def _placed(y: Float[Array, "*b"], out_sharding: Any) -> Float[Array, "*b"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from kashin_jax.quantized import (
     Quantized,
     QuantizedTensor,
     derive_basis,
+    derive_rotation,
 )
 from kashin_jax.quantized.controls import float_levels, unpacked_zero
 from kashin_jax.quantized.product import MAX_TILE
@@ -43,9 +45,9 @@ def take_rows(
       basis: `derive_basis(tensor)` where the caller keeps it.
       rotation: `derive_rotation(tensor)`, in the same way.
     """
-    if rows.shape[0] == 0:
-        return jnp.zeros((0, tensor.shape[1]), jnp.float32)
     if isinstance(tensor, QuantizedTensor):
+        basis = derive_basis(tensor) if basis is None else basis
+        rotation = derive_rotation(tensor) if rotation is None else rotation
         return _rows_of_blocks(tensor, rows, basis, rotation)
     if isinstance(tensor, AffineTensor | CodebookTensor) and tensor.seed is None:
         if tensor.shape[1] * tensor.layout.bits % 8 == 0:
@@ -67,6 +69,19 @@ def times_transpose(
     if not isinstance(tensor, QuantizedTensor):
         return _product(x, tensor.decode())
     basis = derive_basis(tensor) if basis is None else basis
+    rotation = derive_rotation(tensor) if rotation is None else rotation
+    return _times_transpose(x, tensor, basis, rotation)
+
+
+# `inline`, here and below: one program where it is called as it is, and no trace of it
+# in the programs of others.
+@partial(jax.jit, inline=True)
+def _times_transpose(
+    x: Float[Array, "r n"],
+    tensor: QuantizedTensor,
+    basis: KroneckerBasis,
+    rotation: KroneckerBasis | None,
+) -> Float[Array, "r m"]:
     size = math.prod(tensor.shape)
     fitting = bands_of_rows(tensor.layout)
     bands = min((k for k in fitting if size // k <= MAX_TILE), default=max(fitting))
@@ -113,14 +128,16 @@ def _band(tensor: QuantizedTensor, bands: int, index: Array) -> QuantizedTensor:
     )
 
 
+@partial(jax.jit, inline=True)
 def _rows_of_blocks(
     tensor: QuantizedTensor,
     rows: Int[Array, " t"],
-    basis: KroneckerBasis | None,
+    basis: KroneckerBasis,
     rotation: KroneckerBasis | None,
 ) -> Float[Array, "t n"]:
-    basis = derive_basis(tensor) if basis is None else basis
     m, n = tensor.shape
+    if rows.shape[0] == 0:
+        return jnp.zeros((0, n), jnp.float32)
     bands = max(bands_of_rows(tensor.layout))
     height = m // bands
     # The rows of many tokens need all bands, and each of them more than once.
@@ -135,6 +152,7 @@ def _rows_of_blocks(
     return jax.lax.map(row, rows, batch_size=min(at_once, rows.shape[0]))
 
 
+@partial(jax.jit, inline=True)
 def _rows_of_groups(
     tensor: AffineTensor | CodebookTensor, rows: Int[Array, " t"]
 ) -> Float[Array, "t n"]:
@@ -153,6 +171,7 @@ def _rows_of_groups(
     return scale * jnp.take_along_axis(levels, codes, axis=0, mode="clip")
 
 
+@partial(jax.jit, inline=True)
 def _product(x: Float[Array, "r n"], w: Float[Array, "m n"]) -> Float[Array, "r m"]:
     y = jnp.matmul(x, w.T.astype(x.dtype), preferred_element_type=jnp.float32)
     return y.astype(x.dtype)

@@ -5,6 +5,7 @@ methods, not bookkeeping.
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ __all__ = [
     "CodebookTensor",
     "GroupLayout",
     "control_basis",
+    "decode_control",
     "float_levels",
     "unpacked_zero",
 ]
@@ -84,9 +86,7 @@ class AffineTensor(NamedTuple):
 
     def decode(self) -> Float[Array, "m n"]:
         """The matrix in float32."""
-        codes = self.layout.unpack(self.packed_codes).astype(jnp.float32)
-        scaled = self.scale.astype(jnp.float32) * (codes - unpacked_zero(self))
-        return _rotate_back(scaled, self)
+        return decode_control(self, control_basis(self))
 
 
 class CodebookTensor(NamedTuple):
@@ -117,14 +117,26 @@ class CodebookTensor(NamedTuple):
 
     def decode(self) -> Float[Array, "m n"]:
         """The matrix in float32."""
-        levels = float_levels(self)
-        codes = self.layout.unpack(self.packed_codes)
+        return decode_control(self, control_basis(self))
+
+
+# `inline`: one program where it is called as it is, and no trace of it in others.
+@partial(jax.jit, inline=True)
+def decode_control(
+    tensor: AffineTensor | CodebookTensor, pair: KroneckerBasis | None
+) -> Float[Array, "m n"]:
+    """The matrix in float32, given its rotation, see `control_basis`."""
+    codes = tensor.layout.unpack(tensor.packed_codes)
+    if isinstance(tensor, AffineTensor):
+        values = codes.astype(jnp.float32) - unpacked_zero(tensor)
+    else:
+        levels = float_levels(tensor)
         if levels.ndim == 1:
             values = levels.at[codes].get(mode="clip")
         else:
             values = jnp.take_along_axis(levels[None], codes, axis=1, mode="clip")
-        scaled = self.scale.astype(jnp.float32) * values
-        return _rotate_back(scaled, self)
+    rotated = ungroup_rows(tensor.scale.astype(jnp.float32) * values, tensor.shape[0])
+    return rotated if pair is None else pair.synthesis(rotated)
 
 
 def unpacked_zero(tensor: AffineTensor) -> Float[Array, "g 1 c"]:
@@ -151,11 +163,3 @@ def control_basis(tensor: AffineTensor | CodebookTensor) -> KroneckerBasis | Non
     if seed is None or basis is None:
         return None
     return make_pair(basis, key_from_seed(seed), tensor.shape)
-
-
-def _rotate_back(
-    groups: Float[Array, "g s n"], tensor: AffineTensor | CodebookTensor
-) -> Float[Array, "m n"]:
-    rotated = ungroup_rows(groups, tensor.shape[0])
-    pair = control_basis(tensor)
-    return rotated if pair is None else pair.synthesis(rotated)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt32
 
-from kashin_jax.bases import BasisSpec, key_from_seed, make_pair, seed_from_key
+from kashin_jax.bases import KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.coding.affine import group_rows, minmax_code, rtn_code, ungroup_rows
 from kashin_jax.coding.hqq import hqq_code
 from kashin_jax.coding.scalar import channel_kmeans_code, kmeans_code, nf4_code
@@ -29,20 +29,21 @@ __all__ = ["encode_control"]
 
 def encode_control(
     x: Float[Array, "m n"],
-    seed_key: Key[Array, ""],
+    seed: UInt32[Array, "2"],
     codebook_key: Key[Array, ""],
     config: QuantizerConfig,
     dtype: str,
 ) -> AffineTensor | CodebookTensor:
-    """Codes a float32 matrix that had type `dtype`; `seed_key` gives the rotation.
+    """Codes a float32 matrix that had type `dtype`; `seed` gives the rotation.
 
     Raises:
       TypeError: If `config` is no control's.
     """
-    seed, basis = None, None
+    basis, stored = None, None
     if isinstance(config, RotatedRTNConfig | RotatedKMeansConfig):
-        seed, basis = seed_from_key(seed_key), config.basis
-        x = _rotate(x, seed, basis)
+        basis, stored = config.basis, seed
+        shape = x.shape[0], x.shape[1]
+        x = _rotate(x, make_pair(basis, key_from_seed(seed), shape))
     match config:
         case RTNConfig():
             size: int | None = config.group_size or x.shape[0]
@@ -60,10 +61,13 @@ def encode_control(
         dtype=dtype,
     )
     if isinstance(config, RTNConfig | HQQConfig | UniformConfig):
-        return _encode_affine(x, seed, config, layout)
-    return _encode_codebook(x, seed, codebook_key, config, layout)
+        return _encode_affine(x, stored, config, layout)
+    if isinstance(config, NF4Config):
+        return _encode_nf4(x, layout)
+    return _encode_kmeans(x, stored, codebook_key, config, layout)
 
 
+@partial(jax.jit, static_argnames=("config", "layout"))
 def _encode_affine(
     x: Float[Array, "m n"],
     seed: UInt32[Array, "2"] | None,
@@ -86,37 +90,40 @@ def _encode_affine(
     return AffineTensor(_pack(code.codes, layout), scale, zero, layout, seed)
 
 
-def _encode_codebook(
+@partial(jax.jit, static_argnames="layout")
+def _encode_nf4(x: Float[Array, "m n"], layout: GroupLayout) -> CodebookTensor:
+    code = nf4_code(group_rows(x, layout.group_size or x.shape[0]))
+    scale = code.scale.astype(jnp.float16)
+    return CodebookTensor(_pack(code.codes, layout), None, scale, None, layout)
+
+
+def _encode_kmeans(
     x: Float[Array, "m n"],
     seed: UInt32[Array, "2"] | None,
     key: Key[Array, ""],
-    config: NF4Config | KMeansConfig | ChannelKMeansConfig,
+    config: KMeansConfig | ChannelKMeansConfig,
     layout: GroupLayout,
 ) -> CodebookTensor:
     match config:
-        case NF4Config():
-            code = nf4_code(group_rows(x, config.group_size))
-            levels, scale = None, code.scale.astype(jnp.float16)
         case KMeansConfig():
             code = kmeans_code(
                 x, key, bits=config.bits, num_restarts=config.num_restarts
             )
-            levels, scale = code.levels, code.scale
+            levels = code.levels
         case ChannelKMeansConfig():
             code = channel_kmeans_code(
                 x, key, bits=config.bits, num_restarts=config.num_restarts
             )
-            levels, scale = code.levels.astype(jnp.float16), code.scale
-    return CodebookTensor(_pack(code.codes, layout), levels, scale, seed, layout)
+            levels = code.levels.astype(jnp.float16)
+    return CodebookTensor(_pack(code.codes, layout), levels, code.scale, seed, layout)
 
 
+@partial(jax.jit, static_argnames="layout")
 def _pack(codes: Array, layout: GroupLayout) -> Array:
     rows = ungroup_rows(codes, layout.shape[0])
     return pack_codes(rows.reshape(-1), bits=layout.bits)
 
 
-@partial(jax.jit, static_argnames="basis")
-def _rotate(
-    x: Float[Array, "m n"], seed: UInt32[Array, "2"], basis: BasisSpec
-) -> Float[Array, "m n"]:
-    return make_pair(basis, key_from_seed(seed), (x.shape[0], x.shape[1])).analysis(x)
+@jax.jit
+def _rotate(x: Float[Array, "m n"], pair: KroneckerBasis) -> Float[Array, "m n"]:
+    return pair.analysis(x)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import jax
@@ -109,18 +110,37 @@ def matmul(
             f"`x` has {x.shape[-1]} features, but the quantized matrix has shape "
             f"{tensor.shape} [in, out]."
         )
-    rows = x.reshape(-1, x.shape[-1])
-    if isinstance(tensor, AffineTensor | CodebookTensor):
-        y = _grouped(rows, tensor, basis, max_tile, precision)
-    elif not isinstance(tensor, QuantizedTensor):
+    if not isinstance(tensor, QuantizedTensor | AffineTensor | CodebookTensor):
+        rows = x.reshape(-1, x.shape[-1])
         y = dot(rows, tensor.decode(), precision)
-    else:
+        return y.astype(x.dtype).reshape(*x.shape[:-1], tensor.shape[1])
+    if isinstance(tensor, QuantizedTensor):
         basis = derive_basis(tensor) if basis is None else basis
         rotation = derive_rotation(tensor) if rotation is None else rotation
+    else:
+        basis = control_basis(tensor) if basis is None else basis
+    many = many_rows_of_backend() if many_rows is None else many_rows
+    return _product(x, tensor, basis, rotation, max_tile, precision, many)
+
+
+@partial(jax.jit, static_argnames=("max_tile", "precision", "many"), inline=True)
+def _product(
+    x: Float[Array, "*b m"],
+    tensor: QuantizedTensor | AffineTensor | CodebookTensor,
+    basis: KroneckerBasis | None,
+    rotation: KroneckerBasis | None,
+    max_tile: int,
+    precision: str | None,
+    many: int,
+) -> Float[Array, "*b n"]:
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(tensor, QuantizedTensor):
+        assert basis is not None, "derived by the caller"
         y = _prepared(rows, tensor, rotation)
-        many = many_rows_of_backend() if many_rows is None else many_rows
         y = _block_product(y, tensor, basis, max_tile, precision, len(y) >= many)
         y = _finished(y, tensor, rotation)
+    else:
+        y = _grouped(rows, tensor, basis, max_tile, precision)
     return y.astype(x.dtype).reshape(*x.shape[:-1], tensor.shape[1])
 
 
@@ -162,15 +182,15 @@ def _grouped(
     precision: str | None,
 ) -> Float[Array, "r n"]:
     """`x @ Q1 A Q2^T`, or without rotation `x @ A`."""
-    (m, n), pair = tensor.shape, control_basis(tensor) if basis is None else basis
-    if pair is not None:
-        x = _by_blocks(pair.left.analysis, x, m)
+    m, n = tensor.shape
+    if basis is not None:
+        x = _by_blocks(basis.left.analysis, x, m)
     rows = group_rows(tensor, max_tile, len(x))
     if rows is None:
         y = grouped_by_tiles(x, tensor, max_tile, precision)
     else:
         y = grouped_by_planes(x, tensor, rows, precision)
-    return y if pair is None else _by_blocks(pair.right.synthesis, y, n)
+    return y if basis is None else _by_blocks(basis.right.synthesis, y, n)
 
 
 def _plain(tensor: QuantizedTensor) -> QuantizedTensor:

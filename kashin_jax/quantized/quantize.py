@@ -6,22 +6,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Key, Num
+from jaxtyping import Array, Float, Float16, Int, Key, Num, UInt32
 
-from kashin_jax.bases import key_from_seed, make_pair, seed_from_key
+from kashin_jax.bases import (
+    KroneckerBasis,
+    key_from_seed,
+    make_pair,
+    seed_from_key,
+)
 from kashin_jax.coding.blocks import resolve_block_shape
 from kashin_jax.coding.joint import JointConfig, joint_block_shape, joint_code
 from kashin_jax.coding.kashin import KashinCode, KashinConfig, kashin_code
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.packing import pack_codes
 from kashin_jax.quantized.configs import DEFAULT_CONFIG, QuantizerConfig
+from kashin_jax.quantized.controls import (
+    AffineTensor,
+    CodebookTensor,
+    decode_control,
+)
 from kashin_jax.quantized.encode_controls import encode_control
-from kashin_jax.quantized.layout import Quantized
+from kashin_jax.quantized.product import derive_bases
 from kashin_jax.quantized.tensor import (
     KashinLayout,
     QuantizedTensor,
     band_count,
     cut_rows,
+    decode_with,
     make_rotation,
     pack_rows,
 )
@@ -94,7 +104,7 @@ def quantize(
     scale = _checked_in_scale(in_scale, weight.shape[0], config, path)
     key = jax.random.key(0) if key is None else key
     tensor, report = encode(weight, key, config, weights, scale)
-    if not jnp.isfinite(report.relative_squared_error):
+    if not math.isfinite(report.relative_squared_error):
         is_kashin = isinstance(config, KashinConfig | JointConfig)
         raise NonFiniteError(
             f"`{path}` reaches {float(jnp.max(jnp.abs(weight))):.3g}, too large for "
@@ -106,12 +116,24 @@ def quantize(
 
 def require_finite(weight: Num[Array, "*shape"], path: str) -> None:
     """Raises NonFiniteError, naming `path`, if `weight` holds NaN or infinity."""
-    bad = int(jnp.sum(~jnp.isfinite(weight)))
+    bad = int(_count_bad(weight))
     if bad:
         raise NonFiniteError(
             f"`{path}` holds {bad} NaN or infinite entries of {weight.size}. Repair "
             "the checkpoint, or leave this parameter out."
         )
+
+
+@jax.jit
+def _split(key: Key[Array, ""]) -> tuple[UInt32[Array, "2"], Key[Array, ""]]:
+    """The stored seed, and the key of the codebook."""
+    seed_key, codebook_key = jax.random.split(key)
+    return seed_from_key(seed_key), codebook_key
+
+
+@jax.jit
+def _count_bad(weight: Num[Array, "*shape"]) -> Int[Array, ""]:
+    return jnp.sum(~jnp.isfinite(weight))
 
 
 def _check_per_input(
@@ -142,12 +164,14 @@ def _checked_in_scale(
     if in_scale is None:
         return None
     _check_per_input("in_scale", in_scale, inputs, config, path)
-    scale = jnp.asarray(in_scale).astype(jnp.float16)
-    if not jnp.all(jnp.isfinite(scale) & (scale > 0)):
+    # Checked by NumPy, which compiles nothing.
+    with np.errstate(over="ignore"):
+        scale = np.asarray(jnp.asarray(in_scale)).astype(np.float16)
+    if not (np.isfinite(scale) & (scale > 0)).all():
         raise ValueError(
             f"`{path}`: `in_scale` must be finite and positive in half precision."
         )
-    return scale
+    return jnp.asarray(scale)
 
 
 def _checked_importance(
@@ -159,14 +183,14 @@ def _checked_importance(
     if importance is None:
         return None
     _check_per_input("importance", importance, inputs, config, path)
-    weights = jnp.asarray(importance, jnp.float32)
-    if not jnp.all(jnp.isfinite(weights) & (weights >= 0)):
+    weights = np.asarray(jnp.asarray(importance, jnp.float32))
+    if not (np.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(
             f"`{path}`: `importance` holds NaN, infinite or negative numbers."
         )
-    if not jnp.any(weights > 0):
+    if not weights.any():
         raise ValueError(f"`{path}`: `importance` is zero for every input.")
-    return weights
+    return jnp.asarray(weights)
 
 
 def encode(
@@ -180,32 +204,29 @@ def encode(
 
     Its stages are compiled one by one, so that each has the memory to itself.
     """
-    seed_key, codebook_key = jax.random.split(key)
     decomposition = None
-    tensor: Quantized
+    tensor: QuantizedTensor | AffineTensor | CodebookTensor
     match config:
         case KashinConfig():
-            tensor, code = _encode_kashin(weight, seed_key, codebook_key, config)
+            tensor, code = _encode_kashin(weight, key, config)
             decomposition = code._asdict()
             del decomposition["codes"], decomposition["centroids"]
         case JointConfig():
-            tensor = _encode_joint(weight, seed_key, config, importance, in_scale)
+            tensor = _encode_joint(weight, key, config, importance, in_scale)
         case _:
             x = weight.astype(jnp.float32)
+            seed, codebook_key = _split(key)
             dtype = weight.dtype.name
-            tensor = encode_control(x, seed_key, codebook_key, config, dtype)
-    error = _relative_squared_error(weight, tensor)
+            tensor = encode_control(x, seed, codebook_key, config, dtype)
+    error = _relative_squared_error(weight, tensor, *derive_bases(tensor))
     return tensor, QuantizationReport(error, decomposition)
 
 
 def _encode_kashin(
-    weight: Float[Array, "m n"],
-    seed_key: Key[Array, ""],
-    codebook_key: Key[Array, ""],
-    config: KashinConfig,
+    weight: Float[Array, "m n"], key: Key[Array, ""], config: KashinConfig
 ) -> tuple[QuantizedTensor, KashinCode]:
     block_shape = resolve_block_shape(weight.shape, config.block_shape)
-    seed = seed_from_key(seed_key)
+    seed, codebook_key = _split(key)
     basis = make_pair(config.basis, key_from_seed(seed), block_shape)
     code = kashin_code(weight, basis, codebook_key, config, block_shape)
     layout = KashinLayout(
@@ -215,20 +236,20 @@ def _encode_kashin(
         basis=config.basis,
         dtype=weight.dtype.name,
     )
-    packed = pack_codes(code.codes.reshape(-1), bits=config.bits)
+    packed, _ = pack_rows(code.codes, layout)
     return QuantizedTensor(packed, code.centroids, code.scale, seed, layout), code
 
 
 def _encode_joint(
     weight: Float[Array, "m n"],
-    seed_key: Key[Array, ""],
+    key: Key[Array, ""],
     config: JointConfig,
     importance: Float[Array, " m"] | None,
     in_scale: Float16[Array, " m"] | None,
 ) -> QuantizedTensor:
     shape = _shape(weight)
     block_shape = resolve_block_shape(shape, joint_block_shape(shape, config))
-    seed = seed_from_key(seed_key)
+    seed, _ = _split(key)
     basis = make_pair(config.basis, key_from_seed(seed), block_shape)
     spec = config.basis if config.rotation else None
     rotation = None if spec is None else make_rotation(spec, seed, block_shape)
@@ -265,7 +286,10 @@ def _shape(x: Float[Array, "m n"]) -> tuple[int, int]:
 
 @jax.jit
 def _relative_squared_error(
-    weight: Float[Array, "m n"], tensor: Quantized
+    weight: Float[Array, "m n"],
+    tensor: QuantizedTensor | AffineTensor | CodebookTensor,
+    basis: KroneckerBasis | None,
+    rotation: KroneckerBasis | None,
 ) -> Float[Array, ""]:
     # In units of the largest entry: squares of 1e30 leave float32.
     peak = jnp.max(jnp.abs(weight)).astype(jnp.float32)
@@ -278,6 +302,12 @@ def _relative_squared_error(
     def stacked(x: Array, count: int) -> Array:
         return x.reshape(count, -1, x.shape[1])
 
+    def decoded(part: QuantizedTensor | AffineTensor | CodebookTensor) -> Array:
+        if not isinstance(part, QuantizedTensor):
+            return decode_control(part, basis)
+        assert basis is not None, "derived by the caller"
+        return decode_with(part, basis, rotation)
+
     bands = None
     if isinstance(tensor, QuantizedTensor):
         bands = band_count(tensor.layout, _BAND)
@@ -286,11 +316,11 @@ def _relative_squared_error(
         # of a matrix that is one block, 7 times without.
         count = math.gcd(weight.shape[0], 16)
         parts = jax.lax.map(
-            sums, (stacked(weight, count), stacked(tensor.decode(), count))
+            sums, (stacked(weight, count), stacked(decoded(tensor), count))
         )
     else:
         parts = jax.lax.map(
-            lambda part: sums((part[0], part[1].decode())),
+            lambda part: sums((part[0], decoded(part[1]))),
             (stacked(weight, bands), cut_rows(tensor, bands)),
         )
     total, lost = jax.tree.map(jnp.sum, parts)

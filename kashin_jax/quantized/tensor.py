@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -178,12 +179,21 @@ def decode_with(
 
     And those of `derive_rotation`, which are derived when None.
     """
+    rotation = derive_rotation(tensor) if rotation is None else rotation
+    return _decoded(tensor, basis, rotation)
+
+
+# `inline`: one program where it is called as it is, and no trace of it in those of
+# others. The bases come from programs that quantizing and products share.
+@partial(jax.jit, inline=True)
+def _decoded(
+    tensor: QuantizedTensor, basis: KroneckerBasis, rotation: KroneckerBasis | None
+) -> Float[Array, "m n"]:
     layout = tensor.layout
     m = layout.shape[0]
     codes = unpack_rows(tensor.packed_codes, tensor.packed_coarse, layout, m)
     scale = jnp.repeat(tensor.scale, layout.block_shape[0], axis=0)
     u, v = decode_pairs(tensor, codes, scale)
-    rotation = derive_rotation(tensor) if rotation is None else rotation
     if layout.block_shape == layout.shape:
         w = u + basis.synthesis(v)
         w = w if rotation is None else rotation.synthesis(w)
@@ -200,6 +210,7 @@ def decode_with(
     return w
 
 
+@partial(jax.jit, static_argnames="layout")
 def pack_rows(
     codes: UInt8[Array, "m n"], layout: KashinLayout
 ) -> tuple[UInt8[Array, " q"], UInt8[Array, " qc"] | None]:

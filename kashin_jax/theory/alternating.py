@@ -1,6 +1,5 @@
 """Sign steps on the fixed schedule u, u, v, v, with codebooks in closed form."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -46,7 +45,6 @@ class _Rounds(NamedTuple):
     step: Int[Array, ""]
 
 
-@partial(jax.jit, static_argnames=("rtol", "max_steps"))
 def solve_alternating(
     x: Float[Array, "*shape"], basis: Frame, *, rtol: float, max_steps: int
 ) -> AlternatingSolution:
@@ -65,12 +63,22 @@ def solve_alternating(
       The solution; `converged` says whether `residual <= rtol`.
 
     Raises:
-      ValueError: If `rtol <= 0` or `max_steps < 4`. Checked while tracing.
+      ValueError: If `rtol <= 0` or `max_steps < 4`.
 
     Source: Cherniuk et al. (2026), arXiv 2609.11687, fixed schedule and closed-form
     centroids.
     """
     check_limits(rtol, max_steps, least=BLOCK)
+    return _solve(x, basis, rtol, max_steps)
+
+
+@jax.jit
+def _solve(
+    x: Float[Array, "*shape"],
+    basis: Frame,
+    rtol: float | Float[Array, ""],
+    max_steps: int | Int[Array, ""],
+) -> AlternatingSolution:
     target, scale = unit_block(x)
 
     def unfinished(state: _Rounds) -> Array:

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from kashin_jax.decomposition import Frame, kashin_decompose
+from kashin_jax.decomposition import Frame, check_limits, kashin_decompose
 from kashin_jax.theory.alternating import solve_alternating
 from kashin_jax.theory.minimax import solve_minimax
 from kashin_jax.theory.solution import FrameSolution, solved, unit_block
@@ -40,15 +40,25 @@ class ComparedSolver(NamedTuple):
     seconds: float
 
 
-@partial(jax.jit, static_argnames=("rtol", "max_steps"))
 def solve_greedy(
     x: Float[Array, "*shape"], basis: Frame, *, rtol: float, max_steps: int
 ) -> FrameSolution:
     """`kashin_decompose` with its level.
 
     Raises:
-      ValueError: If `rtol <= 0` or `max_steps < 1`. Checked while tracing.
+      ValueError: If `rtol <= 0` or `max_steps < 1`.
     """
+    check_limits(rtol, max_steps)
+    return _solve_greedy(x, basis, rtol, max_steps)
+
+
+@jax.jit
+def _solve_greedy(
+    x: Float[Array, "*shape"],
+    basis: Frame,
+    rtol: float | Float[Array, ""],
+    max_steps: int | Int[Array, ""],
+) -> FrameSolution:
     found = kashin_decompose(x, basis, rtol=rtol, max_steps=max_steps)
     target, _ = unit_block(x)
     solution = solved(

@@ -1,6 +1,5 @@
 """The smallest level: min max(|u|_inf, |v|_inf) subject to u + Q v = x."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -50,7 +49,6 @@ class _Splitting(NamedTuple):
     step: Int[Array, ""]
 
 
-@partial(jax.jit, static_argnames=("rtol", "max_steps"))
 def solve_minimax(
     x: Float[Array, "*shape"], basis: Frame, *, rtol: float, max_steps: int
 ) -> MinimaxSolution:
@@ -74,12 +72,22 @@ def solve_minimax(
       `level - lower_bound <= rtol * level`.
 
     Raises:
-      ValueError: If `rtol <= 0` or `max_steps < 1`. Checked while tracing.
+      ValueError: If `rtol <= 0` or `max_steps < 1`.
 
     Source: Lyubarskii and Vershynin (2010) for the problem; Eckstein and Bertsekas,
     "On the Douglas-Rachford splitting method", Math. Programming 55 (1992).
     """
     check_limits(rtol, max_steps)
+    return _solve(x, basis, rtol, max_steps)
+
+
+@jax.jit
+def _solve(
+    x: Float[Array, "*shape"],
+    basis: Frame,
+    rtol: float | Float[Array, ""],
+    max_steps: int | Int[Array, ""],
+) -> MinimaxSolution:
     target, scale = unit_block(x)
 
     def gap_is_closed(state: _Splitting) -> Bool[Array, ""]:

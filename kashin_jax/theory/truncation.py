@@ -1,6 +1,5 @@
 """Kashin representations by truncation, after Lyubarskii and Vershynin."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,7 +26,6 @@ class _Truncation(NamedTuple):
     step: Int[Array, ""]
 
 
-@partial(jax.jit, static_argnames=("rtol", "max_steps", "eta", "delta"))
 def solve_truncation(
     x: Float[Array, "*shape"],
     basis: Frame,
@@ -58,7 +56,6 @@ def solve_truncation(
 
     Raises:
       ValueError: If `rtol <= 0`, `max_steps < 1`, or `eta` or `delta` is not a share.
-        Checked while tracing.
 
     Source: Lyubarskii and Vershynin, "Uncertainty principles and vector quantization",
     IEEE Trans. Inf. Theory 56 (2010).
@@ -68,6 +65,18 @@ def solve_truncation(
         raise ValueError(f"`eta` must lie in (0, 1). Got eta={eta}.")
     if not 0 < delta <= 1:
         raise ValueError(f"`delta` must lie in (0, 1]. Got delta={delta}.")
+    return _solve(x, basis, rtol, max_steps, eta, 0.5 / delta**0.5)
+
+
+@jax.jit
+def _solve(
+    x: Float[Array, "*shape"],
+    basis: Frame,
+    rtol: float | Float[Array, ""],
+    max_steps: int | Int[Array, ""],
+    eta: float | Float[Array, ""],
+    first_limit: float | Float[Array, ""],
+) -> FrameSolution:
     target, scale = unit_block(x)
 
     def unfinished(state: _Truncation) -> Array:
@@ -83,7 +92,7 @@ def solve_truncation(
 
     zeros = jnp.zeros_like(target)
     # |x|_2 / sqrt(2 N delta) on coefficients of [I, Q] / sqrt(2), in units of u and v.
-    limit = jnp.float32(0.5 / delta**0.5)
+    limit = jnp.asarray(first_limit, jnp.float32)
     start = _Truncation(zeros, zeros, target, limit, jnp.int32(0))
     end = jax.lax.while_loop(unfinished, clip_and_shrink, start)
     return solved(
