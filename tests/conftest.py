@@ -59,12 +59,18 @@ def strict_numerics():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def programs_are_dropped():
-    """A compiled program keeps memory maps, of which Linux allows a process 65,530.
+def programs_of_a_module(request):
+    """XLA optimizes little, which takes a third off the time to compile.
 
-    The whole suite has more in one worker, and a worker out of maps is killed.
+    Modules that compare bits, or numbers that other programs made, are marked
+    `optimized`: they run as users run them. Programs do not know which it was, so they
+    are dropped after every module; and a program keeps memory maps, of which Linux
+    allows a process 65,530: a worker out of maps is killed.
     """
+    is_optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not is_optimized)
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
     gc.collect()
 

@@ -1,6 +1,6 @@
 """Orthogonal bases: exact inverses, right distribution of entries, stable seeds."""
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ RANDOM = [name for name in FAMILIES if name not in ("identity", "dct")]
 # A few reflections leave nearly all directions alone.
 WEAK = ("identity", "householder", "householder8")
 MIXING = [name for name in FAMILIES if name not in WEAK]
-LENGTHS = [1, 2, 3, 40, 43, 384]
-WIDTHS = [768, 11008]
+# One entry; a prime; both kinds of factors. Each is one compiled program a family that
+# the tests below share: they use no other lengths without a need.
+LENGTHS = [1, 43, 384]
 
 
 def close(actual, desired, atol=1e-5):
@@ -43,17 +44,16 @@ def both(basis, x):
     return basis.analysis(x), basis.synthesis(x)
 
 
-@partial(jax.jit, static_argnames="family")
 def made_and_both(family, key, x):
-    """In one program of few shapes: most of the time of these tests is compilation."""
     basis = make_basis(family, key, x.shape[-1])
     return basis, *both(basis, x)
 
 
-@partial(jax.jit, static_argnames="axis")
-def there_and_back(basis, x, axis):
-    analysis = basis.analysis(x, axis)
-    return analysis, basis.synthesis(analysis, axis)
+@jax.jit
+def there_and_back(basis, x):
+    """Along every axis but the last."""
+    analyses = [basis.analysis(x, axis) for axis in range(x.ndim - 1)]
+    return analyses, [basis.synthesis(y, axis) for axis, y in enumerate(analyses)]
 
 
 @lru_cache
@@ -66,42 +66,52 @@ def matrices(family, n):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n", LENGTHS)
-def test_every_basis_is_orthogonal_and_synthesis_inverts_analysis(family, n):
+def test_every_basis_is_the_orthogonal_matrix_of_other_libraries(family, n):
+    # Synthesis then is the inverse and the adjoint of analysis.
     basis, q, q_transposed = matrices(family, n)
     assert isinstance(basis, Basis)
+    close(q, dense_basis(family, basis, n))
     close(q_transposed, q.T)
     close(q_transposed @ q, np.eye(n))
     close(q @ q_transposed, np.eye(n))
+    if family in MIXING and n > 1:
+        assert np.linalg.norm(q - np.eye(n)) > 0.7 * np.sqrt(n)
+        assert np.linalg.norm(q + np.eye(n)) > 0.7 * np.sqrt(n)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("n", LENGTHS)
-def test_fast_transforms_agree_with_dense_matrices_of_other_libraries(family, n):
-    basis, q, _ = matrices(family, n)
-    close(q, dense_basis(family, basis, n))
+# All families at the width of a small model; at one of the widest those that have a
+# rule of their own for lengths.
+WIDE = [(name, 768) for name in FAMILIES]
+WIDE += [(name, 11008) for name in ("sign-dct", "hadamard", "butterfly", "givens")]
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "haar"])
-@pytest.mark.parametrize("n", WIDTHS)
-def test_every_basis_preserves_the_norm(family, n):
-    x = normal(n, 3, n)
-    basis, y, z = made_and_both(family, jax.random.key(n), x)
+@pytest.mark.parametrize(("family", "n"), WIDE)
+def test_every_basis_preserves_norms_and_spreads_vectors(family, n):
+    x = normal(5, 3, n)
+    basis, y, z = made_and_both(family, jax.random.key(2), x)
     assert y.dtype == z.dtype == x.dtype
     close(both(basis, y)[1], x, 2e-5)
     for moved in (y, z):
-        ratio = jnp.linalg.norm(moved, axis=-1) / jnp.linalg.norm(x, axis=-1)
+        ratio = np.linalg.norm(moved, axis=-1) / np.linalg.norm(x, axis=-1)
         close(ratio, 1.0, 3e-6)
+    for row, image in zip(np.asarray(x), np.asarray(y), strict=True):
+        if family in MIXING and n == 768:
+            spread = np.mean(np.abs(image)) / np.sqrt(np.mean(image**2))
+            assert abs(spread - 0.798) < 0.03
+            assert abs(np.vdot(row, image) / np.vdot(row, row)) < 0.15
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     family=st.sampled_from(list(FAMILIES)),
-    n=st.sampled_from([1, 2, 31, 768]),
+    n=st.sampled_from([43, 384]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_analysis_is_linear_an_isometry_and_the_adjoint_of_synthesis(family, n, seed):
-    x, y = np.random.default_rng(seed).standard_normal((2, n)).astype(np.float32)
-    rows = np.stack([x, y, 2 * x - 3 * y])
+    # As many rows as in `matrices`: nothing is compiled.
+    rows = np.random.default_rng(seed).standard_normal((n, n)).astype(np.float32)
+    x, y = rows[0], rows[1]
+    rows[2] = 2 * x - 3 * y
     _, *images = made_and_both(family, jax.random.key(seed), jnp.asarray(rows))
     analysed, synthesised = map(np.asarray, images)
     close(analysed[0] @ y, x @ synthesised[1], 2e-6 * np.linalg.norm(x) * n**0.5 + 1e-5)
@@ -112,15 +122,17 @@ def test_analysis_is_linear_an_isometry_and_the_adjoint_of_synthesis(family, n, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("axis", [0, 1, -1])
-def test_every_axis_of_an_array_can_be_transformed(family, axis):
+def test_every_axis_of_an_array_can_be_transformed(family):
+    # The last one is that of every other test.
     x = normal(3, 12, 12, 12)
     basis = make_basis(family, jax.random.key(0), 12)
     dense = dense_basis(family, basis, 12)
-    expected = np.moveaxis(np.moveaxis(np.asarray(x), axis, -1) @ dense, -1, axis)
-    analysis, again = there_and_back(basis, x, axis)
-    close(analysis, expected, 2e-5)
-    close(again, x)
+    for axis, (analysis, again) in enumerate(
+        zip(*there_and_back(basis, x), strict=True)
+    ):
+        expected = np.moveaxis(np.moveaxis(np.asarray(x), axis, -1) @ dense, -1, axis)
+        close(analysis, expected, 2e-5)
+        close(again, x)
 
 
 @pytest.mark.parametrize("order", [4, 8, 12, 20, 24, 44, 60])
@@ -148,26 +160,9 @@ def first_columns(n):
     return columns
 
 
-@pytest.mark.parametrize("family", MIXING)
-@pytest.mark.parametrize("n", [40, 43, 384])
-def test_no_mixing_basis_is_near_the_identity(family, n):
-    _, q, _ = matrices(family, n)
-    assert np.linalg.norm(q - np.eye(n)) > 0.7 * np.sqrt(n)
-    assert np.linalg.norm(q + np.eye(n)) > 0.7 * np.sqrt(n)
-
-
-@pytest.mark.parametrize("family", MIXING)
-def test_every_mixing_basis_spreads_a_gaussian_vector(family):
-    rows = normal(5, 3, 768)
-    transformed = made_and_both(family, jax.random.key(2), rows)[1]
-    for x, y in zip(np.asarray(rows), np.asarray(transformed), strict=True):
-        assert abs(np.mean(np.abs(y)) / np.sqrt(np.mean(y**2)) - 0.798) < 0.03
-        assert abs(np.vdot(x, y) / np.vdot(x, x)) < 0.15
-
-
 @pytest.mark.parametrize("family", RANDOM)
 def test_a_key_fixes_the_basis_and_another_key_changes_it(family):
-    unit = jnp.eye(40)
+    unit = jnp.eye(43)
     make = lambda seed: np.asarray(made_and_both(family, jax.random.key(seed), unit)[1])
     assert np.array_equal(make(1), make(1))
     difference = np.linalg.norm(make(1) - make(2)) / np.linalg.norm(make(1))
@@ -176,9 +171,9 @@ def test_a_key_fixes_the_basis_and_another_key_changes_it(family):
 
 @pytest.mark.parametrize("family", RANDOM)
 def test_the_two_sides_of_a_pair_differ(family):
-    pair = make_pair(BasisSpec(family, family), jax.random.key(0), (48, 48))
-    left, right = (both(side, jnp.eye(48))[0] for side in pair)
-    assert np.linalg.norm(left - right) > (1 if family in WEAK else 0.5 * np.sqrt(48))
+    pair = make_pair(BasisSpec(family, family), jax.random.key(0), (43, 43))
+    left, right = (both(side, jnp.eye(43))[0] for side in pair)
+    assert np.linalg.norm(left - right) > (1 if family in WEAK else 0.5 * np.sqrt(43))
 
 
 @pytest.mark.parametrize("text", ["hadamard", "haar:identity", "identity:sign-dct"])
@@ -206,19 +201,20 @@ def test_haar_matrices_have_a_uniform_angle_of_rotation():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stacked_bases_of_several_seeds_go_through_vmap_and_jit(family):
-    keys, x = jax.random.split(jax.random.key(0), 3), normal(1, 3, 24)
+    keys, x = jax.random.split(jax.random.key(0), 3), normal(1, 3, 24, 24)
     stacked = jax.vmap(lambda key: make_basis(family, key, 24))(keys)
-    batched = jax.jit(jax.vmap(lambda basis, row: basis.analysis(row)))(stacked, x)
-    for key, row, result in zip(keys, x, batched, strict=True):
-        close(result, make_basis(family, key, 24).analysis(row))
+    batched = jax.jit(jax.vmap(lambda basis, rows: basis.analysis(rows)))(stacked, x)
+    for key, rows, result in zip(keys, x, batched, strict=True):
+        close(result, both(make_basis(family, key, 24), rows)[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_of_a_projection_is_the_synthesis_of_its_direction(family):
     basis = make_basis(family, jax.random.key(0), 24)
-    x, direction = normal(1, 24), normal(2, 24)
-    gradient = jax.grad(lambda z: jnp.vdot(direction, basis.analysis(z)))(x)
-    close(gradient, basis.synthesis(direction))
+    x, direction = normal(1, 24, 24), normal(2, 24, 24)
+    project = lambda z, direction: jnp.vdot(direction, basis.analysis(z))
+    gradient = jax.jit(jax.grad(project))(x, direction)
+    close(gradient, both(basis, direction)[1])
 
 
 def test_a_stored_seed_stands_for_the_same_basis_under_any_default_generator():
@@ -243,12 +239,14 @@ SIGNS = "-+++--+-++-+-+++--+-+----++-+----++-++++-+-+-++++-+++++-++-+--+-"
 
 
 @pytest.mark.parametrize("family", RANDOM)
-@pytest.mark.parametrize("length", [1, 23, 48])
-@pytest.mark.parametrize("method", ["analysis", "synthesis"])
-def test_a_vector_of_the_wrong_length_is_refused(family, length, method):
+def test_a_vector_of_the_wrong_length_is_refused(family):
     basis = make_basis(family, jax.random.key(0), 24)
-    with pytest.raises(ValueError, match=f"length {length} along axis.*made for 24"):
-        getattr(basis, method)(jnp.ones((length,)))
+    for length in (1, 23, 48):
+        x = np.ones(length, np.float32)
+        for transform in (basis.analysis, basis.synthesis):
+            message = f"length {length} along axis.*made for 24"
+            with pytest.raises(ValueError, match=message):
+                jax.eval_shape(transform, x)
 
 
 def test_an_unknown_family_is_refused_with_the_names_of_all_families():

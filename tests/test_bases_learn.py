@@ -10,18 +10,17 @@ import pytest
 from jax.tree_util import Partial
 
 from experiments.learn_butterfly import main
-from kashin_jax.bases import BasisSpec, dense, make_basis, make_pair
-from kashin_jax.bases.learn import (
-    angles_of,
-    l1_loss,
-    l1_ratio,
-    learn_angles,
-    scalar_error,
-    with_angles,
-)
+from kashin_jax.bases import BasisSpec, learn, make_basis, make_pair
+from kashin_jax.bases import dense as dense_eagerly
+from kashin_jax.bases.learn import angles_of, learn_angles, with_angles
 from tests.oracle_bases import dense_basis
 from tests.tiny_checkpoint import make_checkpoint
 
+# Compiled as one program each: op by op every test would take seconds.
+l1_loss, l1_ratio, scalar_error = map(
+    jax.jit, (learn.l1_loss, learn.l1_ratio, learn.scalar_error)
+)
+dense = jax.jit(dense_eagerly, static_argnames="n")
 ADAM = optax.adam(0.05)
 LEVELS = jnp.array([-1.51, -0.4528, 0.4528, 1.51])
 KEY = jax.random.key(0)
@@ -69,8 +68,14 @@ def test_losses_have_no_unit_and_zero_is_no_trap():
         assert np.isfinite(float(loss(pair, 0 * x)))
 
 
-@pytest.mark.parametrize("text", ["butterfly", "butterfly3:identity", "givens"])
-@pytest.mark.parametrize("loss", [l1_loss, Partial(scalar_error, LEVELS)])
+@pytest.mark.parametrize(
+    ("text", "loss"),
+    [
+        ("butterfly", l1_loss),
+        ("butterfly3:identity", l1_loss),
+        ("givens", Partial(scalar_error, LEVELS)),
+    ],
+)
 def test_learning_lowers_the_loss_and_keeps_the_basis_orthogonal(text, loss):
     x, pair = matrix(12, 20), pair_of(text, 12, 20)
     learned = learn_angles(pair, x, loss, ADAM, 40)
@@ -115,7 +120,8 @@ def test_angles_can_be_taken_out_and_put_back():
     angles = angles_of(pair)
     assert [leaf.shape for leaf in jax.tree.leaves(angles)] == [(5,)]
     still = with_angles(pair, jax.tree.map(jnp.zeros_like, angles))
-    assert np.array_equal(still.analysis(matrix(6, 9)), matrix(6, 9))
+    analysis = jax.jit(lambda basis, x: basis.analysis(x))
+    assert np.array_equal(analysis(still, matrix(6, 9)), matrix(6, 9))
 
 
 def test_a_basis_without_angles_and_too_few_steps_are_refused():

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from kashin_jax.bases import FAMILIES, cost, key_from_seed
+from kashin_jax.bases import FAMILIES, cost, key_from_seed, make_basis
 from kashin_jax.bases import dense as dense_eagerly
-from kashin_jax.bases import make_basis as make_eagerly
 from kashin_jax.bases.costs import FLOPS
 from kashin_jax.bases.givens import make_givens
 from kashin_jax.bases.householder import make_householder
@@ -20,19 +19,18 @@ from tests.oracle_bases import butterfly_factors, dense_basis
 STRUCTURED = list(oracle_bases.STRUCTURED)
 ANGLED = ["butterfly", "butterfly3", "givens"]
 FAST = [name for name in FAMILIES if name not in ("identity", "haar")]
-LENGTHS = [1, 2, 3, 12, 31, 97]
+LENGTHS = [1, 2, 3, 12, 31, 97]  # where nothing is compiled
 KEY = jax.random.key(0)
 
 # Compiled as one program each: op by op every test would take seconds.
 dense = jax.jit(dense_eagerly, static_argnames="n")
-make_basis = jax.jit(make_eagerly, static_argnames=("family", "n"))
 transform = jax.jit(lambda basis, x: basis.analysis(x))
 back = jax.jit(lambda basis, y: basis.synthesis(y))
 
 
 def abstract_basis(family, n):
     """Shapes and types of a basis, which nothing is compiled for."""
-    return jax.eval_shape(lambda key: make_eagerly(family, key, n), KEY)
+    return jax.eval_shape(lambda key: make_basis(family, key, n), KEY)
 
 
 def close(actual, desired, atol):
@@ -44,10 +42,9 @@ def normal(*shape):
 
 
 @pytest.mark.parametrize("family", STRUCTURED)
-@pytest.mark.parametrize("n", [1, 31])
-def test_dense_is_the_product_of_the_factors(family, n):
-    basis = make_basis(family, KEY, n)
-    close(dense(basis, n), dense_basis(family, basis, n), 2e-6)
+def test_dense_is_the_product_of_the_factors(family):
+    basis = make_basis(family, KEY, 31)
+    close(dense(basis, 31), dense_basis(family, basis, 31), 2e-6)
 
 
 def test_a_dense_matrix_of_a_wrong_length_is_refused():
@@ -58,7 +55,7 @@ def test_a_dense_matrix_of_a_wrong_length_is_refused():
 
 
 @pytest.mark.parametrize("family", STRUCTURED)
-@pytest.mark.parametrize("n", [31, 768])
+@pytest.mark.parametrize("n", [31, pytest.param(768, marks=pytest.mark.slow)])
 def test_float64_arrays_are_transformed_to_float64_accuracy(family, n):
     basis = make_basis(family, KEY, n)
     with jax.enable_x64(True):
@@ -82,18 +79,16 @@ def test_short_floats_stay_short_and_keep_their_accuracy(family, dtype):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("n", [31])
-def test_a_stored_seed_gives_the_same_bytes_in_x64_mode(family, n):
-    make = lambda: jax.tree.leaves(make_eagerly(family, key_from_seed(seed), n))
+def test_a_stored_seed_gives_the_same_bytes_in_x64_mode(family):
+    make = lambda: jax.tree.leaves(make_basis(family, key_from_seed(seed), 31))
     seed = jnp.array([3, 7], jnp.uint32)
-    expected, again = make(), make()
+    expected = make()
     with jax.enable_x64(True):
         wide = make()
     assert len(expected) == len(wide)
-    for a, b, c in zip(expected, again, wide, strict=True):
-        assert a.dtype == b.dtype == c.dtype
+    for a, b in zip(expected, wide, strict=True):
+        assert a.dtype == b.dtype
         assert np.array_equal(a, b)
-        assert np.array_equal(a, c)
 
 
 def test_the_permutations_of_a_stored_seed_never_change():
@@ -108,7 +103,7 @@ BUTTERFLY_ORDER = [3, 11, 8, 4, 13, 12, 7, 10, 0, 14, 6, 5, 9, 2, 15, 1]
 GIVENS_ORDER = [14, 9, 5, 0, 11, 13, 8, 7, 12, 4, 6, 10, 3, 2, 15, 1]
 
 
-@pytest.mark.parametrize("n", [2, 4, 8, 64])
+@pytest.mark.parametrize("n", [2, 64])
 def test_powers_of_two_have_the_factors_of_the_paper(n):
     basis = make_basis("butterfly", KEY, n)
     theta, q, size = np.asarray(basis.angles, float), np.eye(n), n
@@ -133,17 +128,18 @@ def test_a_butterfly_has_n_minus_1_angles_in_log2_n_factors_and_uses_all(n):
         assert len(set(turned)) == len(turned)
 
 
-@pytest.mark.parametrize("n", [2, 3, 7, 12])
+@pytest.mark.parametrize("n", [2, 3, 12])
 def test_every_angle_matters(n):
     basis = make_basis("butterfly", KEY, n)
-    move = lambda i: dense(basis._replace(angles=basis.angles.at[i].add(1.0)), n)
-    moved = np.asarray(jax.vmap(move)(jnp.arange(n - 1)))
+    turned = np.asarray(basis.angles) + np.eye(n - 1, dtype=np.float32)
+    move = lambda angles: dense(basis._replace(angles=angles), n)
+    moved = np.stack([move(angles) for angles in turned])
     distances = np.linalg.norm(moved - np.asarray(dense(basis, n)), axis=(1, 2))
     assert np.all(distances > 0.5)
 
 
 @pytest.mark.parametrize("family", ["butterfly", "givens"])
-@pytest.mark.parametrize("n", [1, 6, 16, 31])
+@pytest.mark.parametrize("n", [1, 31])
 def test_without_angles_nothing_moves(family, n):
     basis = make_basis(family, KEY, n)
     still = basis._replace(angles=jnp.zeros_like(basis.angles))
@@ -153,7 +149,7 @@ def test_without_angles_nothing_moves(family, n):
 @pytest.mark.parametrize(
     ("family", "least"), [("butterfly3", 0.7), ("butterfly", 0.3), ("givens", 0.7)]
 )
-@pytest.mark.parametrize("n", [500, 512])
+@pytest.mark.parametrize("n", [500, pytest.param(512, marks=pytest.mark.slow)])
 def test_unit_vectors_are_spread_over_all_coordinates(family, least, n):
     # A Gaussian matrix has .798, the identity .045.
     q = np.asarray(dense(make_basis(family, KEY, n), n))
@@ -181,7 +177,9 @@ def test_the_gradient_of_the_angles_is_that_of_finite_differences(family, n):
         gradient = np.asarray(jax.jit(jax.grad(energy))(angles))
         differences = np.zeros(angles.shape)
         for index in np.ndindex(*angles.shape):
-            up, down = angles.at[index].add(1e-6), angles.at[index].add(-1e-6)
+            step = np.zeros(angles.shape)
+            step[index] = 1e-6
+            up, down = np.asarray(angles) + step, np.asarray(angles) - step
             differences[index] = (energy(up) - energy(down)) / 2e-6
     np.testing.assert_allclose(gradient, differences, rtol=1e-6, atol=1e-7)
 
@@ -201,7 +199,7 @@ def test_normals_have_a_gradient_and_no_length(n, reflectors):
     assert np.isfinite(gradient).all() and (n == 1 or gradient.any())
 
 
-@pytest.mark.parametrize("reflectors", [1, 2, 8])
+@pytest.mark.parametrize("reflectors", [1, 8])
 def test_k_reflections_move_k_directions(reflectors):
     basis = make_householder(KEY, 40, reflectors=reflectors)
     moved = np.linalg.svd(dense_basis("householder", basis, 40) - np.eye(40))[1]
@@ -210,7 +208,7 @@ def test_k_reflections_move_k_directions(reflectors):
     assert np.linalg.det(np.asarray(dense(basis, 40))) * (-1) ** reflectors > 0
 
 
-@pytest.mark.parametrize("layers", [1, 3, 11])
+@pytest.mark.parametrize("layers", [1, 3])
 def test_givens_layers_can_be_chosen(layers):
     basis = make_givens(KEY, 21, layers=layers)
     assert basis.angles.shape == (layers, 10)

@@ -19,11 +19,14 @@ TYPES = [
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
     "float16", "float32", "float64", ml_dtypes.bfloat16,
 ]  # fmt: skip
-IN_ONE_FILE = settings(
-    max_examples=300,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+
+
+def in_one_file(examples):
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
 
 
 def array_of(shape, dtype, seed=0):
@@ -64,11 +67,19 @@ def assert_read_as_flax_does(path):
         assert read.tobytes() == value.tobytes()
 
 
-@IN_ONE_FILE
+@in_one_file(30)
 @given(trees)
 @example({f"{i}": array_of((i,), "int8") for i in range(300)})
 @example({"x": array_of((70_000,), "uint8"), "y" * 300: array_of((), "float32")})
 def test_what_flax_writes_is_read_as_flax_reads_it(path, tree):
+    path.write_bytes(serialization.to_bytes(tree))
+    assert_read_as_flax_does(path)
+
+
+@pytest.mark.slow
+@in_one_file(300)
+@given(trees)
+def test_what_flax_writes_is_read_as_flax_reads_it_many_times(path, tree):
     path.write_bytes(serialization.to_bytes(tree))
     assert_read_as_flax_does(path)
 
@@ -250,7 +261,8 @@ def test_a_changed_byte_never_leads_out_of_the_file(path, content):
             check_bounded(path, content[:place] + bytes([value]) + content[place + 1 :])
 
 
-@IN_ONE_FILE
+@pytest.mark.slow
+@in_one_file(300)
 @given(st.binary(max_size=200), st.integers(0, len(CHUNKED)))
 def test_any_bytes_end_in_an_error_of_ours_or_in_arrays(path, noise, place):
     check_bounded(path, noise)

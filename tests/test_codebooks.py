@@ -1,5 +1,7 @@
 """Codebooks: exact sizes, exact assignment, Lloyd's fixed points, degenerate data."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import kmeans1d
@@ -16,11 +18,18 @@ from kashin_jax.codebooks import (
     fit_scalars,
     kmeans_plus_plus,
     lloyd_pairs,
-    lloyd_sorted,
 )
+from kashin_jax.codebooks import lloyd_sorted as lloyd_eagerly
 
 PAIRS = {"rtol": 1e-3, "max_steps": 50, "sample": 2000}
 SCALARS = {"rtol": 1e-5, "max_steps": 500}
+# Sizes that tests share where they can: each is a program or two to compile.
+COUNT, K = 1000, 16
+TWO = {"num_restarts": 2, "polish_steps": 3, **PAIRS}
+lloyd_sorted = jax.jit(lloyd_eagerly)
+
+
+KEY = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
 
 
 def normal(seed, *shape):
@@ -43,21 +52,26 @@ def as_pairs(u, v):
     return jnp.asarray(u), jnp.asarray(v)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_codebook_has_two_to_the_bits_rows(bits):
-    u, v = as_pairs(*normal(bits, 2, 500))
-    book = fit_pairs(
-        jax.random.key(0), u, v, 2**bits, num_restarts=2, polish_steps=2, **PAIRS
-    )
-    assert book.centroids.shape == (2**bits, 2)
+def test_codebooks_of_every_width_have_two_to_the_bits_rows():
+    x = jax.ShapeDtypeStruct((500,), jnp.float32)
+    for k in 2 ** np.arange(1, 9):
+        pairs = partial(fit_pairs, k=int(k), **TWO)
+        assert jax.eval_shape(pairs, KEY, x, x).centroids.shape == (k, 2)
+        line = partial(fit_scalars, k=int(k), num_restarts=2, **SCALARS)
+        assert jax.eval_shape(line, KEY, x).levels.shape == (k,)
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+def test_no_two_rows_of_a_codebook_are_equal(bits):
+    u, v = as_pairs(*normal(bits, 2, COUNT))
+    book = fit_pairs(jax.random.key(0), u, v, 2**bits, **TWO)
     assert np.isfinite(book.centroids).all()
     assert len(np.unique(np.asarray(book.centroids), axis=0)) == 2**bits
     line = fit_scalars(jax.random.key(0), u, 2**bits, num_restarts=2, **SCALARS)
-    assert line.levels.shape == (2**bits,)
     assert np.all(np.diff(line.levels) > 0)
 
 
-@pytest.mark.parametrize("k", [1, 2, 16, 17, 256])
+@pytest.mark.parametrize("k", [1, 16, 17, 256])
 def test_pairs_get_their_nearest_centroid(k):
     u, v = normal(k, 2, 1000)
     centroids = normal(k + 1, k, 2)
@@ -68,7 +82,7 @@ def test_pairs_get_their_nearest_centroid(k):
     np.testing.assert_allclose(distances, exact.min(1), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("k", [1, 2, 16, 17, 256])
+@pytest.mark.parametrize("k", [1, 16, 17, 256])
 def test_scalars_get_their_nearest_level(k):
     x = normal(k, 30, 40)
     levels = np.sort(normal(k + 1, k))
@@ -96,8 +110,8 @@ def test_lloyd_steps_never_raise_the_inertia():
     ]
     assert np.all(np.diff(inertia) <= 1e-6)
     assert inertia[-1] < 0.5 * inertia[0]
-    x = jnp.sort(jnp.asarray(normal(2, 2000)))
-    first = jnp.linspace(-0.1, 0.1, 16)
+    x = jnp.asarray(np.sort(normal(2, 2000)))
+    first = jnp.asarray(np.linspace(-0.1, 0.1, 16, dtype=np.float32))
     lines = [
         float(lloyd_sorted(x, first, rtol=1e-9, max_steps=k).inertia) for k in range(8)
     ]
@@ -108,7 +122,8 @@ def test_lloyd_steps_never_raise_the_inertia():
 def test_lloyd_ends_where_scikit_learn_ends_from_the_same_start(make):
     u, v = make(3)
     points = np.stack([u, v], axis=1)
-    start = np.asarray(kmeans_plus_plus(jax.random.key(4), jnp.asarray(points), 16))
+    seeded = jax.jit(kmeans_plus_plus, static_argnums=2)
+    start = np.asarray(seeded(jax.random.key(4), jnp.asarray(points), 16))
     ours = lloyd_pairs(*as_pairs(u, v), jnp.asarray(start), rtol=1e-7, max_steps=500)
     theirs = KMeans(
         16, init=start, n_init=1, algorithm="lloyd", tol=0, max_iter=500
@@ -119,20 +134,16 @@ def test_lloyd_ends_where_scikit_learn_ends_from_the_same_start(make):
 
 
 def test_reported_inertia_is_the_mean_squared_distance():
-    u, v = normal(0, 2, 1000)
-    book = fit_pairs(
-        jax.random.key(0), *as_pairs(u, v), 8, num_restarts=2, polish_steps=3, **PAIRS
-    )
+    u, v = normal(0, 2, COUNT)
+    book = fit_pairs(jax.random.key(0), *as_pairs(u, v), K, **TWO)
     exact = squared_distances(u, v, book.centroids).min(1).mean()
     np.testing.assert_allclose(book.inertia, exact, rtol=1e-5)
-    line = fit_scalars(jax.random.key(0), jnp.asarray(u), 8, num_restarts=2, **SCALARS)
+    line = fit_scalars(jax.random.key(0), jnp.asarray(u), K, num_restarts=2, **SCALARS)
     errors = np.abs(u[:, None] - np.asarray(line.levels)).min(1) ** 2
     np.testing.assert_allclose(line.inertia, errors.mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("k", "excess"), [(2, 1e-3), (4, 1e-3), (16, 0.01), (64, 0.15)]
-)
+@pytest.mark.parametrize(("k", "excess"), [(2, 1e-3), (16, 0.01), (64, 0.15)])
 @pytest.mark.parametrize("name", ["normal", "heavy"])
 def test_levels_are_close_to_the_exact_optimum(k, excess, name):
     rng = np.random.default_rng(k)
@@ -184,58 +195,55 @@ def test_an_empty_cluster_keeps_its_centroid():
 @pytest.mark.parametrize("distinct", [1, 2, 5])
 def test_fewer_distinct_points_than_centroids_are_coded_without_loss(distinct):
     u, v = normal(distinct, 2, distinct)
-    u, v = np.tile(u, 40), np.tile(v, 40)
-    book = fit_pairs(
-        jax.random.key(0), *as_pairs(u, v), 16, num_restarts=3, polish_steps=3, **PAIRS
-    )
-    assert book.centroids.shape == (16, 2)
+    u, v = np.resize(u, COUNT), np.resize(v, COUNT)
+    book = fit_pairs(jax.random.key(0), *as_pairs(u, v), K, **TWO)
+    assert book.centroids.shape == (K, 2)
     assert np.isfinite(book.centroids).all()
     assert float(book.inertia) < 1e-12
-    line = fit_scalars(jax.random.key(0), jnp.asarray(u), 16, num_restarts=3, **SCALARS)
+    line = fit_scalars(jax.random.key(0), jnp.asarray(u), K, num_restarts=2, **SCALARS)
     assert np.isfinite(line.levels).all()
     assert float(line.inertia) < 1e-12
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
 def test_constant_data_is_its_own_codebook(value):
-    x = jnp.full((300,), value)
-    book = fit_pairs(
-        jax.random.key(0), x, x, 4, num_restarts=2, polish_steps=3, **PAIRS
-    )
-    assert np.array_equal(book.centroids, np.full((4, 2), value))
+    x = jnp.asarray(np.full(COUNT, value, np.float32))
+    book = fit_pairs(jax.random.key(0), x, x, K, **TWO)
+    assert np.array_equal(book.centroids, np.full((K, 2), value))
     assert book.converged and float(book.inertia) == 0.0
-    line = fit_scalars(jax.random.key(0), x, 4, num_restarts=2, **SCALARS)
-    assert np.array_equal(line.levels, np.full(4, value))
+    line = fit_scalars(jax.random.key(0), x, K, num_restarts=2, **SCALARS)
+    assert np.array_equal(line.levels, np.full(K, value))
     assert line.converged
 
 
 def test_more_restarts_never_worsen_the_codebook():
-    x = jnp.asarray(np.random.default_rng(0).standard_t(3, 2000), jnp.float32)
+    u, v = as_pairs(
+        *np.random.default_rng(0).standard_t(3, (2, COUNT)).astype(np.float32)
+    )
     line = [
-        float(fit_scalars(jax.random.key(2), x, 16, num_restarts=r, **SCALARS).inertia)
-        for r in (1, 3, 9)
+        float(fit_scalars(jax.random.key(2), u, K, num_restarts=r, **SCALARS).inertia)
+        for r in (2, 9)
     ]
-    assert line[0] >= line[1] >= line[2]
-    u, v = x[:1000], x[1000:]
+    assert line[0] >= line[1]
     plane = [
         float(
             fit_pairs(
-                jax.random.key(2), u, v, 16, num_restarts=r, polish_steps=1, **PAIRS
+                jax.random.key(2), u, v, K, num_restarts=r, polish_steps=1, **PAIRS
             ).inertia
         )
-        for r in (1, 3, 9)
+        for r in (2, 9)
     ]
     # Polishing goes on from each winner, by less than the tolerance of the search.
-    assert plane[0] * 1.001 >= plane[1] and plane[1] * 1.001 >= plane[2]
+    assert plane[0] * 1.001 >= plane[1]
 
 
 def test_the_same_key_gives_the_same_bytes():
-    u, v = as_pairs(*normal(0, 2, 5000))
+    u, v = as_pairs(*normal(0, 2, COUNT))
     fit = lambda seed: fit_pairs(
-        jax.random.key(seed), u, v, 16, num_restarts=2, polish_steps=3, **PAIRS
+        jax.random.key(seed), u, v, K, **TWO
     ).centroids.tobytes()
     line = lambda seed: fit_scalars(
-        jax.random.key(seed), u, 16, num_restarts=2, **SCALARS
+        jax.random.key(seed), u, K, num_restarts=2, **SCALARS
     ).levels.tobytes()
     assert fit(0) == fit(0) != fit(1)
     assert line(0) == line(0)
@@ -252,6 +260,7 @@ def test_a_sample_still_brings_in_a_rare_outlier():
     assert np.abs(book.centroids).max() > 5
 
 
+@pytest.mark.slow
 def test_cluster_means_stay_exact_for_tens_of_millions_of_points():
     # A running float32 sum of ones stops growing at 2^24.
     u = jnp.concatenate([jnp.full((20_000_000,), 1.2), jnp.full((20_000_000,), 3.4)])
