@@ -8,6 +8,7 @@ is `window_nll`.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -134,6 +135,8 @@ def _check_cut(num_tokens: int, *, context: int, stride: int, drop_last: bool) -
         )
 
 
+# `inline`: one program where it is called as it is, and no trace of it in others.
+@partial(jax.jit, inline=True)
 def window_nll(
     logits: Float[Array, "b t v"],
     tokens: Int[Array, "b t"],

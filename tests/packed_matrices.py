@@ -24,3 +24,14 @@ def random_tensor(config, shape, seed=0, dtype=jnp.float32):
         return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
 
     return jax.tree.map(filled, tensor)
+
+
+def random_words(config, shape):
+    """The same for joint codes, whose codebook is one of products."""
+    tensor = random_tensor(config, shape)
+    split, rng = config.split, np.random.default_rng(1)
+    halves = range(2 if split.half else 1)
+    tables = [rng.normal(size=2 ** (split.u - half)) for half in halves]
+    levels_v = rng.normal(size=2**split.v)
+    pairs = [(u, v) for table in tables for u in table for v in levels_v]
+    return tensor._replace(centroids=jnp.asarray(pairs, jnp.float32))

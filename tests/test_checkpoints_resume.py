@@ -98,6 +98,7 @@ def killed_at_every_step(killer, run, expected, tmp_path):
         assert content(tmp_path / f"{step}") == expected, step
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_step_goes_on_to_the_same_bytes(
     killer, source, whole, tmp_path
 ):
@@ -110,6 +111,7 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bytes(
     assert killed_at_every_step(killer, run, expected, tmp_path) > 40
 
 
+@pytest.mark.slow
 def test_undoing_killed_at_any_step_goes_on_to_the_same_bytes(killer, whole, tmp_path):
     def run(target):
         dequantize_checkpoint(whole, target, max_shard_bytes=10**6)

@@ -64,7 +64,7 @@ def test_the_first_example_is_that_of_the_readme():
     assert examples(ROOT / "docs/index.md")[0] == examples(ROOT / "README.md")[0]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["index.md", "method.md"])
 def test_the_examples_of_a_page_run_as_they_stand(name, capsys):
     names: dict = {}

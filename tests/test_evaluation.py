@@ -1,5 +1,6 @@
 """Windows, negative log likelihoods and perplexities."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,16 +131,22 @@ def test_text_that_cannot_be_cut_is_refused(size, options, error, message):
         make_windows(tokens_of(size), **options)
 
 
+@jax.jit
+def optax_nll(logits, tokens, scored):
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
+    )
+    return jnp.sum(losses * scored[:, 1:].astype(jnp.float32), axis=1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_window_nll_is_the_cross_entropy_of_the_scored_tokens(dtype):
     rng = np.random.default_rng(1)
     logits = jnp.asarray(rng.normal(size=(3, 7, VOCAB)) * 4, dtype)
     tokens = jnp.asarray(rng.integers(0, VOCAB, (3, 7)), jnp.int32)
-    scored = jnp.asarray(rng.random((3, 7)) < 0.6).at[:, 0].set(False)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
-    )
-    expected = jnp.sum(losses * scored[:, 1:].astype(jnp.float32), axis=1)
+    scored = rng.random((3, 7)) < 0.6
+    scored[:, 0] = False
+    expected = optax_nll(logits, tokens, scored)
     assert np.allclose(window_nll(logits, tokens, scored), expected, rtol=1e-5)
 
 
@@ -154,8 +161,10 @@ def test_the_first_token_of_a_window_is_never_counted():
 def test_padding_cannot_reach_the_result_even_as_nan():
     tokens = jnp.asarray([[1, 2, 3, 0, 0]], jnp.int32)
     scored = jnp.asarray([[False, True, True, False, False]])
-    logits = jax.random.normal(jax.random.key(0), (1, 5, VOCAB))
-    spoiled = logits.at[:, 2:].set(jnp.nan)
+    logits = np.random.default_rng(0).normal(size=(1, 5, VOCAB)).astype(np.float32)
+    spoiled = logits.copy()
+    spoiled[:, 2:] = np.nan
+    logits, spoiled = jnp.asarray(logits), jnp.asarray(spoiled)
     assert window_nll(logits, tokens, scored) == window_nll(spoiled, tokens, scored)
 
 
@@ -239,7 +248,7 @@ def test_perplexity_refuses_scores_of_only_some_windows():
         perplexity(np.zeros(2), windows)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
 def test_scores_do_not_depend_on_the_batch_size(batch_size):
     windows = make_windows(tokens_of(60), context=8, stride=8, drop_last=False)
     at_once = bigram_nll(windows.tokens, windows.scored)
@@ -247,16 +256,14 @@ def test_scores_do_not_depend_on_the_batch_size(batch_size):
 
 
 def test_one_compilation_serves_all_batches():
-    shapes = []
-
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def nll_fn(tokens, scored):
-        shapes.append(tokens.shape)
+        assert tokens.shape == (3, 8)
         return jnp.sum(jnp.where(scored, tokens, 0), axis=1).astype(jnp.float32)
 
     windows = make_windows(tokens_of(60), context=8, drop_last=False)
     nlls = score_all(windows, batch_size=3, nll_fn=nll_fn)
-    assert shapes == [(3, 8)]
     assert (nlls == (windows.tokens * windows.scored).sum(axis=1)).all()
     assert nlls.dtype == np.float64
 

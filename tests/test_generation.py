@@ -12,6 +12,9 @@ from kashin_jax.errors import UsageError
 from kashin_jax.models.generation import generate
 from kashin_jax.models.loading import load_opt
 
+# Bits, or numbers that another program made, are compared.
+pytestmark = pytest.mark.optimized
+
 HERE = pathlib.Path(__file__).parent
 GOLDEN = HERE / "golden" / "opt"
 WIKI = HERE.parent / "experiments" / "assets" / "opt-wiki-18m"

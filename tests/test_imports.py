@@ -3,9 +3,8 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Imports run from right to left only: a layer may import itself and those before it.
@@ -56,15 +55,23 @@ def part_of(path):
     return path.relative_to(ROOT / "kashin_jax").parts[0].removesuffix(".py")
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+@cache
 def imported(path):
     """Dotted names of everything that a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    names = set()
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)} has a relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names.add(node.module)
+    return names
 
 
 def dotted(node):
@@ -90,40 +97,56 @@ def test_every_part_of_the_library_has_a_place_in_the_table():
     assert {part_of(path) for path in LIBRARY} == ALLOWED.keys()
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
-def test_imports_run_one_way(path):
-    parts = {
-        name.split(".")[1] for name in imported(path) if name.startswith("kashin_jax.")
-    }
-    # `from kashin_jax import x` would reach over all layers.
-    assert "kashin_jax" not in imported(path)
-    assert parts <= ALLOWED[part_of(path)]
+def test_imports_run_one_way():
+    wrong = {}
+    for path in LIBRARY:
+        names = imported(path)
+        parts = {n.split(".")[1] for n in names if n.startswith("kashin_jax.")}
+        # `from kashin_jax import x` would reach over all layers.
+        whole = {"kashin_jax"} & names
+        wrong[name_of(path)] = (parts - ALLOWED[part_of(path)]) | whole
+    assert not filled(wrong)
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
-def test_the_library_knows_no_experiments(path):
-    assert not [name for name in imported(path) if within(name, "experiments")]
+def test_the_library_knows_no_experiments():
+    assert not filled({
+        name_of(path): [n for n in imported(path) if within(n, "experiments")]
+        for path in LIBRARY
+    })  # fmt: skip
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
-def test_flax_is_imported_by_layers_and_models_only(path):
-    if part_of(path) not in FLAX:
-        assert not [name for name in imported(path) if within(name, "flax")]
+def test_flax_is_imported_by_layers_and_models_only():
+    assert not filled({
+        name_of(path): [n for n in imported(path) if within(n, "flax")]
+        for path in LIBRARY
+        if part_of(path) not in FLAX
+    })  # fmt: skip
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_only_public_and_lasting_names_of_jax_are_used(path):
-    tree = ast.parse(path.read_text())
-    names = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    names |= set(imported(path))
-    banned = ["jax.core", "jax._src", "jnp.empty", "jax.numpy.empty"]
-    banned += ["jnp.empty_like", "jax.numpy.empty_like", "__future__.annotations"]
-    assert not [name for name in names for bad in banned if within(name, bad)]
+BANNED = [
+    "jax.core", "jax._src", "jnp.empty", "jax.numpy.empty", "jnp.empty_like",
+    "jax.numpy.empty_like", "__future__.annotations",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_file_is_longer_than_300_lines(path):
-    assert len(path.read_text().splitlines()) <= 300
+def test_only_public_and_lasting_names_of_jax_are_used():
+    wrong = {}
+    for path in SOURCES:
+        nodes = ast.walk(parsed(path))
+        names = {dotted(node) for node in nodes if isinstance(node, ast.Attribute)}
+        names |= imported(path)
+        wrong[name_of(path)] = [n for n in names for bad in BANNED if within(n, bad)]
+    assert not filled(wrong)
+
+
+def test_no_file_is_longer_than_300_lines():
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
+    assert not {name: length for name, length in lengths.items() if length > 300}
+
+
+def filled(found):
+    """What was found wrong, by file."""
+    return {name: sorted(items) for name, items in found.items() if items}
 
 
 MODULES = [

@@ -279,6 +279,7 @@ def test_ctrl_c_is_exit_code_130_and_the_run_goes_on(
     assert content(tmp_path / "q") == content(quantized)
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_had_enough_is_no_error(quantized):
     read, write = os.pipe()
     os.close(read)

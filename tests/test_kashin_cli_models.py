@@ -17,6 +17,9 @@ from kashin_jax.models.generation import generate
 from kashin_jax.models.loading import load_opt
 from kashin_jax.models.tokenizer import load_tokenizer
 
+# Bits, or numbers that another program made, are compared.
+pytestmark = pytest.mark.optimized
+
 RULES = Rules(config=method("rtn", bits=3, group_size=128))
 
 
@@ -62,7 +65,7 @@ def perplexity_of(model, source, *, context, batch_size, max_tokens=None):
 @pytest.mark.parametrize(
     ("flags", "options"),
     [
-        ([], {"context": 64, "batch_size": 4}),
+        pytest.param([], {"context": 64, "batch_size": 4}, marks=pytest.mark.slow),
         (
             ["--context=16", "--batch-size=3", "--max-tokens=101"],
             {"context": 16, "batch_size": 3, "max_tokens": 101},
@@ -81,6 +84,7 @@ def test_the_perplexity_printed_is_bit_for_bit_that_of_quantizing_in_memory(
     )
 
 
+@pytest.mark.slow
 def test_a_dense_checkpoint_is_evaluated_too(source, capsys):
     assert main(["eval", str(source), f"--text={source.with_suffix('.txt')}"]) == 0
     value, _ = perplexity_of(load_opt(source).model, source, context=64, batch_size=4)

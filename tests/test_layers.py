@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from packed_matrices import random_tensor
 
 from kashin_jax import (
     KashinConfig,
@@ -14,8 +15,6 @@ from kashin_jax import (
     NF4Config,
     RTNConfig,
     dequantize,
-    encode,
-    quantize,
     stored_bits,
 )
 from kashin_jax.layers import DerivedBasis, PackedKernel
@@ -23,11 +22,11 @@ from kashin_jax.layers import DerivedBasis, PackedKernel
 CONFIG = KashinConfig(
     bits=1, num_restarts=1, sample=256, codebook_steps=10, polish_steps=2
 )
-KEY = jax.random.key(0)
 
 
 def activations(shape, seed=3):
-    return jax.random.normal(jax.random.key(seed), shape)
+    drawn = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(drawn, jnp.float32)
 
 
 def pair(*, use_bias=True, dtype=None, param_dtype=jnp.float32, config=CONFIG):
@@ -42,7 +41,7 @@ def pair(*, use_bias=True, dtype=None, param_dtype=jnp.float32, config=CONFIG):
     )
     if use_bias:
         dense.bias.set_value(activations((24,)).astype(param_dtype))
-    q, _ = quantize(dense.kernel.get_value(), config, KEY)
+    q = random_tensor(config, (16, 24), dtype=param_dtype)
     dense.kernel.set_value(dequantize(q))
     return KashinLinear(q, dense.bias, dtype=dtype), dense
 
@@ -53,8 +52,10 @@ def assert_close(found, expected, tolerance=1e-5):
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("batch", [(), (3,), (2, 1, 3), (256,)])
+@pytest.mark.parametrize(
+    ("batch", "use_bias"),
+    [((), True), ((3,), False), ((2, 1, 3), True), ((256,), True)],
+)
 @pytest.mark.parametrize("config", [CONFIG, RTNConfig(), NF4Config()])
 def test_quantized_layer_equals_dense_layer_on_dequantized_kernel(
     config, batch, use_bias
@@ -138,24 +139,26 @@ def test_gradients_reach_parameters_and_skip_the_packed_kernel():
     def loss(layer):
         return jnp.sum(jnp.square(layer(x)))
 
-    gradients = nnx.grad(loss)(packed)
+    gradient = nnx.jit(nnx.grad(loss))
+    gradients = gradient(packed)
     assert set(gradients) == {"bias"}
-    assert_close(gradients["bias"][...], nnx.grad(loss)(dense)["bias"][...])
+    assert_close(gradients["bias"][...], gradient(dense)["bias"][...])
 
 
 def test_gradients_pass_through_the_layer_to_its_input():
     packed, dense = pair()
     x = activations((4, 16))
-    found = jax.grad(lambda x: jnp.sum(jnp.sin(packed(x))))(x)
-    assert_close(found, jax.grad(lambda x: jnp.sum(jnp.sin(dense(x))))(x))
+    gradient = lambda layer: jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(layer(x)))))
+    assert_close(gradient(packed)(x), gradient(dense)(x))
 
 
 def test_a_stack_of_layers_runs_under_scan():
-    kernels = 0.2 * activations((3, 16, 16))
-    tensors = [encode(kernel, KEY, CONFIG)[0] for kernel in kernels]
+    tensors = [random_tensor(CONFIG, (16, 16), seed) for seed in range(3)]
+    tensors = [tensor._replace(scale=0.1 * tensor.scale) for tensor in tensors]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tensors)
     layers = nnx.vmap(KashinLinear)(stacked)
 
+    @nnx.jit
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
     def run(layer, x):
         return jnp.tanh(layer(x))

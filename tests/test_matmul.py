@@ -1,6 +1,7 @@
 """`matmul(x, q)` against the dense product with the decoded matrix."""
 
 import inspect
+import itertools
 import math
 
 import jax
@@ -9,15 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_matrices import random_words
 
-from kashin_jax import (
-    BasisSpec,
-    JointConfig,
-    QuantizedTensor,
-    dequantize,
-    matmul,
-    quantize,
-)
+from kashin_jax import BasisSpec, JointConfig, QuantizedTensor, dequantize, matmul
 from kashin_jax.quantized import derive_basis
 from kashin_jax.quantized.factors import factor_rows
 from kashin_jax.quantized.product import many_rows_of_backend
@@ -82,9 +77,27 @@ def test_the_product_equals_the_dense_one_for_any_tile(
     assert relative(y, dense_product(x, q)) < 1e-5
 
 
-@pytest.mark.parametrize("rows", [1, 16, MANY_ROWS - 1, MANY_ROWS])
-@pytest.mark.parametrize("max_tile", [1, 96, 2**20])
-@pytest.mark.parametrize("block_shape", [None, (8, 12)])
+BLOCKS = (8, 12)
+# Every number of rows, tile and kind of blocks, and what they decide together.
+QUICK = [
+    (1, 96, None), (1, 2**20, BLOCKS), (16, 1, None), (16, 96, BLOCKS),
+    (MANY_ROWS - 1, 2**20, BLOCKS), (MANY_ROWS, 1, BLOCKS), (MANY_ROWS, 96, BLOCKS),
+    (MANY_ROWS, 2**20, None),
+]  # fmt: skip
+ALL = itertools.product(
+    [1, 16, MANY_ROWS - 1, MANY_ROWS], [1, 96, 2**20], [None, BLOCKS]
+)
+
+
+def slow_but(quick, cases):
+    """Cases for `parametrize`, of which only the quick ones are not slow."""
+    slow = pytest.mark.slow
+    return [
+        case if case in quick else pytest.param(*case, marks=slow) for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("rows", "max_tile", "block_shape"), slow_but(QUICK, ALL))
 def test_few_and_many_rows_agree_with_the_dense_product(rows, max_tile, block_shape):
     q = random_tensor((24, 36), block_shape=block_shape)
     x = activations((rows, 24))
@@ -92,18 +105,20 @@ def test_few_and_many_rows_agree_with_the_dense_product(rows, max_tile, block_sh
     assert relative(y, dense_product(x, q)) < 1e-5
 
 
-@pytest.mark.parametrize("rows", [2, MANY_ROWS])
-@pytest.mark.parametrize("bits", [2, 2.5, 3, 3.5, 5])
-def test_joint_codes_of_any_width_multiply_like_their_matrix(rows, bits):
-    config = JointConfig(bits=bits, block_shape=(16, 8), effort="fast")
-    q, _ = quantize(activations((96, 24)), config, jax.random.key(0))
+@pytest.mark.parametrize(("rows", "max_tile"), [(2, 2**20), (MANY_ROWS, 16 * 24)])
+@pytest.mark.parametrize(
+    ("bits",), slow_but([(2,), (2.5,)], [(2,), (2.5,), (3,), (3.5,), (5,)])
+)
+def test_joint_codes_of_any_width_multiply_like_their_matrix(rows, max_tile, bits):
+    q = random_words(JointConfig(bits=bits, block_shape=(16, 8)), (96, 24))
     x = activations((rows, 96), seed=2)
-    for max_tile in (16 * 24, 2**20):
-        y = matmul(x, q, max_tile=max_tile, precision="highest")
-        assert relative(y, dense_product(x, q)) < 1e-5
+    y = matmul(x, q, max_tile=max_tile, precision="highest")
+    assert relative(y, dense_product(x, q)) < 1e-5
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    ("bits",), slow_but([(1,), (3,), (4,), (8,)], [(bits,) for bits in range(1, 9)])
+)
 def test_planes_of_codes_are_taken_where_they_lie(bits):
     q = random_tensor((12, 48), block_shape=(6, 8), bits=bits)
     assert factor_rows(q.layout, 2**20) == 6
@@ -144,7 +159,7 @@ def test_a_stack_of_matrices_multiplies_under_vmap():
     tensors = [random_tensor((16, 24), seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tensors)
     x = activations((2, 16))
-    found = jax.vmap(matmul, in_axes=(None, 0))(x, stacked)
+    found = jax.jit(jax.vmap(matmul, in_axes=(None, 0)))(x, stacked)
     expected = np.stack([dense_product(x, q) for q in tensors])
     assert relative(found, expected) < 1e-5
 
@@ -208,7 +223,8 @@ def test_the_compiled_product_needs_less_memory_than_the_matrix():
 def test_the_gradient_for_x_is_that_of_the_dense_product(rows):
     q = random_tensor((24, 16), block_shape=(8, 16))
     x, cotangent = activations((rows, 24)), activations((rows, 16), seed=2)
-    gradient = jax.grad(lambda x: jnp.sum(cotangent * matmul(x, q, max_tile=64)))(x)
+    loss = lambda x: jnp.sum(cotangent * matmul(x, q, max_tile=64))
+    gradient = jax.jit(jax.grad(loss))(x)
     expected = np.asarray(cotangent, np.float64) @ np.asarray(q.decode()).T
     assert relative(gradient, expected) < 1e-5
 
@@ -224,10 +240,11 @@ def test_gradients_reach_centroids_and_scales(rows, name):
         return jnp.sum(cotangent * matmul(x, changed, max_tile=10**4))
 
     leaf = getattr(q, name)
-    gradient = jax.grad(loss)(leaf)
+    gradient = np.asarray(jax.jit(jax.grad(loss))(leaf))
     # The loss is linear in either, so a difference over any step is the derivative.
-    steps = jnp.eye(leaf.size).reshape(leaf.size, *leaf.shape)
-    expected = jax.lax.map(lambda step: loss(leaf + step) - loss(leaf), steps)
+    steps = np.eye(leaf.size, dtype=np.float32).reshape(leaf.size, *leaf.shape)
+    compiled = jax.jit(loss)
+    expected = [compiled(leaf + step) - compiled(leaf) for step in steps]
     assert np.isfinite(gradient).all()
     assert relative(gradient.reshape(-1), expected) < 1e-4
 

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from packed_matrices import random_tensor
 from test_matmul import (
     activations,
     dense_product,
     inner_jaxprs,
     largest_float,
     relative,
+    slow_but,
 )
 
 from kashin_jax import (
@@ -20,7 +22,6 @@ from kashin_jax import (
     RTNConfig,
     UniformConfig,
     matmul,
-    quantize,
 )
 from kashin_jax.quantized import RotatedRTNConfig
 from kashin_jax.quantized.controls import control_basis
@@ -44,20 +45,25 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=repr)
-@pytest.mark.parametrize("rows, columns, max_tile", [(1, 24, 2**20), (5, 7, 200)])
+# Whole planes in one tile, and codes that end inside bytes in many.
+SIZES = [(1, 24, 2**20), (5, 7, 200)]
+QUICK = [(config, *SIZES[i % 2]) for i, config in enumerate(CONFIGS)]
+ALL = [(config, *sizes) for sizes in SIZES for config in CONFIGS]
+
+
+@pytest.mark.parametrize("config, rows, columns, max_tile", slow_but(QUICK, ALL))
 def test_the_controls_multiply_like_their_decoded_matrices(
     config, rows, columns, max_tile
 ):
-    q, _ = quantize(activations((52, columns)), config, jax.random.key(0))
+    q = random_tensor(config, (52, columns))
     x = activations((rows, 52), seed=2)
-    product = jax.jit(lambda x, q: matmul(x, q, max_tile=max_tile, precision="highest"))
-    assert relative(product(x, q), dense_product(x, q)) < 1e-5
+    y = matmul(x, q, max_tile=max_tile, precision="highest")
+    assert relative(y, dense_product(x, q)) < 1e-5
 
 
 @pytest.mark.parametrize("config", CONFIGS[::4], ids=repr)
 def test_controls_take_batches_and_half_precision(config):
-    q, _ = quantize(activations((52, 24)), config, jax.random.key(0))
+    q = random_tensor(config, (52, 24))
     x = activations((2, 3, 52), seed=2).astype(jnp.bfloat16)
     y = matmul(x, q)
     assert y.shape == (2, 3, 24) and y.dtype == jnp.bfloat16
@@ -67,7 +73,7 @@ def test_controls_take_batches_and_half_precision(config):
 
 def test_a_rotation_that_the_caller_keeps_gives_the_same_product():
     config = RotatedRTNConfig(group_size=26)
-    q, _ = quantize(activations((52, 24)), config, jax.random.key(0))
+    q = random_tensor(config, (52, 24))
     x = activations((3, 52), seed=2)
     kept = matmul(x, q, basis=control_basis(q))
     assert relative(kept, matmul(x, q)) < 1e-6
@@ -86,7 +92,7 @@ def test_a_rotation_that_the_caller_keeps_gives_the_same_product():
     ids=repr,
 )
 def test_no_float_array_as_large_as_a_control_is_formed(config, columns):
-    q, _ = quantize(activations((256, columns)), config, jax.random.key(0))
+    q = random_tensor(config, (256, columns))
 
     def largest(function):
         traced = jax.make_jaxpr(function)(activations((5, 256)), q)

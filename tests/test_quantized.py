@@ -36,6 +36,9 @@ from kashin_jax.errors import NonFiniteError
 from kashin_jax.quantized import derive_basis
 from kashin_jax.quantized.tensor import KashinLayout
 
+# Bits, or numbers that another program made, are compared.
+pytestmark = pytest.mark.optimized
+
 GOLDEN = Path(__file__).parent / "golden" / "quantized" / "golden.json"
 KEY = jax.random.key(5)
 FAST = {"num_restarts": 1, "sample": 256, "codebook_steps": 10, "polish_steps": 2}

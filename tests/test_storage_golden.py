@@ -14,6 +14,9 @@ from kashin_jax.storage.descriptions import TYPES
 V1 = Path(__file__).parent / "golden" / "storage" / "v1"
 DECODED = json.loads((V1 / "decoded.json").read_text())
 
+# Bits, or numbers that another program made, are compared.
+pytestmark = pytest.mark.optimized
+
 
 def test_the_golden_files_hold_every_type_of_tensor():
     checkpoint = open_checkpoint(V1)

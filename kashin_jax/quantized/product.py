@@ -44,7 +44,6 @@ __all__ = [
 # Most weights decoded at a time: 4 MiB as float32, which a CPU core's cache holds.
 MAX_TILE = 2**20
 
-
 MANY_ROWS: Mapping[str, int] = MappingProxyType({"cpu": 320})
 """Rows of x from which on parts of W are decoded whole, by backend.
 
@@ -112,8 +111,8 @@ def matmul(
         )
     if not isinstance(tensor, QuantizedTensor | AffineTensor | CodebookTensor):
         rows = x.reshape(-1, x.shape[-1])
-        y = dot(rows, tensor.decode(), precision)
-        return y.astype(x.dtype).reshape(*x.shape[:-1], tensor.shape[1])
+        y = dot(rows, tensor.decode(), precision).astype(x.dtype)
+        return y.reshape(*x.shape[:-1], tensor.shape[1])
     if isinstance(tensor, QuantizedTensor):
         basis = derive_basis(tensor) if basis is None else basis
         rotation = derive_rotation(tensor) if rotation is None else rotation
@@ -277,7 +276,7 @@ def _prepared(
 ) -> Float[Array, "r m"]:
     """Inputs as the blocks of U and V take them."""
     if tensor.in_scale is not None:
-        x = x * _row(tensor.in_scale, x)
+        x = x * tensor.in_scale.astype(x.dtype)[None]
     if rotation is None:
         return x
     return _by_blocks(rotation.left.analysis, x, tensor.layout.block_shape[0])
@@ -290,7 +289,8 @@ def _finished(
     if rotation is not None:
         size = tensor.layout.block_shape[1]
         y = _by_blocks(rotation.right.synthesis, y, size)
-    return y if tensor.out_scale is None else y * _row(tensor.out_scale, y)
+    scale = tensor.out_scale
+    return y if scale is None else y * scale.astype(y.dtype)[None]
 
 
 def _by_blocks(
@@ -298,7 +298,3 @@ def _by_blocks(
 ) -> Float[Array, "r k"]:
     blocks = x.astype(jnp.float32).reshape(-1, x.shape[1] // size, size)
     return transform(blocks).reshape(x.shape).astype(x.dtype)
-
-
-def _row(scale: Float[Array, " k"], like: Float[Array, "r k"]) -> Float[Array, "1 k"]:
-    return scale.astype(like.dtype)[None]

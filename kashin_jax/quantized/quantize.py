@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Int, Key, Num, UInt32
+from jaxtyping import Array, Float, Float16, Key, Num, UInt32
 
 from kashin_jax.bases import (
     KroneckerBasis,
@@ -18,6 +18,11 @@ from kashin_jax.coding.blocks import resolve_block_shape
 from kashin_jax.coding.joint import JointConfig, joint_block_shape, joint_code
 from kashin_jax.coding.kashin import KashinCode, KashinConfig, kashin_code
 from kashin_jax.errors import NonFiniteError
+from kashin_jax.quantized.checks import (
+    checked_importance,
+    checked_in_scale,
+    require_finite,
+)
 from kashin_jax.quantized.configs import DEFAULT_CONFIG, QuantizerConfig
 from kashin_jax.quantized.controls import (
     AffineTensor,
@@ -98,10 +103,10 @@ def quantize(
     except ValueError as error:
         raise ValueError(f"`{path}`: {error}") from None
     require_finite(weight, path)
-    weights = _checked_importance(importance, weight.shape[0], config, path)
+    weights = checked_importance(importance, weight.shape[0], config, path)
     if importance is not None and in_scale is not None:
         raise ValueError(f"`{path}`: give `importance` or `in_scale`, not both.")
-    scale = _checked_in_scale(in_scale, weight.shape[0], config, path)
+    scale = checked_in_scale(in_scale, weight.shape[0], config, path)
     key = jax.random.key(0) if key is None else key
     tensor, report = encode(weight, key, config, weights, scale)
     if not math.isfinite(report.relative_squared_error):
@@ -112,85 +117,6 @@ def quantize(
             + ("." if is_kashin else ", or use KashinConfig, whose scales are float32.")
         )
     return tensor, report
-
-
-def require_finite(weight: Num[Array, "*shape"], path: str) -> None:
-    """Raises NonFiniteError, naming `path`, if `weight` holds NaN or infinity."""
-    bad = int(_count_bad(weight))
-    if bad:
-        raise NonFiniteError(
-            f"`{path}` holds {bad} NaN or infinite entries of {weight.size}. Repair "
-            "the checkpoint, or leave this parameter out."
-        )
-
-
-@jax.jit
-def _split(key: Key[Array, ""]) -> tuple[UInt32[Array, "2"], Key[Array, ""]]:
-    """The stored seed, and the key of the codebook."""
-    seed_key, codebook_key = jax.random.split(key)
-    return seed_from_key(seed_key), codebook_key
-
-
-@jax.jit
-def _count_bad(weight: Num[Array, "*shape"]) -> Int[Array, ""]:
-    return jnp.sum(~jnp.isfinite(weight))
-
-
-def _check_per_input(
-    name: str,
-    numbers: Num[Array | np.ndarray, " k"],
-    inputs: int,
-    config: QuantizerConfig,
-    path: str,
-) -> None:
-    if not isinstance(config, JointConfig):
-        raise TypeError(
-            f"`{path}`: {type(config).__name__} has no use for `{name}`; leave it "
-            "out, or take JointConfig."
-        )
-    if numbers.shape != (inputs,):
-        raise ValueError(
-            f"`{path}`: `{name}` has shape {numbers.shape}, but the matrix has "
-            f"{inputs} inputs; give one number for each."
-        )
-
-
-def _checked_in_scale(
-    in_scale: Num[Array | np.ndarray, " k"] | None,
-    inputs: int,
-    config: QuantizerConfig,
-    path: str,
-) -> Float16[Array, " m"] | None:
-    if in_scale is None:
-        return None
-    _check_per_input("in_scale", in_scale, inputs, config, path)
-    # Checked by NumPy, which compiles nothing.
-    with np.errstate(over="ignore"):
-        scale = np.asarray(jnp.asarray(in_scale)).astype(np.float16)
-    if not (np.isfinite(scale) & (scale > 0)).all():
-        raise ValueError(
-            f"`{path}`: `in_scale` must be finite and positive in half precision."
-        )
-    return jnp.asarray(scale)
-
-
-def _checked_importance(
-    importance: Num[Array | np.ndarray, " k"] | None,
-    inputs: int,
-    config: QuantizerConfig,
-    path: str,
-) -> Float[Array, " m"] | None:
-    if importance is None:
-        return None
-    _check_per_input("importance", importance, inputs, config, path)
-    weights = np.asarray(jnp.asarray(importance, jnp.float32))
-    if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(
-            f"`{path}`: `importance` holds NaN, infinite or negative numbers."
-        )
-    if not weights.any():
-        raise ValueError(f"`{path}`: `importance` is zero for every input.")
-    return jnp.asarray(weights)
 
 
 def encode(
@@ -270,6 +196,13 @@ def _encode_joint(
         packed, code.centroids, code.scale, seed, layout,
         code.in_scale, code.out_scale, coarse,
     )  # fmt: skip
+
+
+@jax.jit
+def _split(key: Key[Array, ""]) -> tuple[UInt32[Array, "2"], Key[Array, ""]]:
+    """The stored seed, and the key of the codebook."""
+    seed_key, codebook_key = jax.random.split(key)
+    return seed_from_key(seed_key), codebook_key
 
 
 def _block_shape(
