@@ -56,14 +56,20 @@ def relative(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
+@jax.jit
+def images(side, unit):
+    return side.synthesis(unit, axis=0)
+
+
 def rotate_by_hand(q, x):
     m, n = q.shape
     pair = make_pair(q.layout.basis, key_from_seed(q.seed), q.shape)
-    left = np.asarray(pair.left.synthesis(jnp.eye(m), axis=0), np.float64)
-    right = np.asarray(pair.right.synthesis(jnp.eye(n), axis=0), np.float64)
+    left = np.asarray(images(pair.left, jnp.eye(m)), np.float64)
+    right = np.asarray(images(pair.right, jnp.eye(n)), np.float64)
     return left @ x @ right.T
 
 
+@jax.jit
 def decode_affine(code):
     return code.scale * (code.codes.astype(jnp.float32) - code.zero)
 

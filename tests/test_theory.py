@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kashin_jax.bases import BasisSpec, dense, make_basis, make_pair
+from kashin_jax.bases import BasisSpec, make_basis, make_pair
+from kashin_jax.bases import dense as dense_eagerly
 from kashin_jax.theory import (
     eigenvector_ratios,
     l1_ratio,
@@ -28,6 +29,7 @@ families = st.sampled_from(["haar", "hadamard", "dct"])
 
 
 ratio = jax.jit(l1_ratio)
+dense = jax.jit(dense_eagerly, static_argnums=1)
 
 
 def vector(n, seed=0):
@@ -56,12 +58,12 @@ def test_the_l1_ratio_of_a_matrix_is_that_of_the_kronecker_product():
     x = problems.gaussian(6, 10)
     whole = np.kron(np.asarray(dense(pair.left, 6)), np.asarray(dense(pair.right, 10)))
     expected = ratio_by_hand(whole, x.ravel())
-    assert float(l1_ratio(pair, jnp.asarray(x))) == pytest.approx(expected, rel=1e-5)
+    assert float(ratio(pair, jnp.asarray(x))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_zero_block_has_no_ratio():
     basis = make_basis("haar", jax.random.key(0), 8)
-    assert np.isnan(float(l1_ratio(basis, jnp.zeros(8))))
+    assert np.isnan(float(ratio(basis, jnp.zeros(8))))
 
 
 @pytest.mark.parametrize("family", ["haar", "butterfly"])
@@ -113,12 +115,14 @@ def test_rate_and_level_follow_from_the_constant(constant, gamma):
 search = partial(search_worst_case, steps=200)
 
 
-@pytest.mark.parametrize("family", ["haar", "sign-dct", "butterfly3"])
+@pytest.mark.parametrize(
+    "family", ["haar", "butterfly3", pytest.param("sign-dct", marks=pytest.mark.slow)]
+)
 def test_the_search_returns_a_vector_of_the_ratio_it_reports(family):
     n = 64
     basis = make_basis(family, jax.random.key(3), n)
     starts = jnp.asarray(problems.gaussian(6, n))
-    before = [float(l1_ratio(basis, start)) for start in starts]
+    before = [float(ratio(basis, start)) for start in starts]
     found = search(basis, starts)
     by_hand = ratio_by_hand(dense(basis, n), found.x)
     assert float(found.ratio) == pytest.approx(by_hand, rel=1e-5)
@@ -137,8 +141,9 @@ def test_without_steps_the_starts_are_compared():
 
 def test_a_start_that_is_zero_does_not_count():
     basis = make_basis("haar", jax.random.key(3), 16)
-    starts = jnp.asarray(problems.gaussian(3, 16)).at[1].set(0)
-    found = search(basis, starts)
+    starts = problems.gaussian(3, 16)
+    starts[1] = 0
+    found = search(basis, jnp.asarray(starts))
     assert np.isnan(np.asarray(found.found)).tolist() == [False, True, False]
     assert 0.25 <= float(found.ratio) < 0.6
 
@@ -174,7 +179,7 @@ def test_randomised_hadamard_has_no_dimension_free_constant(n):
 
 def test_the_bound_of_a_haar_basis_stays_while_n_grows():
     found = []
-    for n in (32, 128, 512):
+    for n in (32, 256):
         basis = make_basis("haar", jax.random.key(n), n)
         draws = jnp.asarray(problems.gaussian(4, n))
         starts = [draws, structured_starts(basis, n=n, count=2)]

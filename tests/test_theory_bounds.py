@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kashin_jax.bases import BasisSpec, dense, make_basis, make_pair
+from kashin_jax.bases import BasisSpec, make_basis, make_pair
+from kashin_jax.bases import dense as dense_eagerly
 from kashin_jax.decomposition import kashin_decompose
 from kashin_jax.theory import (
     FORMS,
@@ -21,6 +22,7 @@ from kashin_jax.theory import (
 )
 from tests import problems
 
+dense, ratio = jax.jit(dense_eagerly, static_argnums=1), jax.jit(l1_ratio)
 families = st.sampled_from(["haar", "hadamard", "identity"])
 # Few, as each one is compiled.
 sizes = st.sampled_from([2, 7, 16])
@@ -39,8 +41,8 @@ def test_a_trace_passes_through_the_decompositions_of_fewer_steps(family):
     for k in (1, 2, 6):
         result = kashin_decompose(x, basis, rtol=1e-9, max_steps=k)
         np.testing.assert_allclose(trace.residuals[k], result.residual, rtol=1e-4)
-        np.testing.assert_allclose(trace.u_levels[k], jnp.max(jnp.abs(result.u)), 1e-4)
-        np.testing.assert_allclose(trace.v_levels[k], jnp.max(jnp.abs(result.v)), 1e-4)
+        np.testing.assert_allclose(trace.u_levels[k], np.abs(result.u).max(), 1e-4)
+        np.testing.assert_allclose(trace.v_levels[k], np.abs(result.v).max(), 1e-4)
     assert trace.residuals.shape == (7,)
     assert float(trace.residuals[0]) == pytest.approx(1)
 
@@ -51,7 +53,7 @@ def test_every_step_obeys_the_rate_of_its_residual(family, n, seed):
     basis = make_basis(family, jax.random.key(seed), n)
     x = jnp.asarray(vector(n, seed))
     residuals = trace_greedy(x, basis, steps=1).residuals
-    rate = rate_from_constant(min(float(l1_ratio(basis, x)), 1.0))
+    rate = rate_from_constant(min(float(ratio(basis, x)), 1.0))
     assert float(residuals[1]) <= rate + 1e-3
 
 
@@ -65,13 +67,17 @@ def hostile(basis, n, seed):
 
 def checks(family, n):
     basis = make_basis(family, jax.random.key(n), n)
-    check = jax.vmap(lambda x: check_theorem(x, basis, steps=60))
+    check = jax.jit(jax.vmap(lambda x: check_theorem(x, basis, steps=60)))
     return check(hostile(basis, n, n))
 
 
 @pytest.mark.parametrize(
     ("family", "lengths"),
-    [("haar", (2**6, 2**9)), ("sign-dct", (2**9, 2**16))],
+    [
+        ("haar", (2**6, 2**9)),
+        ("sign-dct", (2**9, 2**13)),
+        pytest.param("sign-dct", (2**16,), marks=pytest.mark.slow),
+    ],
 )
 def test_theorem_1_rates_and_levels_stay_bounded_while_n_grows(family, lengths):
     results = [checks(family, n) for n in lengths]
@@ -86,9 +92,10 @@ def test_theorem_1_rates_and_levels_stay_bounded_while_n_grows(family, lengths):
 def test_the_identity_has_no_rate_that_holds_for_all_sizes():
     gammas = []
     for n in (16, 256, 4096):
-        x = jnp.zeros(n).at[0].set(1).at[1].set(0.5)
+        x = np.zeros(n, np.float32)
+        x[:2] = 1, 0.5
         basis = make_basis("identity", jax.random.key(0), n)
-        gammas.append(float(check_theorem(x, basis, steps=60).gamma))
+        gammas.append(float(check_theorem(jnp.asarray(x), basis, steps=60).gamma))
     assert gammas[0] < gammas[1] < gammas[2]
     assert gammas[2] > 0.99
 
@@ -117,8 +124,8 @@ def test_the_counter_example_is_hard_for_every_pair_of_bases(family, shape):
         x, problems.counter_example(shape[0], np.asarray(dense(basis.right, shape[1])),
                                     i=3, j=5), atol=1e-6,
     )  # fmt: skip
-    assert float(jnp.linalg.norm(x)) == pytest.approx(1, rel=1e-5)
-    assert float(l1_ratio(basis, x)) <= 1 / np.sqrt(min(shape)) + 1e-6
+    assert np.linalg.norm(x) == pytest.approx(1, rel=1e-5)
+    assert float(ratio(basis, x)) <= 1 / np.sqrt(min(shape)) + 1e-6
 
 
 @pytest.mark.parametrize(("i", "j"), [(4, 0), (0, 6), (-1, 0)])
