@@ -82,8 +82,8 @@ class GlueConfig:
     )
     data_dir: str = flag(
         "",
-        "Folder with RTE/dev.tsv and so on, in GLUE's layout or a plain one; what else "
-        "--tasks names is embedded or asked of the hub.",
+        "Folder with RTE/dev.tsv or glue/RTE/dev.tsv and so on, in GLUE's layout or a "
+        "plain one; what else --tasks names is embedded or asked of the hub.",
     )
     labels: tuple[str, ...] = flag(
         (), "What the outputs mean, in order, where config.json does not say; or task."

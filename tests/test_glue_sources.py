@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.classification import data
-from experiments.classification.data import embedded_tasks, load_examples
+from experiments.classification.data import embedded_tasks, has_files, load_examples
 from experiments.classification.tasks import GLUE_TASKS, TASKS
 from kashin_jax.errors import DataError
 
@@ -40,6 +40,16 @@ def test_a_file_of_the_user_comes_before_the_embedded_one(tmp_path):
     assert load_examples(TASKS["sentiment-nyt"], "nyt", tmp_path).first == ("fine",)
     other = load_examples(TASKS["sentiment-amazon"], "amazon", tmp_path)
     assert other.source == "embedded"
+
+
+def test_glue_may_lie_in_a_folder_of_its_own_beside_other_texts(tmp_path):
+    for folder in ("sst2", "SST-2"):
+        place = tmp_path / folder
+        written(place, f"glue/{folder}/dev.tsv", "sentence\tlabel\nfine\t1\n")
+        assert has_files(TASKS["sst2"], place)
+        found = load_examples(TASKS["sst2"], "dev", place)
+        assert found.source == f"data_dir:glue/{folder}/dev.tsv"
+    assert not has_files(TASKS["rte"], place)
 
 
 def test_an_embedded_file_that_is_gone_is_an_error_and_not_asked_for(

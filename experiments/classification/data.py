@@ -69,9 +69,15 @@ def embedded_tasks() -> tuple[str, ...]:
 def has_files(task: Task, folder: Path) -> bool:
     """Whether a folder has all evaluation files of a task, in a layout we know."""
     return any(
-        all((folder / name / f"{s}.tsv").is_file() for s in task.evaluation_splits)
-        for name in (task.folder, task.name)
+        all((folder / place / f"{s}.tsv").is_file() for s in task.evaluation_splits)
+        for place in _places(task)
     )
+
+
+def _places(task: Task) -> tuple[str, ...]:
+    """Where a task may lie in a folder; `glue/` leaves room for other texts beside."""
+    names = (task.folder, task.name)
+    return (*names, *(f"glue/{name}" for name in names))
 
 
 def load_examples(task: Task, split: str, data_dir: Path | None = None) -> Examples:
@@ -81,7 +87,8 @@ def load_examples(task: Task, split: str, data_dir: Path | None = None) -> Examp
       task: What to read.
       split: `train`, or one of `task.evaluation_splits`.
       data_dir: Holds a folder named as GLUE's or as the task (`RTE/dev.tsv` or
-        `rte/dev.tsv`). What it lacks is embedded or asked of the hub.
+        `rte/dev.tsv`), itself or in `glue/`. What it lacks is embedded or asked of the
+        hub.
 
     Returns:
       All examples of the split.
@@ -106,7 +113,7 @@ def load_examples(task: Task, split: str, data_dir: Path | None = None) -> Examp
 def _find(task: Task, file: str, data_dir: Path | None) -> tuple[Path, str] | None:
     check_data_dir(data_dir)
     if data_dir is not None:
-        for folder in (task.folder, task.name):
+        for folder in _places(task):
             if (data_dir / folder / file).is_file():
                 return data_dir / folder / file, f"data_dir:{folder}/{file}"
     path = EMBEDDED / task.folder / file
