@@ -68,9 +68,9 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         (*_MODEL, "task", "metric", "data_sha256", "max_length", *_ROW),
         (
             "experiments.glue --bits=2,3,4 --seeds=3 --methods=all,kashin-joint",
-            "experiments.glue --bits=2,3,4,6 --seeds=3 --data_dir=$DATA/glue "
+            "experiments.glue --bits=2,3,4,6 --seeds=3 --data_dir=$DATA "
             "--tasks=cola,sst2,rte,stsb,mrpc",
-            "experiments.glue --bits=2,3 --seeds=3 --data_dir=$DATA/glue "
+            "experiments.glue --bits=2,3 --seeds=3 --data_dir=$DATA "
             "--tasks=cola,sst2,rte,stsb,mrpc --methods=kashin-joint",
         ),
     ),
@@ -95,7 +95,7 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
             *_MODEL, "task", "data_sha256", "max_length", "method", "bits", "basis",
             "seed", "epochs", "batch_size", "learning_rate",
         ),
-        ("experiments.refine_glue --task=mrpc --data_dir=$DATA/glue",),
+        ("experiments.refine_glue --task=mrpc --data_dir=$DATA",),
     ),
     "depth": ResultFile(
         "error, perplexity and GLUE against greedy steps and tolerance",
@@ -105,9 +105,7 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         ),
         (
             "experiments.depth",
-            "experiments.depth --metrics=error,perplexity --dataset=wikitext2 "
-            "--data_dir=$DATA",
-            "experiments.depth --metrics=glue --tasks=sst2,stsb --data_dir=$DATA/glue",
+            "experiments.depth --dataset=wikitext2 --data_dir=$DATA --tasks=sst2,stsb",
         ),
     ),
     "robustness": ResultFile(
