@@ -136,7 +136,7 @@ def test_no_entry_of_u_or_v_can_be_improved_alone(bits):
     assert float(np.mean(better)) < 1e-4
     tables = [words.levels.u, words.levels.v]
     assert (words.levels.coarse is not None) == split.half
-    rows = np.zeros((1, 16, 1), bool)
+    rows = np.zeros((1, 64, 1), bool)
     if split.half:
         tables.append(words.levels.coarse)
         rows = np.asarray(coarse_rows(64))[None]

@@ -33,11 +33,11 @@ class Quantized(Protocol):
         ...
 
 
-def stored_bits(tensor: PyTree[Array]) -> int:
+def stored_bits(tensor: PyTree[Array | jax.ShapeDtypeStruct]) -> int:
     """Bits that the leaves take: codes, centroids, scales, seeds, fill bits.
 
     Counts array elements times the width of their type; no sub-byte types are stored,
-    so that is what a file holds.
+    so that is what a file holds. Takes what `jax.eval_shape` gives, too.
     """
     return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensor))
 
