@@ -10,7 +10,7 @@ from tiny_classifier import LINEARS as CLASSIFIER_LINEARS
 from tiny_classifier import MAX_LENGTH, TASKS_OF_TABLE, given
 
 from experiments.depth.config import DepthConfig
-from experiments.depth.curves import Curve, CurvePoint, curves, marked
+from experiments.depth.curves import Curve, CurvePoint, curves
 from experiments.depth.program import main
 from experiments.depth.table import setting_rows, summary_rows
 from experiments.results import read_jsonl
@@ -21,7 +21,7 @@ USAGE, FILE, INTERRUPTED = 2, 1, 130
 SETTINGS = 2 * (2 + 1)
 LAYERS = LINEARS + len(TASKS_OF_TABLE) * CLASSIFIER_LINEARS["bert"]
 FIELDS = {
-    "metric", "value", "scores", "enough", "axis", "bits", "max_steps", "rtol", "seed",
+    "metric", "value", "scores", "axis", "bits", "max_steps", "rtol", "seed",
     "basis", "stored_bits_per_weight", "relative_error", "residual", "steps_taken",
     "converged_share", "quantize_seconds", "model", "data", "protocol", "examples",
     "data_sha256", "weights_sha256", "kashin_jax_version", "jax_version", "device",
@@ -280,8 +280,7 @@ def test_marks_go_from_loose_to_tight_tolerances():
         ("error", "steps", 2), ("error", "steps", 3), ("perplexity", "rtol", 3),
     ]  # fmt: skip
     assert [point.x for point in found[2].points] == [1e-1, 1e-2, 1e-4]
-    enough = [r["enough"] for r in marked(records)]
-    assert enough == [None, False, False, True, True, False, False, False]
+    assert [c.enough and c.enough.x for c in found] == [None, 4, 1e-2]
 
 
 def test_the_default_study_is_the_one_described():

@@ -16,7 +16,7 @@ def records(values, model=NAME, data="text"):
     return [
         {
             "metric": "error", "axis": "steps", "bits": 4, "max_steps": steps,
-            "rtol": 1e-6, "seed": 0, "value": value, "model": model, "enough": False,
+            "rtol": 1e-6, "seed": 0, "value": value, "model": model,
             "data": data, "data_sha256": "ab", "protocol": "windows",
         }
         for steps, value in values.items()

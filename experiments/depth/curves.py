@@ -18,7 +18,6 @@ __all__ = [
     "CurvePoint",
     "Metric",
     "curves",
-    "marked",
     "reference",
 ]
 
@@ -140,23 +139,6 @@ def _point(x: float, values: Sequence[float]) -> CurvePoint:
         return CurvePoint(x, sum(values), 0.0)
     spread = statistics.stdev(values) if values[1:] else 0.0
     return CurvePoint(x, statistics.fmean(values), spread)
-
-
-def marked(records: Sequence[Record]) -> list[dict[str, object]]:
-    """The records with `enough`: whether they belong to the mark of their curve."""
-    marks = {
-        (curve.metric, curve.axis, curve.bits, curve.enough.x)
-        for curve in curves(records)
-        if curve.enough is not None
-    }
-
-    def is_mark(record: Record) -> bool | None:
-        if record["axis"] is None:
-            return None
-        x = record[AXES[record["axis"]].field]
-        return (record["metric"], record["axis"], record["bits"], x) in marks
-
-    return [{**record, "enough": is_mark(record)} for record in records]
 
 
 def reference(records: Sequence[Record], metric: str) -> float | None:

@@ -22,7 +22,6 @@ import jax
 
 from experiments.cli import run_program
 from experiments.depth.config import DepthConfig
-from experiments.depth.curves import marked
 from experiments.depth.loading import choose_glue_tasks, load_inputs, make_subjects
 from experiments.depth.report import present
 from experiments.depth.rows import measure
@@ -46,7 +45,7 @@ def run(config: DepthConfig) -> int:
         inputs = load_inputs(config, tasks)
         work = start_work(out, config)
         subjects = make_subjects(config, inputs, work)
-        records = marked(measure(subjects, config.points, work))
+        records = measure(subjects, config.points, work)
     present(config, records, out)
     remove_work(work)
     return 0

@@ -30,7 +30,7 @@ def present(config: DepthConfig, records: Sequence[Record], out: Path) -> None:
 
     Args:
       config: The flags.
-      records: With their marks.
+      records: All of the study.
       out: An existing directory.
     """
     summary, settings = summary_rows(records), setting_rows(records)

@@ -25,7 +25,7 @@ __all__ = ["measure"]
 ERROR = "error"
 # Every record has every field, so that a reader of the file needs no special cases.
 _ABSENT = dict.fromkeys((
-    "value", "scores", "enough", "stored_bits_per_weight", "relative_error",
+    "value", "scores", "stored_bits_per_weight", "relative_error",
     "residual", "steps_taken", "converged_share", "quantize_seconds",
 ))  # fmt: skip
 
