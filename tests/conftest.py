@@ -60,19 +60,34 @@ def strict_numerics():
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_a_module(request):
-    """XLA optimizes little, which takes a third off the time to compile.
+    """Programs are dropped after every module.
 
-    Modules that compare bits, or numbers that other programs made, are marked
-    `optimized`: they run as users run them. Programs do not know which it was, so they
-    are dropped after every module; and a program keeps memory maps, of which Linux
-    allows a process 65,530: a worker out of maps is killed.
+    A program keeps memory maps, of which Linux allows a process 65,530: a worker out of
+    maps is killed.
     """
-    is_optimized = request.node.get_closest_marker("optimized") is not None
-    jax.config.update("jax_disable_most_optimizations", not is_optimized)
+    optimize(request.node)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def programs_of_a_test(request):
+    optimize(request.node)
+
+
+def optimize(node):
+    """XLA optimizes little, which takes a third off the time to compile.
+
+    Modules and tests that compare bits, or numbers that other programs made, are marked
+    `optimized`: they run as users run them. Programs do not know which it was, so they
+    are dropped where it changes.
+    """
+    is_lazy = node.get_closest_marker("optimized") is None
+    if is_lazy != jax.config.values["jax_disable_most_optimizations"]:
+        jax.config.update("jax_disable_most_optimizations", is_lazy)
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="session")

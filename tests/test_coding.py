@@ -83,7 +83,7 @@ def test_scalar_controls_reach_their_known_errors_on_gaussian_matrices():
 
 
 @pytest.mark.parametrize(
-    "bits", [1, *(pytest.param(b, marks=pytest.mark.slow) for b in (2, 3, 5)), 8]
+    "bits", [1, *(pytest.param(b, marks=pytest.mark.slow) for b in (2, 3, 5, 8))]
 )
 def test_every_width_has_its_codebook_and_more_bits_lose_less(bits):
     x = problems.student_t(64, 96)
@@ -212,7 +212,7 @@ def test_uniform_equals_min_max_rounding_in_numpy(bits):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e30, -1e-30])
-@pytest.mark.parametrize("bits", [1, 8])
+@pytest.mark.parametrize("bits", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_constant_matrices_survive_uniform_kmeans_and_kashin_exactly(value, bits):
     x = jnp.full((12, 20), value)
     assert np.array_equal(decode_affine(minmax_code(x[None], bits))[0], x)

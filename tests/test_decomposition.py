@@ -57,7 +57,9 @@ def test_the_vector_form_is_the_papers_algorithm(family, n):
 
 
 @pytest.mark.parametrize("family", OLDEST)
-@pytest.mark.parametrize("other", ["identity", None])
+@pytest.mark.parametrize(
+    "other", [None, pytest.param("identity", marks=pytest.mark.slow)]
+)
 def test_the_matrix_form_is_the_papers_algorithm(family, other):
     m, n = 24, 40
     basis = make_pair(BasisSpec(family, other or family), jax.random.key(1), (m, n))

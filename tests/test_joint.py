@@ -172,6 +172,7 @@ def test_a_planted_word_of_two_signs_is_found_to_the_last_bit():
     np.testing.assert_allclose(decode_words(words, basis), x, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_repulsion_is_worth_more_than_a_long_search():
     basis = make_pair(HADAMARD, KEY, (64, 64))
     x = gaussian_blocks(16, 64)
@@ -242,7 +243,9 @@ def relative_error(x, config):
 
 
 @pytest.mark.parametrize("name", ["gaussian", "student_t", "outlier_columns"])
-@pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "bits", [2, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 4))]
+)
 def test_it_loses_less_than_the_controls_of_at_least_as_many_bits(name, bits):
     x = getattr(problems, name)(256, 512)
     tensor, report = quantize(x, JointConfig(bits=bits, **FAST), KEY)
@@ -286,9 +289,15 @@ def unpacked(tensor):
 @pytest.mark.parametrize(
     ("bits", "shape", "balance"),
     [
-        (3, (128, 64), 1.0), (4, (24, 40), 0.0), (5, (7, 13), 1.0), (3, (1, 9), 0.0),
-        (2, (15, 1), 1.0), (2.5, (128, 64), 1.0), (3.5, (24, 41), 0.0),
-        (4.5, (130, 7), 1.0), (2.5, (2, 1), 0.0),
+        (3, (128, 64), 1.0), (4, (24, 40), 0.0), (4.5, (130, 7), 1.0),
+        (2.5, (2, 1), 0.0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (5, (7, 13), 1.0), (3, (1, 9), 0.0), (2, (15, 1), 1.0),
+                (2.5, (128, 64), 1.0), (3.5, (24, 41), 0.0),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_decoding_and_products_are_those_of_plain_numpy(bits, shape, balance):
@@ -556,6 +565,7 @@ def test_polishing_longer_never_loses(split, monkeypatch):
     assert all(a >= b * (1 - 1e-5) for a, b in zip(errors, errors[1:], strict=False))
 
 
+@pytest.mark.slow
 def test_the_fast_and_the_dense_transforms_of_the_search_agree(monkeypatch):
     basis = make_pair(HADAMARD, KEY, (32, 32))
     x = gaussian_blocks(8, 32)

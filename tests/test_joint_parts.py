@@ -107,7 +107,9 @@ def test_given_levels_stay_and_each_block_is_coded_alone():
     assert error[0] < error[1] < 1.5 * error[0]
 
 
-@pytest.mark.parametrize("bits", [2, 2.5, 3, 5])
+@pytest.mark.parametrize(
+    "bits", [2.5, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 3, 5))]
+)
 def test_bands_of_rows_decode_to_the_rows_of_the_matrix(bits):
     config = JointConfig(bits=bits, block_shape=(16, SIDE), effort="fast")
     tensor = random_tensor(config, (96, 64))

@@ -1,6 +1,7 @@
 """Products of codes whose codebook is one of products, and of single rows."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -89,12 +90,17 @@ def test_a_stack_of_codebooks_is_a_product_if_all_are():
     assert product_bits(jnp.stack([*good, random_tensor((8, 8)).centroids]), 4) is None
 
 
+ONE_SIDED, BOTH = "hadamard:identity", "hadamard"
+# Levels that are selected, and so many that they are read from a table.
+ROWS_QUICK = [
+    (3, ONE_SIDED, None), (3, ONE_SIDED, (12, 16)), (3, BOTH, None),
+    (6, ONE_SIDED, None),
+]  # fmt: skip
+ROWS_ALL = itertools.product([1, 3, 4, 5, 6], [ONE_SIDED, BOTH], [None, (12, 16)])
+
+
 @pytest.mark.parametrize(
-    ("bits",), slow_but([(3,), (6,)], [(1,), (3,), (4,), (5,), (6,)])
-)
-@pytest.mark.parametrize(
-    "basis, block_shape",
-    [("hadamard:identity", None), ("hadamard:identity", (12, 16)), ("hadamard", None)],
+    ("bits", "basis", "block_shape"), slow_but(ROWS_QUICK, ROWS_ALL)
 )
 def test_a_single_row_multiplies_like_many(bits, basis, block_shape):
     options = {"block_shape": block_shape, "bits": bits, "basis": basis}

@@ -111,12 +111,12 @@ def hqq_by_hand(x, bits, size):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("name", ["gaussian", "student_t", "outlier_columns"])
 def test_hqq_is_never_worse_than_round_to_nearest_in_the_same_groups(name, bits, size):
-    x = jnp.asarray(problems.ALL[name](256, 96)) * size
-    groups = group_rows(x, 64)
-    nearest = jnp.abs(groups - decode_affine(rtn_code(groups, bits)))
-    fitted = jnp.abs(groups - decode_affine(hqq_code(x, bits=bits, group_size=64)))
+    x = jnp.asarray(problems.ALL[name](256, 96) * np.float32(size))
+    groups = jax.jit(group_rows, static_argnums=1)(x, 64)
+    nearest = np.abs(groups - decode_affine(rtn_code(groups, bits)))
+    fitted = np.abs(groups - decode_affine(hqq_code(x, bits=bits, group_size=64)))
     for power in (0.7, 1.0):
-        assert jnp.mean(fitted**power) < jnp.mean(nearest**power)
+        assert np.mean(fitted**power) < np.mean(nearest**power)
 
 
 @pytest.mark.parametrize("size", [1.0, 0.02])
@@ -204,9 +204,11 @@ def test_k_means_per_channel_decodes_as_in_numpy(shape, bits):
     np.testing.assert_allclose(chosen, gaps.min(axis=1), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    "bits", [3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4))]
+)
 def test_every_channel_is_clustered_as_well_as_by_scikit_learn(bits):
-    w = jax.random.t(jax.random.key(bits), 3.0, (512, 5), jnp.float32)
+    w = weight((512, 5), bits)
     q, _ = quantize(w, ChannelKMeansConfig(bits=bits), KEY)
     lost = np.sum(np.square(np.asarray(w - dequantize(q), np.float64)), axis=0)
     for j, column in enumerate(np.asarray(w, np.float64).T):
@@ -216,7 +218,7 @@ def test_every_channel_is_clustered_as_well_as_by_scikit_learn(bits):
 
 def test_channels_of_different_size_lose_the_same_share():
     column = weight((256, 1))
-    powers = jnp.exp2(jnp.arange(-6.0, 7.0))
+    powers = np.exp2(np.arange(-6, 7)).astype(np.float32)
     q, _ = quantize(column * powers[None, :], ChannelKMeansConfig(bits=3), KEY)
     lost = np.linalg.norm(dequantize(q) / powers[None, :] - column, axis=0)
     assert lost.max() < 1.05 * lost.min()
@@ -232,8 +234,8 @@ def test_zero_matrices_are_stored_exactly(config):
 @pytest.mark.parametrize("value", [-0.37, 1e4, -3e-3, 1e-6])
 @pytest.mark.parametrize("config", [NEW[0], NEW[2]], ids=str)
 def test_constant_groups_keep_their_value(config, value):
-    w = weight((192, 24)) * abs(value)
-    w = w.at[64:128].set(value).at[:, 3].set(value)
+    w = np.array(weight((192, 24))) * np.float32(abs(value))
+    w[64:128], w[:, 3] = value, value
     q, _ = quantize(w, config, KEY)
     found = dequantize(q)
     assert np.isfinite(found).all()

@@ -74,9 +74,10 @@ def checks(family, n):
 @pytest.mark.parametrize(
     ("family", "lengths"),
     [
-        ("haar", (2**6, 2**9)),
-        ("sign-dct", (2**9, 2**13)),
-        pytest.param("sign-dct", (2**16,), marks=pytest.mark.slow),
+        ("haar", (2**6,)),
+        ("sign-dct", (2**13,)),
+        pytest.param("haar", (2**9,), marks=pytest.mark.slow),
+        pytest.param("sign-dct", (2**9, 2**16), marks=pytest.mark.slow),
     ],
 )
 def test_theorem_1_rates_and_levels_stay_bounded_while_n_grows(family, lengths):
@@ -115,8 +116,9 @@ def test_a_course_has_at_least_one_step(check):
         check(jnp.ones(4), basis, steps=0)
 
 
-@pytest.mark.parametrize("family", ["haar", "butterfly3"])
-@pytest.mark.parametrize("shape", [(16, 64), (64, 16)])
+@pytest.mark.parametrize(
+    ("family", "shape"), [("haar", (16, 64)), ("butterfly3", (64, 16))]
+)
 def test_the_counter_example_is_hard_for_every_pair_of_bases(family, shape):
     basis = make_pair(BasisSpec(family, family), jax.random.key(1), shape)
     x = rank_one_counter_example(basis, shape, 3, 5)
