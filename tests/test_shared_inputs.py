@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +75,13 @@ def apart(dense):
 
 
 def activations(shape=(2, 64)):
-    return jax.random.normal(jax.random.key(7), shape)
+    drawn = np.random.default_rng(7).standard_normal(shape)
+    return jnp.asarray(drawn, jnp.float32)
+
+
+@nnx.jit
+def call(layer, x):
+    return layer(x)
 
 
 def make_linears(**sizes):
@@ -86,12 +93,6 @@ def make_linears(**sizes):
 
 def tensors(model):
     return {name: getattr(model, name).kernel.get_value() for name in NAMES}
-
-
-def assert_equal(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def transforms(model, x):
@@ -124,7 +125,7 @@ def test_outputs_are_those_of_the_same_matrices_alone(shared):
     x = activations((3, 5, 64))
     for name, tensor in tensors(shared).items():
         np.testing.assert_allclose(
-            getattr(shared, name)(x), matmul(x, tensor), rtol=1e-6, atol=1e-6
+            call(getattr(shared, name), x), matmul(x, tensor), rtol=1e-6, atol=1e-6
         )
 
 
@@ -142,7 +143,9 @@ def test_sharing_stores_as_much_and_keeps_less(shared, apart):
 def test_without_share_codes_are_those_of_the_path_alone(dense, apart):
     for name, tensor in tensors(apart).items():
         kernel = getattr(dense, name).kernel.get_value()
-        assert_equal(tensor, quantize(kernel, CONFIG, path_key(KEY, name))[0])
+        chex.assert_trees_all_equal(
+            tensor, quantize(kernel, CONFIG, path_key(KEY, name))[0]
+        )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,9 @@ def test_methods_without_a_scale_of_inputs_share_the_rest(config):
     assert found.k_proj.inputs is found.v_proj.inputs
     assert found.k_proj.inputs.get_value().scale is None
     x, tensor = activations(), found.v_proj.kernel.get_value()
-    np.testing.assert_allclose(found.v_proj(x), matmul(x, tensor), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        call(found.v_proj, x), matmul(x, tensor), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_only_layers_of_one_method_and_number_of_inputs_share():
@@ -177,7 +182,7 @@ def test_only_layers_of_one_method_and_number_of_inputs_share():
     np.testing.assert_array_equal(*seeds)
     for name in ("v_proj", "gate_proj", "up_proj"):
         # What nobody shares with is as it was.
-        assert_equal(
+        chex.assert_trees_all_equal(
             getattr(found, name).kernel.get_value(),
             getattr(alone, name).kernel.get_value(),
         )
@@ -185,12 +190,11 @@ def test_only_layers_of_one_method_and_number_of_inputs_share():
 
 def test_split_merge_jit_and_clone_keep_what_is_shared(shared):
     x = activations()
-    expected = shared(x)
+    expected = call(shared, x)
     for model in (nnx.merge(*nnx.split(shared)), nnx.clone(shared)):
         assert model.q_proj.inputs is model.k_proj.inputs
-        np.testing.assert_array_equal(model(x), expected)
-    found = nnx.jit(lambda model, x: model(x))(shared, x)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(call(model, x), expected)
+    np.testing.assert_allclose(shared(x), expected, rtol=1e-5, atol=1e-5)
     assert shared.q_proj.inputs is shared.v_proj.inputs
 
 
@@ -203,8 +207,9 @@ def test_gradients_pass_through_shared_layers(shared):
     def alone(x):
         return jnp.sum(jnp.sin(matmul(x, tensors(shared)["q_proj"])))
 
-    np.testing.assert_allclose(jax.grad(loss)(x), jax.grad(alone)(x), atol=1e-5)
-    assert set(nnx.grad(lambda model: jnp.sum(model(x)))(shared)) == {
+    found, expected = (jax.jit(jax.grad(each))(x) for each in (loss, alone))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert set(nnx.jit(nnx.grad(lambda model: jnp.sum(model(x))))(shared)) == {
         *NAMES, "out_proj",
     }  # fmt: skip
 
@@ -220,12 +225,13 @@ def test_stacked_blocks_run_under_scan(dense):
         graphdef, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     )
 
+    @nnx.jit
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
     def run(block, x):
         return block(x)
 
     x = activations()
-    expected = blocks[1](blocks[0](x))
+    expected = call(blocks[1], call(blocks[0], x))
     np.testing.assert_allclose(run(stacked, x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -236,7 +242,7 @@ def test_parameters_of_a_tree_have_the_codes_of_the_model(dense, shared):
     }
     found = quantize_params(params, key=KEY, rules=SHARED).params
     for name, tensor in tensors(shared).items():
-        assert_equal(found[name]["kernel"], tensor)
+        chex.assert_trees_all_equal(found[name]["kernel"], tensor)
 
 
 def test_in_place_no_more_than_the_packed_layers_are_added(dense):
