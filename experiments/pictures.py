@@ -19,7 +19,7 @@ from experiments.convergence.heat_map import draw_heat_map
 from experiments.convergence.trade_off import draw_trade_off
 from experiments.depth.drawing import draw as draw_depth
 from experiments.depth.report import title_of
-from experiments.methods import GLUE_METHODS, JOINT, METHODS
+from experiments.methods import FULL_PRECISION, GLUE_METHODS, JOINT, METHODS
 from experiments.paper import (
     fig1_choice,
     fig2_vectors,
@@ -131,12 +131,22 @@ def _paper(name: str, draw: Callable[..., Any] | None) -> Picture:
 
 
 _OPT = "opt-wiki-18m: perplexity on"
+# What README's first picture has room for: the best of each kind.
+_FIRST_SCREEN = [
+    FULL_PRECISION, JOINT, "kashin", "rtn-g128", "nf4-g64", "hqq-g64",
+    "k-means-channel", "rotate-k-means",
+]  # fmt: skip
 PICTURES: Mapping[str, Picture] = MappingProxyType({
     "perplexity": _like(
         "opt-wiki-vital",
         partial(
             _perplexity, f"{_OPT} Wikipedia's vital articles", logarithmic=True
         ),
+    ),
+    "perplexity-short": Picture(
+        VIEWS["opt-wiki-vital"].file,
+        VIEWS["opt-wiki-vital"].where | {"method": _FIRST_SCREEN},
+        partial(_perplexity, f"{_OPT} Wikipedia articles", logarithmic=True),
     ),
     "perplexity-wikitext2": _like(
         "opt-16k-seeds", partial(_perplexity, f"{_OPT} wikitext2")

@@ -197,7 +197,6 @@ VIEWS: Mapping[str, View] = MappingProxyType({
         _FIRST | {"bits": [4, 16], "seed": [None, 0], "basis": [None, "hadamard"]},
         partial(_rows, ()),
     ),
-    "opt-wikitext2-short": _opt(_WIKITEXT | _SEEDS, _short),
     "opt-wikitext2-16k": _opt(_WIKITEXT | _SEEDS, _means),
     "opt-16k-seeds": _opt(_WIKITEXT | _SEEDS | {"method": _RIVALS}, _compared),
     "opt-wikitext2-haar": _opt(
