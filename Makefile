@@ -27,7 +27,7 @@ lint: setup
 default: setup
 	$(BIN)/python $(PYTEST) tests
 
-test-slow: setup slow second  ## the slow tests, and the default suite on another Python
+test-slow: setup docs slow second  ## the site, the slow tests, the default suite on another Python
 
 slow: setup
 	$(BIN)/python $(PYTEST) $(SLOW)
