@@ -75,7 +75,7 @@ def test_a_family_compiles_once_per_shape_for_all_seeds_and_layers(caplog):
                 ablate(layer, seeded_bases(family, keys, layer.shape), FAST)
 
     compiled = compiled_programs(caplog, run)
-    for stage in ("decompose_blocks", "_error_of_code"):
+    for stage in ("_decompose_blocks", "_error_of_code"):
         assert compiled.count(stage) == len(families) * len(shapes)
     for stage in ("lloyd_pairs", "assign_pairs"):
         assert compiled.count(stage) == len(shapes)

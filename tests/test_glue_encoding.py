@@ -28,14 +28,13 @@ STRANGE = ("naïve — 東京\u2028 [SEP]  x", "</s> don't\t  stop ", "  ", "A" 
 
 @pytest.fixture(scope="module")
 def sentences():
-    return load_examples(TASKS["sst2"], "dev").first[:100]
+    return load_examples(TASKS["sentiment-amazon"], "amazon").first[:60]
 
 
 @pytest.fixture(scope="module")
-def pairs():
-    examples = load_examples(TASKS["stsb"], "dev")
-    assert examples.second is not None
-    return examples.first[::15], examples.second[::15]
+def pairs(sentences):
+    others = load_examples(TASKS["sentiment-nyt"], "nyt").first[: len(sentences)]
+    return sentences, others
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,8 @@ def test_pairs_are_encoded_as_in_transformers(checkpoint, pairs):
 
 @pytest.mark.parametrize("max_length", [6, 7, 16, 31])
 def test_pairs_are_truncated_as_in_transformers(checkpoint, pairs, max_length):
-    first, second = pairs
+    # The oracle takes tokens off one by one.
+    first, second = (texts[:15] for texts in pairs)
     ours = assert_as_in_transformers(checkpoint, first, second, max_length)
     assert ours.lengths.max() == max_length and ours.num_truncated > 0
 

@@ -15,13 +15,14 @@ MNLI, RTE, STSB = TASKS["mnli"], TASKS["rte"], TASKS["stsb"]
 def test_tasks_stand_in_the_order_of_the_paper():
     titles = [task.title for task in TASKS.values()]
     assert titles == [
-        "CoLA", "SST-2", "QQP", "QNLI", "MNLI", "RTE", "STS-B", "MRPC", "WNLI"
+        "CoLA", "SST-2", "QQP", "QNLI", "MNLI", "RTE", "STS-B", "MRPC", "WNLI",
+        "Amazon reviews", "NYT editorials",
     ]  # fmt: skip
     assert [task.name for task in TASKS.values()] == list(TASKS)
 
 
 def test_labels_are_those_of_the_hub_in_its_order():
-    # From the data card of nyu-mll/glue.
+    # From the data card of nyu-mll/glue; rated sentences have those of their head.
     assert {name: task.labels for name, task in TASKS.items()} == {
         "cola": ("unacceptable", "acceptable"),
         "sst2": ("negative", "positive"),
@@ -32,6 +33,8 @@ def test_labels_are_those_of_the_hub_in_its_order():
         "stsb": (),
         "mrpc": ("not_equivalent", "equivalent"),
         "wnli": ("not_entailment", "entailment"),
+        "sentiment-amazon": ("negative", "positive"),
+        "sentiment-nyt": ("negative", "positive"),
     }
 
 
@@ -41,7 +44,7 @@ def test_chosen_tasks_come_once_and_in_the_order_of_the_table():
 
 @pytest.mark.parametrize(("names", "got"), [(["rte", "snli"], "snli"), ([], "none")])
 def test_an_unknown_task_is_an_error_that_names_the_known(names, got):
-    with pytest.raises(UsageError, match=f"cola, sst2, .*wnli. Got {got}"):
+    with pytest.raises(UsageError, match=f"cola, sst2, .*sentiment-nyt. Got {got}"):
         choose_tasks(names)
 
 
