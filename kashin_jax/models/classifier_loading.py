@@ -30,6 +30,7 @@ from kashin_jax.models.names import StoredName
 from kashin_jax.models.reading import (
     LoadedVariables,
     ParamPath,
+    abstract_state,
     check_dtype,
     load_variables,
     present,
@@ -122,18 +123,17 @@ def load_classifier(
     else:
         config = _relabelled(config, labels)
 
-    def build(rngs: nnx.Rngs) -> SequenceClassifier:
-        return SequenceClassifier(config, rngs=rngs, dtype=dtype, param_dtype=dtype)
-
-    # Shapes only: drawing random weights costs more than reading the real ones.
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    graphdef, state = abstract_state(SequenceClassifier, config, dtype)
     targets = dict(nnx.to_flat_state(state))
     loaded = _load(directory, config, targets, head, labels is not None, dtype, absent)
     variables = loaded.variables | _left_out(targets, config, absent)
     if labels is not None:
         # A graph of its own, since only one small part of it is kept.
         root = jax.random.key(0) if key is None else key
-        fresh = dict(nnx.to_flat_state(nnx.state(build(nnx.Rngs(params=root)))))
+        whole = SequenceClassifier(
+            config, rngs=nnx.Rngs(params=root), dtype=dtype, param_dtype=dtype
+        )
+        fresh = dict(nnx.to_flat_state(nnx.state(whole)))
         drawn = {path: fresh[path] for path in targets if _may_be_fresh(path)}
         variables = drawn | variables
     _check_complete(directory, config, targets, variables)

@@ -19,7 +19,12 @@ from kashin_jax.models.names import (
     tensor_name,
 )
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
-from kashin_jax.models.reading import check_dtype, load_variables, present
+from kashin_jax.models.reading import (
+    abstract_state,
+    check_dtype,
+    load_variables,
+    present,
+)
 from kashin_jax.models.saving import save_opt
 from kashin_jax.models.tensor_files import find_weights, read_json
 
@@ -78,7 +83,7 @@ def load_opt(
     directory = checkpoint_directory(path_or_id)
     source = directory / "config.json"
     config = OPTConfig.from_dict(read_json(source), str(source))
-    graphdef, state = nnx.split(_abstract_model(config, dtype))
+    graphdef, state = abstract_state(OPTForCausalLM, config, dtype)
     targets = dict(nnx.to_flat_state(state))
     if config.tie_word_embeddings:
         # The head is stored all the same by some, and then has to be the embedding.
@@ -103,13 +108,6 @@ def load_opt(
         )
     model = nnx.merge(graphdef, nnx.from_flat_state(loaded))
     return LoadedModel(model, config, stored_dtype, directory)
-
-
-def _abstract_model(config: OPTConfig, dtype: DTypeLike) -> OPTForCausalLM:
-    # Shapes only: drawing random weights costs more than reading the real ones.
-    return nnx.eval_shape(
-        lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-    )
 
 
 def _parse(stored: str) -> StoredName | None:

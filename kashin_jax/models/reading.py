@@ -1,10 +1,12 @@
 """Filling the variables of a model from the files of a checkpoint, tensor by tensor."""
 
 import collections
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,6 +20,7 @@ from kashin_jax.models.tensor_files import iter_tensors
 __all__ = [
     "LoadedVariables",
     "ParamPath",
+    "abstract_state",
     "check_dtype",
     "load_variables",
     "present",
@@ -47,6 +50,35 @@ class _Tensor(NamedTuple):
     name: str
     is_transposed: bool
     value: np.ndarray
+
+
+def abstract_state(
+    model: Callable[..., nnx.Module], config: Any, dtype: np.dtype
+) -> tuple[Any, Any]:
+    """Structure of a model, and its variables with shapes for values.
+
+    Drawing random weights would cost more than reading the real ones.
+
+    Args:
+      model: Class of the model; made of a configuration, `rngs` and two dtypes.
+      config: Its architecture.
+      dtype: Of parameters and activations.
+    """
+    graphdef, state = _abstract_state(model, config, dtype)
+    # Variables of the caller's own: the values of some are set later.
+    return graphdef, jax.tree.map(lambda shape: shape, state)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_state(
+    model: Callable[..., nnx.Module], config: Any, dtype: np.dtype
+) -> tuple[Any, Any]:
+    """Kept, since tracing a model takes longer than reading a small one."""
+    return nnx.split(
+        nnx.eval_shape(
+            lambda: model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+        )
+    )
 
 
 def check_dtype(dtype: DTypeLike) -> np.dtype:

@@ -17,7 +17,7 @@ from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_names import classifier_name
 from kashin_jax.models.names import opt_name
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
-from kashin_jax.models.reading import ParamPath
+from kashin_jax.models.reading import ParamPath, abstract_state
 
 __all__ = ["save_classifier", "save_opt", "stored_array", "write_tensors"]
 
@@ -46,7 +46,7 @@ def save_opt(
       NonFiniteError: If a weight is not finite, or overflows `dtype`; names it.
       CheckpointError: If the directory cannot be written.
     """
-    expected = nnx.eval_shape(lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0)))
+    _, expected = abstract_state(OPTForCausalLM, config, jnp.dtype(jnp.float32))
     _save(model, expected, opt_name, config.to_dict(), Path(directory), dtype)
 
 
@@ -76,7 +76,7 @@ def save_classifier(
       NonFiniteError: If a weight is not finite, or overflows `dtype`; names it.
       CheckpointError: If the directory cannot be written.
     """
-    expected = nnx.eval_shape(lambda: SequenceClassifier(config, rngs=nnx.Rngs(0)))
+    _, expected = abstract_state(SequenceClassifier, config, jnp.dtype(jnp.float32))
     content = config.to_dict() | dict(extra or {})
 
     def name(path: ParamPath) -> str:
@@ -87,7 +87,7 @@ def save_classifier(
 
 def _save(
     model: nnx.Module,
-    expected: nnx.Module,
+    expected: Any,
     name: Callable[[ParamPath], str],
     content: dict[str, Any],
     directory: Path,
@@ -111,11 +111,11 @@ def _save(
 
 def _tensors(
     model: nnx.Module,
-    expected: nnx.Module,
+    expected: Any,
     name_of: Callable[[ParamPath], str],
     dtype: np.dtype,
 ) -> dict[str, np.ndarray]:
-    shapes = {path: v.shape for path, v in nnx.to_flat_state(nnx.state(expected))}
+    shapes = {path: v.shape for path, v in nnx.to_flat_state(expected)}
     found = dict(nnx.to_flat_state(nnx.state(model)))
     if odd := shapes.keys() ^ found.keys():
         raise UsageError(
