@@ -17,6 +17,9 @@ from experiments.results import read_jsonl
 
 __all__ = ["given", "quantize", "tiny"]  # fixtures
 
+# Quantizing takes longer than compiling does.
+pytestmark = pytest.mark.optimized
+
 USAGE, FILE, INTERRUPTED = 2, 1, 130
 SETTINGS = 2 * (2 + 1)
 LAYERS = LINEARS + len(TASKS_OF_TABLE) * CLASSIFIER_LINEARS["bert"]
@@ -175,7 +178,13 @@ def test_an_uninterrupted_study_quantizes_each_layer_once(
     assert timeless(study(tmp_path)) == few(finished)
 
 
-@pytest.mark.parametrize(("at", "kept"), [(2, 1), (LAYERS + LINEARS + 3, LINEARS + 2)])
+@pytest.mark.parametrize(
+    ("at", "kept"),
+    [
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        (LAYERS + LINEARS + 3, LINEARS + 2),
+    ],
+)
 def test_an_interrupted_study_goes_on_where_it_was(
     tiny, given, tmp_path, finished, quantize, capsys, at, kept
 ):

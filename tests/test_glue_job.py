@@ -30,6 +30,9 @@ from experiments.methods import GLUE_METHODS, METHODS
 
 __all__ = ["finished", "given"]  # fixtures
 
+# Quantizing takes longer than compiling does.
+pytestmark = pytest.mark.optimized
+
 SCHEMA = {
     "method", "bits", "stored_bits_per_weight", "model_bits_per_weight", "task",
     "metric", "value", "seed", "basis", "model", "max_length", "examples", "truncated",
@@ -142,6 +145,7 @@ def test_results_are_records_a_page_and_a_figure(finished):
         assert set(json.loads(line)) == SCHEMA
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_numbers_and_figure(finished, given, tmp_path):
     again = table(given.template, given.data, tmp_path, SEEDS)
     assert numbers(again) == numbers(finished.records)

@@ -25,6 +25,9 @@ from experiments.quantized_checkpoint import load_classifier_packed
 
 __all__ = ["copy", "given"]  # fixtures
 
+# Quantizing takes longer than compiling does.
+pytestmark = pytest.mark.optimized
+
 HEAD = ("classifier.weight", "classifier.bias")
 FLAGS = ("--tasks=sst2", "--methods=uniform")
 

@@ -12,6 +12,9 @@ from kashin_jax.errors import DataError, UsageError
 
 __all__ = ["given"]  # fixture
 
+# Quantizing takes longer than compiling does.
+pytestmark = pytest.mark.optimized
+
 RATED = ["id\trating\tsentence", "1\t2.5\tw1 w2", "2\t-1\tw3", "3\t1\tw4"]
 
 

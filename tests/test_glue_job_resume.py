@@ -1,5 +1,6 @@
 """GLUE's table cut short at any moment: nothing finished is lost or half done."""
 
+import numpy as np
 import pytest
 from interruptions import Calls, quantize
 from tiny_checkpoint import as_in_tests
@@ -14,10 +15,15 @@ from tiny_classifier import (
 )
 
 from experiments.classification import evaluation
+from experiments.classification.kept import remembered
 from experiments.glue import main
 
 __all__ = ["given", "quantize"]  # fixtures
 
+# Quantizing takes longer than compiling does.
+pytestmark = pytest.mark.optimized
+
+OTHER = ("--tasks=sst2", "--methods=full precision")
 METHODS = "--methods=uniform,kashin"
 LAYERS = 2 * len(TASKS_OF_TABLE) * LINEARS["bert"]
 # Full precision and two methods; all examples of a bucket fit into one batch.
@@ -76,7 +82,12 @@ def test_an_uninterrupted_run_computes_each_layer_and_batch_once(
     assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".png"}
 
 
-@pytest.mark.parametrize("at", [1, LINEARS["bert"] + 3, LAYERS])
+def moments(usual, *others):
+    """All of them in the slow suite, a usual one in the default suite."""
+    return [usual, *(pytest.param(at, marks=pytest.mark.slow) for at in others)]
+
+
+@pytest.mark.parametrize("at", moments(LINEARS["bert"] + 3, 1, LAYERS))
 def test_finished_layers_survive_an_interrupt(
     command, resumed, whole, quantize, tmp_path, capsys, at
 ):
@@ -85,7 +96,7 @@ def test_finished_layers_survive_an_interrupt(
     assert quantize.count == LAYERS - (at - 1)
 
 
-@pytest.mark.parametrize("at", [1, 2, 7, BATCHES])
+@pytest.mark.parametrize("at", moments(8, 1, 2, 7, BATCHES))
 def test_finished_splits_survive_an_interrupt(
     command, resumed, whole, states, tmp_path, capsys, at
 ):
@@ -95,28 +106,55 @@ def test_finished_splits_survive_an_interrupt(
     assert states.count == BATCHES - finished * BUCKETS
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[:40],
-        lambda content: content[:-5],
-        lambda content: b"\xff" * len(content),
-        lambda content: content[:20] + b"\x00" * 20 + content[40:],
-    ],
-    ids=["empty", "header cut", "data cut", "other bytes", "hole in the header"],
-)
+DAMAGES = {
+    "empty": lambda content: b"",
+    "header cut": lambda content: content[:40],
+    "data cut": lambda content: content[:-5],
+    "other bytes": lambda content: b"\xff" * len(content),
+    "hole in the header": lambda content: content[:20] + b"\x00" * 20 + content[40:],
+}
+
+
+def outputs_of(tmp_path, values):
+    """As a table keeps them; the file, and whether they had to be computed."""
+    calls = []
+    found = remembered(
+        tmp_path, {"a": 1}, values.shape, lambda: calls.append(1) or values
+    )
+    np.testing.assert_array_equal(found, values)
+    (file,) = tmp_path.iterdir()
+    return file, bool(calls)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_kept_outputs_that_are_damaged_are_computed_again(tmp_path, damage):
+    values = np.arange(6.0).reshape(3, 2)
+    file, is_computed = outputs_of(tmp_path, values)
+    assert is_computed
+    assert outputs_of(tmp_path, values) == (file, False)
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    assert outputs_of(tmp_path, values) == (file, True)
+    assert outputs_of(tmp_path, values) == (file, False)
+
+
+def test_kept_outputs_of_another_shape_are_computed_again(tmp_path):
+    file, _ = outputs_of(tmp_path, np.zeros((3, 2)))
+    assert outputs_of(tmp_path, np.zeros((2, 2))) == (file, True)
+
+
 def test_damaged_outputs_are_computed_again(
-    command, resumed, whole, states, tmp_path, capsys, damage
+    command, resumed, whole, states, tmp_path, capsys
 ):
-    interrupt(states, 7, command, tmp_path, capsys)
-    first, *others = sorted(tmp_path.rglob("*.npy"))
-    assert len(others) == 2
-    first.write_bytes(damage(first.read_bytes()))
+    """Each file in another way; one that is believed keeps the count too small."""
+    interrupt(states, BATCHES, command, tmp_path, capsys)
+    files = sorted(tmp_path.rglob("*.npy"))
+    for file, damage in zip(files, DAMAGES.values(), strict=True):
+        file.write_bytes(damage(file.read_bytes()))
     assert resumed() == whole
-    assert states.count == BATCHES - len(others) * BUCKETS
+    assert states.count == BATCHES
 
 
+@pytest.mark.slow
 def test_outputs_of_another_shape_are_computed_again(
     command, resumed, whole, states, tmp_path, capsys
 ):
@@ -127,6 +165,7 @@ def test_outputs_of_another_shape_are_computed_again(
     assert states.count == BATCHES - BUCKETS
 
 
+@pytest.mark.slow  # `test_layer_store.py` damages layers of no table
 def test_a_damaged_layer_is_computed_again(
     command, resumed, whole, quantize, tmp_path, capsys
 ):
@@ -142,7 +181,7 @@ def test_unfinished_work_of_another_table_is_left_alone(
     given, command, quantize, tmp_path, capsys
 ):
     interrupt(quantize, 8, command, tmp_path, capsys)
-    table(given.template, given.data, tmp_path, "--methods=full precision")
+    table(given.root / "bert-sst2", given.data, tmp_path, *OTHER)
     quantize.count = 0
     assert main(command) == 0
     assert quantize.count == LAYERS - 7

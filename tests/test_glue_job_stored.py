@@ -10,6 +10,9 @@ from kashin_jax.checkpoints import inspect_checkpoint, quantize_checkpoint
 
 __all__ = ["given"]  # fixture
 
+# Quantizing takes longer than compiling does.
+pytestmark = pytest.mark.optimized
+
 METHODS = "--methods=kashin-joint,rtn-g128,uniform"
 EXACT = ("task", "metric", "value", "log_loss", "examples")
 BITS = "stored_bits_per_weight"

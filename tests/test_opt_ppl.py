@@ -26,6 +26,9 @@ from experiments.results import read_jsonl
 
 __all__ = ["copy", "finished", "tiny"]  # fixtures
 
+# Quantizing takes longer than compiling does.
+pytestmark = pytest.mark.optimized
+
 SCHEMA = {
     "method", "bits", "stored_bits_per_weight", "model_bits_per_weight", "perplexity",
     "relative_error", "converged_share", "quantize_seconds", "seed", "basis", "model",
@@ -103,6 +106,7 @@ def test_a_text_scored_to_its_end_is_not_called_a_beginning(finished, tiny, tmp_
     assert "'--methods=full precision'" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_numbers_bit_for_bit(finished, tiny, tmp_path):
     assert numbers(table(tiny, tmp_path, SEEDS)) == numbers(finished.records)
 
@@ -129,13 +133,12 @@ def test_seeds_change_random_methods(finished):
 
 
 def test_runs_that_differ_in_seed_or_tolerance_keep_their_own_records(tiny, tmp_path):
-    for flag in ("--seed=0", "--seed=1", "--rtol=1e-2", "--max_steps=3", "--seed=0"):
+    for flag in ("--seed=1", "--rtol=1e-2", "--max_steps=3", "--seed=1"):
         assert main([*command(tiny, tmp_path), "--methods=kashin", flag]) == 0
     (path,) = tmp_path.glob("*.jsonl")
     choices = ("method", "seed", "rtol", "max_steps")
     assert [tuple(r[name] for name in choices) for r in read_jsonl(path)] == [
         ("full precision", None, None, None),
-        ("kashin", 0, 1e-6, 200),
         ("kashin", 1, 1e-6, 200),
         ("kashin", 0, 1e-2, 200),
         ("kashin", 0, 1e-6, 3),
@@ -166,7 +169,7 @@ def test_dense_rows_share_one_compilation_and_packed_rows_one(tiny, tmp_path):
     before = perplexity_rows._nll._cache_size()
     table(tiny, tmp_path / "full", context, "--methods=full precision")
     assert perplexity_rows._nll._cache_size() == before + 1
-    dense = "--methods=uniform,k-means,rtn-channel,rtn-g128,nf4-g64,rotate-k-means"
+    dense = "--methods=uniform,rtn-channel,rotate-k-means"
     table(tiny, tmp_path / "dense", context, SEEDS, dense)
     assert perplexity_rows._nll._cache_size() == before + 1
     packed = "--methods=kashin,kashin-authors"

@@ -14,18 +14,21 @@ import pytest
 from flax import nnx
 from tiny_checkpoint import LINEARS, as_in_tests, numbers, row, table, tiny
 
-from experiments import perplexity_rows, sensitivity
+from experiments import mixed_widths, perplexity_rows, sensitivity
 from experiments.layer_store import LayerStore
 from experiments.mixed_widths import probe
 from experiments.partial import PartialScores
 from experiments.quantized_layers import quantize_layers
 from experiments.sensitivity import layer_sensitivities, sampled_text
 from kashin_jax import BasisSpec, JointConfig, dequantize, quantize
-from kashin_jax.coding.schedules import SPLITS
 from kashin_jax.layers import path_key, replace_kernels, selected_kernels
+from kashin_jax.layers.allocation import JOINT_ERRORS
 from kashin_jax.models.loading import load_opt
 
 __all__ = ["tiny"]  # fixtures
+
+# Quantizing takes longer than compiling does.
+pytestmark = pytest.mark.optimized
 
 HADAMARD = BasisSpec.parse("hadamard")
 KEY = jax.random.key(0)
@@ -42,10 +45,16 @@ class Made(NamedTuple):
     out: Path
 
 
+WIDTHS = (2, 2.5, 3)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def short_texts():
+def short_texts_and_few_widths():
+    """Every width is another program to compile."""
+    errors = {width: JOINT_ERRORS[width] for width in WIDTHS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sensitivity, "LENGTH", 24)
+        patch.setattr(mixed_widths, "JOINT_ERRORS", errors)
         yield
 
 
@@ -99,7 +108,7 @@ def test_a_budget_is_kept_by_widths_that_differ(made):
     assert found["bits"] == BUDGET
     assert found["stored_bits_per_weight"] <= BUDGET
     assert len(found["widths"]) == LINEARS
-    assert set(found["widths"].values()) <= set(SPLITS)
+    assert set(found["widths"].values()) <= set(WIDTHS)
     assert len(set(found["widths"].values())) > 1
     assert math.isfinite(found["perplexity"])
     assert "sampled from the model itself" in found["note"]

@@ -26,6 +26,9 @@ from kashin_jax.models.loading import load_opt
 
 __all__ = ["copy", "finished", "tiny"]  # fixtures
 
+# Quantizing takes longer than compiling does.
+pytestmark = pytest.mark.optimized
+
 SIDE = 64
 WEIGHTS = SIDE * SIDE
 # Stored bits of one 64 x 64 matrix at 4 bits, codes left out, from the definitions.

@@ -8,12 +8,15 @@ import time
 
 import pytest
 from interruptions import Calls, quantize
-from tiny_checkpoint import LINEARS, arguments, finished, numbers, row, table, tiny
+from tiny_checkpoint import LINEARS, arguments, as_in_tests, numbers, row, table, tiny
 
 from experiments import perplexity_rows
 from experiments.opt_ppl import main
 
-__all__ = ["finished", "quantize", "tiny"]  # fixtures
+__all__ = ["quantize", "tiny"]  # fixtures
+
+# Quantizing takes longer than compiling does.
+pytestmark = pytest.mark.optimized
 
 METHODS = "--methods=kashin,uniform"
 ROWS, BATCHES_PER_ROW = 3, 8
@@ -42,51 +45,53 @@ def interrupt(calls, at, command, out, capsys):
     assert not [path for path in out.rglob("*") if path.name.startswith(".")]
 
 
-def whole_rows(finished):
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
     """What the command gives where nobody interrupts it."""
-    return numbers(
-        [
-            finished.records[0],
-            row(finished.records, "kashin", seed=0),
-            row(finished.records, "uniform"),
-        ]
-    )
+    with as_in_tests():
+        return numbers(table(tiny, tmp_path_factory.mktemp("whole"), METHODS))
 
 
 def test_an_uninterrupted_run_computes_each_layer_and_batch_once(
-    tiny, tmp_path, finished, quantize, nll
+    tiny, tmp_path, whole, quantize, nll
 ):
     records = table(tiny, tmp_path, METHODS)
-    assert numbers(records) == whole_rows(finished)
+    assert numbers(records) == whole
     assert quantize.count == 2 * LINEARS
     assert nll.count == ROWS * BATCHES_PER_ROW
+    # The finished work is removed.
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".png"}
 
 
-@pytest.mark.parametrize("at", [1, 8, LINEARS + 5, 2 * LINEARS])
+def moments(usual, *others):
+    """All of them in the slow suite, a usual one in the default suite."""
+    return [usual, *(pytest.param(at, marks=pytest.mark.slow) for at in others)]
+
+
+@pytest.mark.parametrize("at", moments(LINEARS + 5, 1, 8, 2 * LINEARS))
 def test_finished_layers_survive_an_interrupt(
-    tiny, tmp_path, finished, quantize, capsys, at
+    tiny, tmp_path, whole, quantize, capsys, at
 ):
     interrupt(quantize, at, arguments(tiny, tmp_path, METHODS), tmp_path, capsys)
-    assert numbers(table(tiny, tmp_path, METHODS)) == whole_rows(finished)
+    assert numbers(table(tiny, tmp_path, METHODS)) == whole
     assert quantize.count == 2 * LINEARS - (at - 1)
 
 
-@pytest.mark.parametrize("at", [1, 4, 12, ROWS * BATCHES_PER_ROW])
-def test_finished_windows_survive_an_interrupt(
-    tiny, tmp_path, finished, nll, capsys, at
-):
+@pytest.mark.parametrize("at", moments(12, 1, 4, ROWS * BATCHES_PER_ROW))
+def test_finished_windows_survive_an_interrupt(tiny, tmp_path, whole, nll, capsys, at):
     interrupt(nll, at, arguments(tiny, tmp_path, METHODS), tmp_path, capsys)
-    assert numbers(table(tiny, tmp_path, METHODS)) == whole_rows(finished)
+    assert numbers(table(tiny, tmp_path, METHODS)) == whole
     assert nll.count == ROWS * BATCHES_PER_ROW - (at - 1)
 
 
+@pytest.mark.slow
 def test_repeated_interrupts_get_there_in_the_end(
-    tiny, tmp_path, finished, quantize, capsys
+    tiny, tmp_path, whole, quantize, capsys
 ):
     for _ in range(4):
         command = arguments(tiny, tmp_path, METHODS)
         interrupt(quantize, 6, command, tmp_path, capsys)
-    assert numbers(table(tiny, tmp_path, METHODS)) == whole_rows(finished)
+    assert numbers(table(tiny, tmp_path, METHODS)) == whole
     assert quantize.count == 2 * LINEARS - 4 * 5
 
 
@@ -99,29 +104,25 @@ def test_seconds_are_those_of_the_run_that_did_the_work(
     assert row(records, "uniform")["quantize_seconds"] > 0
 
 
-def test_a_damaged_layer_is_computed_again(tiny, tmp_path, finished, quantize, capsys):
+@pytest.mark.slow  # `test_layer_store.py` damages layers of no table
+def test_a_damaged_layer_is_computed_again(tiny, tmp_path, whole, quantize, capsys):
     command = arguments(tiny, tmp_path, METHODS)
     interrupt(quantize, LINEARS, command, tmp_path, capsys)
     damaged, cut, *_ = sorted(tmp_path.rglob("*.safetensors"))
     damaged.write_bytes(b"\xff" * 500)
     cut.write_bytes(cut.read_bytes()[:-9])
-    assert numbers(table(tiny, tmp_path, METHODS)) == whole_rows(finished)
+    assert numbers(table(tiny, tmp_path, METHODS)) == whole
     assert quantize.count == 2 * LINEARS - (LINEARS - 1) + 2
 
 
 def test_a_line_of_scores_cut_short_is_computed_again(
-    tiny, tmp_path, finished, nll, capsys
+    tiny, tmp_path, whole, nll, capsys
 ):
     interrupt(nll, 5, arguments(tiny, tmp_path, METHODS), tmp_path, capsys)
     (scores,) = tmp_path.rglob("*.jsonl")
     scores.write_bytes(scores.read_bytes()[:-5])
-    assert numbers(table(tiny, tmp_path, METHODS)) == whole_rows(finished)
+    assert numbers(table(tiny, tmp_path, METHODS)) == whole
     assert nll.count == ROWS * BATCHES_PER_ROW - 3
-
-
-def test_finished_work_is_removed_with_success(tiny, tmp_path):
-    table(tiny, tmp_path, "--methods=uniform")
-    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".png"}
 
 
 def test_unfinished_work_of_another_table_is_left_alone(
@@ -136,7 +137,8 @@ def test_unfinished_work_of_another_table_is_left_alone(
 
 
 @pytest.mark.parametrize(
-    "flag", ["--seed=7", "--rtol=1e-5", "--max_steps=150", "--bits=2"]
+    "flag",
+    moments("--bits=2", "--seed=7", "--rtol=1e-5", "--max_steps=150"),
 )
 def test_other_flags_never_share_layers(tiny, tmp_path, quantize, capsys, flag):
     methods = "--methods=rtn-channel"
@@ -162,7 +164,7 @@ def test_scores_of_another_text_in_the_same_file_are_not_used(
 
 
 def test_a_table_that_cannot_be_written_keeps_its_work(
-    tiny, tmp_path, finished, quantize, nll, capsys
+    tiny, tmp_path, whole, quantize, nll, capsys
 ):
     obstacle = tmp_path / "table2_opt.md"
     obstacle.mkdir()
@@ -171,15 +173,13 @@ def test_a_table_that_cannot_be_written_keeps_its_work(
     assert not list(tmp_path.glob(".*"))
     obstacle.rmdir()
     quantize.count = nll.count = 0
-    assert numbers(table(tiny, tmp_path, METHODS)) == whole_rows(finished)
+    assert numbers(table(tiny, tmp_path, METHODS)) == whole
     assert quantize.count == nll.count == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_process_loses_nothing_finished(
-    tiny, tmp_path, finished, quantize, kind
-):
+def test_a_killed_process_loses_nothing_finished(tiny, tmp_path, whole, quantize, kind):
     command = arguments(tiny, tmp_path, METHODS)
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.opt_ppl", *command],
@@ -194,5 +194,5 @@ def test_a_killed_process_loses_nothing_finished(
     assert "Traceback" not in err
     assert process.returncode == (130 if kind == signal.SIGINT else -signal.SIGKILL)
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
-    assert numbers(table(tiny, tmp_path, METHODS)) == whole_rows(finished)
+    assert numbers(table(tiny, tmp_path, METHODS)) == whole
     assert quantize.count <= 2 * LINEARS - 3
