@@ -65,20 +65,21 @@ def compiled_programs(caplog, run):
 
 
 def test_a_family_compiles_once_per_shape_for_all_seeds_and_layers(caplog):
-    families, shapes = ("sign-dct", "householder"), ((12, 10), (14, 10))
-    layers = [jax.random.normal(KEY, shape) for shape in shapes * 2]
+    kinds = [("sign-dct", (12, 10)), ("sign-dct", (10, 12)), ("householder", (12, 10))]
 
     def run():
-        for family in families:
-            for index, layer in enumerate(layers):
-                keys = jax.random.split(jax.random.key(index), 2)
-                ablate(layer, seeded_bases(family, keys, layer.shape), FAST)
+        for index in range(2):
+            keys = jax.random.split(jax.random.key(index), 2)
+            for family, shape in kinds:
+                layer = jax.random.normal(keys[0], shape)
+                ablate(layer, seeded_bases(family, keys, shape), FAST)
 
     compiled = compiled_programs(caplog, run)
     for stage in ("_decompose_blocks", "_error_of_code"):
-        assert compiled.count(stage) == len(families) * len(shapes)
+        assert compiled.count(stage) == len(kinds)
+    # Of one size are all.
     for stage in ("lloyd_pairs", "assign_pairs"):
-        assert compiled.count(stage) == len(shapes)
+        assert compiled.count(stage) == 1
 
 
 def test_costs_are_those_of_both_sides():

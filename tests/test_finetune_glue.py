@@ -157,6 +157,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(
     assert (tmp_path / "metrics.json").read_bytes() == metrics
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_learns_what_the_whole_one_does(given, tmp_path):
     changes = {"dropout": 0.0, "stop_after": 3, "log_every": 1}
     for parts in (1, 4):
@@ -170,6 +171,7 @@ def test_a_batch_in_parts_learns_what_the_whole_one_does(given, tmp_path):
         assert [record[field] for record in cut] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_activations_in_bfloat16_leave_weights_in_float32(finished, given, tmp_path):
     _, out = finished
     config = config_of(out=str(tmp_path), dtype="bfloat16", epochs=0.2, **given)
@@ -180,6 +182,7 @@ def test_activations_in_bfloat16_leave_weights_in_float32(finished, given, tmp_p
     assert first["loss"] != expected["loss"]
 
 
+@pytest.mark.slow
 def test_a_regression_learns_scores(given, tmp_path):
     config = config_of(
         task="stsb", out=str(tmp_path), epochs=10.0, dropout=0.0, **given

@@ -123,10 +123,16 @@ def test_token_types_that_the_model_lacks_are_refused(given, tmp_path, capsys):
     assert "uses 2 token types, the model's `type_vocab_size` is 1" in message
 
 
-def test_the_directory_of_another_run_is_refused(given, tmp_path, capsys):
-    flags = arguments(**given, out=tmp_path / "o", stop_after=1)
+def test_the_directory_of_another_run_is_refused_and_cut_texts_are_counted(
+    given, tmp_path, capsys
+):
+    flags = arguments(**given, out=tmp_path / "o", stop_after=1, max_length=13)
     assert main(flags) == 3
-    capsys.readouterr()
+    # And what it could not take whole is counted and said.
+    rows = (tmp_path / given["data_dir"] / "SST-2" / "train.tsv").read_text()
+    long = sum(len(row.split("\t")[0].split()) > 11 for row in rows.splitlines())
+    assert long > 0
+    assert f"{long} of them were cut to 13 tokens" in capsys.readouterr().out
     message = _message(capsys, [*flags, "--seed=1"], 1)
     assert "holds a run with `seed`=0, not 1" in message
     shutil.copytree(given["data_dir"], tmp_path / "glue")
@@ -138,16 +144,6 @@ def test_the_directory_of_another_run_is_refused(given, tmp_path, capsys):
     other = write_model(tmp_path / "model", initializer_range=0.2)
     message = _message(capsys, [*flags, f"--model={other}"], 1)
     assert "holds a run with `model_sha256`=" in message
-
-
-def test_texts_that_had_to_be_cut_are_counted_and_said(given, tmp_path, capsys):
-    flags = arguments(**given, out=tmp_path, stop_after=1, max_length=13)
-    assert main(flags) == 3
-    text = capsys.readouterr().out
-    rows = (tmp_path / given["data_dir"] / "SST-2" / "train.tsv").read_text()
-    long = sum(len(row.split("\t")[0].split()) > 11 for row in rows.splitlines())
-    assert long > 0
-    assert f"{long} of them were cut to 13 tokens" in text
 
 
 def test_help_names_every_flag(capsys):

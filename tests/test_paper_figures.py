@@ -49,7 +49,9 @@ def test_another_vector_takes_the_other_basis():
     assert choice["choice"] == "v"
 
 
-@pytest.mark.parametrize("family", ["haar", "butterfly3"])
+@pytest.mark.parametrize(
+    "family", ["haar", pytest.param("butterfly3", marks=pytest.mark.slow)]
+)
 def test_mean_and_band_are_those_of_a_plain_numpy_greedy(family):
     n, bases, vectors, steps = 24, 3, 4, 9
     (record,) = fig2_vectors.measure(
@@ -169,7 +171,9 @@ def test_the_first_call_compiles_and_does_not_count():
     assert 0 <= seconds < 1
 
 
-@pytest.mark.parametrize("n", [1, 2, 6, 8, 13])
+@pytest.mark.parametrize(
+    "n", [1, 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8, 13))]
+)
 def test_the_factors_are_sparse_and_multiply_to_the_butterfly(n):
     basis = make_butterfly(KEY, n)
     found = fig5_factors.factors(basis)

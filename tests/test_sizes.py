@@ -101,6 +101,7 @@ def test_sizes_are_those_of_the_files_that_kashin_quantize_writes(
         assert row["ratio"] == counted[1] / counted[0]
 
 
+@pytest.mark.slow
 def test_no_size_of_joint_coding_depends_on_effort_or_seed(tmp_path, monkeypatch):
     # Headers outweigh tensors as small as these.
     monkeypatch.setattr(sizes, "_ALLOWED", 10)

@@ -158,6 +158,7 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_two_devices_share_the_batch_and_learn_the_same(finished, tmp_path):
     config, out = finished
     flags = arguments(text_file=config.text_file[0], cache_dir=config.cache_dir)
