@@ -39,6 +39,7 @@ def small(tmp_path_factory):
     return {(r["layer"], r["basis"]): r for r in records}, files, kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["haar"])
 def test_errors_residuals_and_steps_are_those_that_quantize_reports(family):
     kernel = jax.random.normal(KEY, (24, 20))
