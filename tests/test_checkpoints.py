@@ -27,9 +27,6 @@ from kashin_jax.models.loading import load_opt
 from kashin_jax.quantized import METHOD_NAMES, stored_bits
 from kashin_jax.storage import open_checkpoint, save_checkpoint
 
-# Bits, or numbers that another program made, are compared.
-pytestmark = pytest.mark.optimized
-
 SEED = 3
 
 
