@@ -65,7 +65,9 @@ def compiled_programs(caplog, run):
     return re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
 
 
+@pytest.mark.slow
 def test_a_family_compiles_once_per_shape_for_all_seeds_and_layers(caplog):
+    jax.clear_caches()
     kinds = [("sign-dct", (12, 10)), ("sign-dct", (10, 12)), ("householder", (12, 10))]
 
     def run():

@@ -165,7 +165,7 @@ def test_what_cannot_be_meant_is_named(changes, says):
         allocate_widths(**(whole | changes))
 
 
-@pytest.mark.parametrize("bits", [2, 3.5])
+@pytest.mark.parametrize("bits", [pytest.param(2, marks=pytest.mark.slow), 3.5])
 def test_errors_of_joint_coding_are_those_of_gaussian_weights(bits):
     assert list(JOINT_ERRORS) == sorted(SPLITS)
     weight = jax.random.normal(jax.random.key(1), (256, 256))

@@ -93,6 +93,7 @@ def compiled_programs(caplog, run):
 
 
 def test_a_family_compiles_once_for_all_its_seeds_and_matrices(caplog):
+    jax.clear_caches()
     blocks = jax.random.normal(KEY, (2, 3, 9, 9))  # a shape that no other test has
     families = ("dct", "householder")
 

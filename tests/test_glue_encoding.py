@@ -126,7 +126,7 @@ def test_pairs_are_encoded_as_in_transformers(checkpoint, pairs):
     assert ours.num_truncated == 0
 
 
-@pytest.mark.parametrize("max_length", [6, 7, 16, 31])
+@pytest.mark.parametrize("max_length", [6, 31])
 def test_pairs_are_truncated_as_in_transformers(checkpoint, pairs, max_length):
     # The oracle takes tokens off one by one.
     first, second = (texts[:15] for texts in pairs)

@@ -132,6 +132,7 @@ IDENTITY = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_where_no_layer_converges_the_authors_variant_is_full_precision(
     given, tmp_path
 ):

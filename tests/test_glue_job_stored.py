@@ -11,7 +11,8 @@ from kashin_jax.checkpoints import inspect_checkpoint, quantize_checkpoint
 __all__ = ["given"]  # fixture
 
 # Quantizing takes longer than compiling does.
-pytestmark = pytest.mark.optimized
+# They have a run of their own, in which classifiers are saved and scored again.
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 METHODS = "--methods=kashin-joint,rtn-g128,uniform"
 EXACT = ("task", "metric", "value", "log_loss", "examples")

@@ -28,7 +28,8 @@ from kashin_jax.models.loading import load_opt
 __all__ = ["tiny"]  # fixtures
 
 # Quantizing takes longer than compiling does.
-pytestmark = pytest.mark.optimized
+# They have a run of their own; `test_allocation.py` is about who gets which width.
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 HADAMARD = BasisSpec.parse("hadamard")
 KEY = jax.random.key(0)

@@ -268,6 +268,7 @@ STAGES = {
 
 @pytest.mark.slow
 def test_each_stage_compiles_once_per_distinct_shape(caplog):
+    jax.clear_caches()
     shapes = [(12, 20), (20, 28)] * 3
     config = KashinConfig(bits=1, **FAST)
     with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
@@ -283,6 +284,7 @@ def test_each_stage_compiles_once_per_distinct_shape(caplog):
 
 
 def test_all_widths_share_the_compiled_decomposition(caplog):
+    jax.clear_caches()
     weight = np.random.default_rng(0).normal(size=(20, 36))
     with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
         for bits in (1, 2):

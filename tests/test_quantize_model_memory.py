@@ -12,6 +12,8 @@ from kashin_jax import KashinLinear, NF4Config, RTNConfig, quantize, quantize_mo
 from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.layers import path_key, selected_kernels
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 WIDTH, DEPTH = 256, 6
 DENSE = 4 * WIDTH * WIDTH
