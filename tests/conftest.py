@@ -31,10 +31,30 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at marks
 def pytest_collection_modifyitems(items):
-    """Notebooks are slow tests."""
+    """Notebooks are slow tests; modules of one way to compile follow each other."""
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker("slow")
+    items.sort(key=is_of_optimized_module)
+
+
+def is_of_optimized_module(item):
+    module = item.getparent(pytest.Module)
+    return module is not None and module.get_closest_marker("optimized") is not None
+
+
+@pytest.hookimpl(tryfirst=True)  # before any fixture computes something
+def pytest_runtest_setup(item):
+    """XLA optimizes little, which takes a third off the time to compile.
+
+    Modules and tests that compare bits, or numbers that other programs made, are marked
+    `optimized`: they run as users run them. Programs do not know which it was, so they
+    are dropped where it changes.
+    """
+    is_lazy = item.get_closest_marker("optimized") is None
+    if is_lazy != jax.config.values["jax_disable_most_optimizations"]:
+        jax.config.update("jax_disable_most_optimizations", is_lazy)
+        jax.clear_caches()
 
 
 def kept_programs(config):
@@ -59,13 +79,12 @@ def strict_numerics():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def programs_of_a_module(request):
+def programs_of_a_module():
     """Programs are kept for the next modules until there are many.
 
     A program keeps memory maps, of which Linux allows a process 65,530: a worker out of
     maps is killed. A module adds 1,000 to 5,000.
     """
-    optimize(request.node)
     yield
     if number_of_maps() > 30_000:
         jax.clear_caches()
@@ -76,24 +95,6 @@ def number_of_maps():
     """Memory maps of this process; as good as too many where nobody says."""
     maps = Path("/proc/self/maps")
     return len(maps.read_bytes().splitlines()) if maps.exists() else 10**6
-
-
-@pytest.fixture(autouse=True)
-def programs_of_a_test(request):
-    optimize(request.node)
-
-
-def optimize(node):
-    """XLA optimizes little, which takes a third off the time to compile.
-
-    Modules and tests that compare bits, or numbers that other programs made, are marked
-    `optimized`: they run as users run them. Programs do not know which it was, so they
-    are dropped where it changes.
-    """
-    is_lazy = node.get_closest_marker("optimized") is None
-    if is_lazy != jax.config.values["jax_disable_most_optimizations"]:
-        jax.config.update("jax_disable_most_optimizations", is_lazy)
-        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="session")

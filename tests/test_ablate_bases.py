@@ -18,6 +18,9 @@ from kashin_jax.bases import FAMILIES
 from kashin_jax.layers import path_key
 from tests.tiny_checkpoint import make_checkpoint
 
+# A whole program on tiny models; its parts have tests of their own.
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(4)
 FAST = KashinConfig(bits=3, num_restarts=2, sample=128, max_steps=12)
 

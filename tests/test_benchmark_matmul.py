@@ -13,6 +13,9 @@ from benchmarks.blocks import chain, random_layers, random_tensor
 from benchmarks.methods import TIMED, method_config
 from kashin_jax import encode, matmul, stored_bits
 
+# A whole program on tiny models; its parts have tests of their own.
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 SHAPES = ((64, 64),) * 4 + ((64, 128), (128, 64))
 FLAGS = ["--methods=kashin-joint,rtn-g128", "--bits=4", "--rows=3", "--repeats=1"]

@@ -18,7 +18,8 @@ from experiments.results import read_jsonl
 __all__ = ["given", "quantize", "tiny"]  # fixtures
 
 # Quantizing takes longer than compiling does.
-pytestmark = pytest.mark.optimized
+# Whole programs on tiny models: their numbers, resumption and files.
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 USAGE, FILE, INTERRUPTED = 2, 1, 130
 SETTINGS = 2 * (2 + 1)

@@ -21,6 +21,9 @@ from experiments.training.optimizer import decays, make_optimizer
 from experiments.training.step import init_state
 from kashin_jax.models.classifier_loading import load_classifier
 
+# A whole program on tiny models; its parts have tests of their own.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):

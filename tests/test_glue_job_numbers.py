@@ -27,7 +27,8 @@ from kashin_jax.models.classifier_loading import load_classifier
 __all__ = ["copy", "finished", "given"]  # fixtures
 
 # Quantizing takes longer than compiling does.
-pytestmark = pytest.mark.optimized
+# Whole programs on tiny models: their numbers, resumption and files.
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 WEIGHTS = SIDE * SIDE
 # Stored bits of one 64 x 64 matrix at 4 bits, codes left out, from the definitions.

@@ -21,7 +21,8 @@ from experiments.glue import main
 __all__ = ["given", "quantize"]  # fixtures
 
 # Quantizing takes longer than compiling does.
-pytestmark = pytest.mark.optimized
+# Whole programs on tiny models: their numbers, resumption and files.
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 OTHER = ("--tasks=sst2", "--methods=full precision")
 METHODS = "--methods=uniform,kashin"

@@ -18,7 +18,8 @@ from kashin_jax.models.loading import load_opt
 from kashin_jax.models.tokenizer import load_tokenizer
 
 # Bits, or numbers that another program made, are compared.
-pytestmark = pytest.mark.optimized
+# Whole programs on tiny models: their numbers, resumption and files.
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 RULES = Rules(config=method("rtn", bits=3, group_size=128))
 

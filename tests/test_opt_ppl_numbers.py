@@ -27,7 +27,8 @@ from kashin_jax.models.loading import load_opt
 __all__ = ["copy", "finished", "tiny"]  # fixtures
 
 # Quantizing takes longer than compiling does.
-pytestmark = pytest.mark.optimized
+# Whole programs on tiny models: their numbers, resumption and files.
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 SIDE = 64
 WEIGHTS = SIDE * SIDE

@@ -16,7 +16,8 @@ from experiments.opt_ppl import main
 __all__ = ["quantize", "tiny"]  # fixtures
 
 # Quantizing takes longer than compiling does.
-pytestmark = pytest.mark.optimized
+# Whole programs on tiny models: their numbers, resumption and files.
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 METHODS = "--methods=kashin,uniform"
 ROWS, BATCHES_PER_ROW = 3, 8

@@ -15,6 +15,9 @@ from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.saving import save_classifier, save_opt
 
+# A whole program on tiny models; its parts have tests of their own.
+pytestmark = pytest.mark.slow
+
 RESULT = Path(__file__).parents[1] / "results" / "sizes.jsonl"
 METHODS = "--methods=rtn-g128,nf4-g64"
 
