@@ -26,7 +26,8 @@ from experiments.quantized_checkpoint import load_classifier_packed
 __all__ = ["copy", "given"]  # fixtures
 
 # Quantizing takes longer than compiling does.
-pytestmark = pytest.mark.optimized
+# A whole program on tiny models; its parts have tests of their own.
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 HEAD = ("classifier.weight", "classifier.bias")
 FLAGS = ("--tasks=sst2", "--methods=uniform")

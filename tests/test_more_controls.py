@@ -269,6 +269,7 @@ def test_weights_that_leave_half_precision_are_refused_or_kept():
     assert report.relative_squared_error < 0.02
 
 
+@pytest.mark.slow  # `test_quantized.py` asks it of the other methods
 @pytest.mark.parametrize("config", NEW, ids=str)
 def test_jit_gives_the_same_bytes_and_vmap_the_same_matrices(config):
     batch = jnp.stack([weight((96, 24)), 0.02 * weight((96, 24), 1)])

@@ -12,6 +12,9 @@ from experiments.results import read_jsonl
 from experiments.tables import Column
 from tests.opt_checkpoints import GOLDEN
 
+# A whole program on tiny models; its parts have tests of their own.
+pytestmark = pytest.mark.slow
+
 USAGE, FILE, INTERRUPTED = 2, 1, 130
 MODEL = GOLDEN / "prenorm"
 

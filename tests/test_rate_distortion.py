@@ -12,6 +12,9 @@ import safetensors.numpy
 from experiments.rate_distortion import RATE_METHODS, RateDistortionConfig, main
 from experiments.weight_sources import SYNTHETIC, load_source
 
+# A whole program on tiny models; its parts have tests of their own.
+pytestmark = pytest.mark.slow
+
 USAGE, FILE = 2, 1
 SIZE = 2**16
 FIELDS = {

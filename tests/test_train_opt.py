@@ -30,6 +30,9 @@ from kashin_jax.evaluation import make_windows, perplexity, window_nll
 from kashin_jax.models.loading import load_opt
 from kashin_jax.models.tokenizer import load_tokenizer
 
+# A whole program on tiny models; its parts have tests of their own.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
