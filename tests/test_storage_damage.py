@@ -159,6 +159,7 @@ SHARDS = {
     "another layout": (
         lambda t, c: c["tensors"][NF4]["layout"].update(shape=[2**31, 2**31]),
         "nf4.*packed_codes"),
+    "null as one": (lambda t, c: c["tensors"].update({NF4: None}), "`description`"),
     "an unknown type": (lambda t, c: c["tensors"][NF4].update(type="x"), "`type`"),
 }  # fmt: skip
 

@@ -252,7 +252,8 @@ def _tensors(
     return places, descriptions
 
 
-def _descriptions(file: TensorFile) -> dict[str, Mapping[str, Any]]:
+def _descriptions(file: TensorFile) -> dict[str, Any]:
+    # What stands under a name has not been looked at: `_owners` checks it.
     if METADATA_KEY not in file.metadata:
         return {}
     where = f"{file.path}: `{METADATA_KEY}`"
@@ -266,9 +267,7 @@ def _descriptions(file: TensorFile) -> dict[str, Mapping[str, Any]]:
     return tensors
 
 
-def _owners(
-    file: TensorFile, descriptions: Mapping[str, Mapping[str, Any]]
-) -> dict[str, str]:
+def _owners(file: TensorFile, descriptions: Mapping[str, Any]) -> dict[str, str]:
     """The packed tensor that each leaf belongs to, all of them being there."""
     owners: dict[str, str] = {}
     for name, description in descriptions.items():
