@@ -15,6 +15,9 @@ from kashin_jax import BasisSpec, kashin_decompose, make_pair
 from tests import oracle_numpy
 from tests.oracle_numpy import dense_basis
 
+# A whole program on small matrices; its parts have tests of their own.
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(11)
 N, SEEDS, STEPS = 16, 3, 34
 NAMES = ("gaussian", "sparse", "constant")

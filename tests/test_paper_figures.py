@@ -25,6 +25,9 @@ from kashin_jax.bases.basis import dense
 from kashin_jax.bases.butterfly import make_butterfly
 from tests import oracle_bases, oracle_numpy, problems
 
+# A whole program on small matrices; its parts have tests of their own.
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(3)
 
 
