@@ -1,12 +1,11 @@
 """The ablation of bases: quality as `quantize` reports it, cost, one compilation."""
 
 import json
-import logging
-import re
 
 import jax
 import numpy as np
 import pytest
+from compilations import compiled_programs
 
 from experiments import ablate_bases
 from experiments.ablate_bases import FEW, AblationConfig, main
@@ -62,15 +61,8 @@ def test_errors_residuals_and_steps_are_those_that_quantize_reports(family):
             assert float(getattr(found, name)[seed]) == pytest.approx(value, rel=1e-3)
 
 
-def compiled_programs(caplog, run):
-    with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
-        run()
-    return re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
-
-
 @pytest.mark.slow
 def test_a_family_compiles_once_per_shape_for_all_seeds_and_layers(caplog):
-    jax.clear_caches()
     kinds = [("sign-dct", (12, 10)), ("sign-dct", (10, 12)), ("householder", (12, 10))]
 
     def run():

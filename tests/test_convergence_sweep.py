@@ -1,13 +1,12 @@
 """The vmapped sweep: what a loop and plain NumPy find, in one compiled program."""
 
-import logging
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compiled_programs
 
 from experiments.convergence.matrices import draw_matrices, draw_matrix
 from experiments.convergence.sweep import convergence_of, stack_bases, sweep
@@ -89,14 +88,7 @@ def test_zero_takes_no_step_and_a_constant_one():
     assert np.all(found.converged)
 
 
-def compiled_programs(caplog, run):
-    with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
-        run()
-    return re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
-
-
 def test_a_family_compiles_once_for_all_its_seeds_and_matrices(caplog):
-    jax.clear_caches()
     blocks = jax.random.normal(KEY, (2, 3, 9, 9))  # a shape that no other test has
     families = ("dct", "householder")
 

@@ -1,8 +1,6 @@
 """`quantize_model` on models that know nothing of it, and what the stages cost."""
 
-import logging
 import math
-import re
 from collections import Counter
 from functools import partial
 
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compiled_programs
 from flax import nnx
 
 from kashin_jax import (
@@ -268,14 +267,15 @@ STAGES = {
 
 @pytest.mark.slow
 def test_each_stage_compiles_once_per_distinct_shape(caplog):
-    jax.clear_caches()
     shapes = [(12, 20), (20, 28)] * 3
     config = KashinConfig(bits=1, **FAST)
-    with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
+
+    def run():
         for seed, shape in enumerate(shapes):
             key = jax.random.key(seed)
             quantize(np.random.default_rng(seed).normal(size=shape), config, key)
-    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+
+    compiled = compiled_programs(caplog, run)
     counts = {
         name: count for name, count in Counter(compiled).items() if name in STAGES
     }
@@ -284,12 +284,13 @@ def test_each_stage_compiles_once_per_distinct_shape(caplog):
 
 
 def test_all_widths_share_the_compiled_decomposition(caplog):
-    jax.clear_caches()
     weight = np.random.default_rng(0).normal(size=(20, 36))
-    with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
+
+    def run():
         for bits in (1, 2):
             quantize(weight, KashinConfig(bits=bits, **FAST), KEY)
-    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+
+    compiled = compiled_programs(caplog, run)
     assert compiled.count("_decompose_blocks") == 1
 
 
