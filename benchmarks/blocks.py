@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from kashin_jax.bases import KroneckerBasis
-from kashin_jax.quantized import Quantized, QuantizedTensor, QuantizerConfig, encode
-from kashin_jax.quantized.product import derive_bases
+from kashin_jax.methods import QuantizerConfig, encode
+from kashin_jax.tensors import Quantized, QuantizedTensor
+from kashin_jax.tensors.kernels.product import derive_bases
 
 __all__ = ["BLOCKS", "Layer", "chain", "random_layers", "random_tensor"]
 

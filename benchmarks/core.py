@@ -37,10 +37,10 @@ from kashin_jax.codebooks.plane import (
     assign_pairs,
     lloyd_pairs,
 )
-from kashin_jax.coding.kashin import decompose_blocks
-from kashin_jax.layers import path_key, selected_kernels
+from kashin_jax.methods.kashin import decompose_blocks
 from kashin_jax.models.loading import load_opt
 from kashin_jax.packing import pack_codes
+from kashin_jax.pipeline import path_key, selected_kernels
 
 __all__ = ["main"]
 

@@ -34,10 +34,10 @@ from experiments.results import (
 )
 from experiments.tables import Column, Record, aligned_table, fixed
 from kashin_jax import BasisSpec, JointConfig, make_pair
-from kashin_jax.coding.anneal import anneal
-from kashin_jax.coding.joint import EFFORTS, joint_code
-from kashin_jax.coding.schedules import SPLITS, Split, schedule_for
-from kashin_jax.coding.words import decode_words
+from kashin_jax.methods.joint.anneal import anneal
+from kashin_jax.methods.joint.coder import EFFORTS, joint_code
+from kashin_jax.methods.joint.schedules import SPLITS, Split, schedule_for
+from kashin_jax.methods.joint.words import decode_words
 
 SIDE = 64
 # Without repulsion two lengths show enough.

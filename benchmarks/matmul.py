@@ -42,8 +42,9 @@ from experiments.tables import Column, aligned_table, fixed, share
 from kashin_jax import matmul, stored_bits
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.bases.identity import IdentityBasis
-from kashin_jax.quantized import QuantizedTensor, QuantizerConfig
-from kashin_jax.quantized.product import many_rows_of_backend
+from kashin_jax.methods import QuantizerConfig
+from kashin_jax.tensors import QuantizedTensor
+from kashin_jax.tensors.kernels.product import many_rows_of_backend
 
 __all__ = ["main"]
 

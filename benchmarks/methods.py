@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from experiments.methods import JOINT, METHODS, Width
 from kashin_jax import BasisSpec
-from kashin_jax.quantized import QuantizerConfig
+from kashin_jax.methods import QuantizerConfig
 
 __all__ = ["TIMED", "method_config"]
 

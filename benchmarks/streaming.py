@@ -29,11 +29,8 @@ from benchmarks.layouts import LAYOUTS, Layout
 from experiments.cli import check_flags, flag, run_program
 from experiments.results import environment_fields, merge_records, prepare_output
 from experiments.tables import Column, aligned_table, fixed
-from kashin_jax.checkpoints import inspect_checkpoint
-from kashin_jax.coding.joint import EFFORTS
 from kashin_jax.errors import UsageError
-from kashin_jax.quantized import METHOD_NAMES
-from kashin_jax.storage import (
+from kashin_jax.io import (
     PlannedTensor,
     TensorWriter,
     open_shard,
@@ -44,6 +41,9 @@ from kashin_jax.storage import (
     write_config,
     write_index,
 )
+from kashin_jax.methods import METHOD_NAMES
+from kashin_jax.methods.joint.coder import EFFORTS
+from kashin_jax.pipeline import inspect_checkpoint
 
 __all__ = ["main", "write_checkpoint"]
 

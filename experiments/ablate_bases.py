@@ -54,7 +54,7 @@ from experiments.tables import Column, Record, aligned_table, fixed, markdown_ta
 from kashin_jax import KashinConfig
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
-from kashin_jax.layers import path_key
+from kashin_jax.pipeline import path_key
 
 __all__ = [
     "FEW",

@@ -15,13 +15,8 @@ from jaxtyping import Array, Float, Key
 
 from experiments.results import atomic_path
 from experiments.tables import Record
-from kashin_jax.quantized import (
-    QuantizationReport,
-    Quantized,
-    QuantizerConfig,
-    encode,
-    quantize,
-)
+from kashin_jax.methods import QuantizationReport, QuantizerConfig, encode, quantize
+from kashin_jax.tensors import Quantized
 
 __all__ = ["LayerStore", "StoredLayer"]
 

@@ -55,8 +55,8 @@ from kashin_jax.bases.learn import (
 from kashin_jax.codebooks.gaussian import lloyd_max_levels
 from kashin_jax.codebooks.line import fit_scalars
 from kashin_jax.errors import DataError, UsageError
-from kashin_jax.layers import path_key, selected_kernels
 from kashin_jax.models.loading import load_opt
+from kashin_jax.pipeline import path_key, selected_kernels
 
 __all__ = ["COLUMNS", "LearnButterflyConfig", "main", "run"]
 

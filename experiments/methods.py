@@ -18,9 +18,9 @@ from kashin_jax import (
     RTNConfig,
     UniformConfig,
 )
-from kashin_jax.coding.schedules import SPLITS
 from kashin_jax.errors import UsageError
-from kashin_jax.quantized import QuantizerConfig
+from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods.joint.schedules import SPLITS
 
 __all__ = [
     "AS_STORED",

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Key
 
 from experiments.methods import Width, joint_config
 from kashin_jax import BasisSpec, JointConfig
-from kashin_jax.layers.allocation import JOINT_ERRORS, allocate_widths
-from kashin_jax.quantized import encode, stored_bits
+from kashin_jax.methods import encode
+from kashin_jax.pipeline.allocate import JOINT_ERRORS, allocate_widths
+from kashin_jax.tensors import stored_bits
 
 __all__ = ["MIXED_NOTE", "mixed_widths", "probe"]
 

@@ -29,9 +29,9 @@ from experiments.text import EvaluationText
 from kashin_jax import BasisSpec, JointConfig, KashinConfig
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.evaluation import perplexity, window_nll
-from kashin_jax.layers import quantize_model, replace_kernels, selected_kernels
+from kashin_jax.methods import QuantizerConfig
 from kashin_jax.models.loading import LoadedModel
-from kashin_jax.quantized import QuantizerConfig
+from kashin_jax.pipeline import quantize_model, replace_kernels, selected_kernels
 
 __all__ = ["Bench", "full_precision_row", "mixed_name", "quantized_row"]
 

@@ -1,6 +1,6 @@
 """Quantized classifiers in the library's format, with what experiments need beside it.
 
-`kashin_jax.storage` writes them and `load_quantized` reads them; see `docs/format.md`.
+`kashin_jax.io` writes them and `load_quantized` reads them; see `docs/format.md`.
 """
 
 import shutil
@@ -14,16 +14,17 @@ from flax import nnx
 from experiments.quantized_layers import decode
 from experiments.results import atomic_path
 from kashin_jax import Rules
-from kashin_jax.checkpoints import load_quantized
 from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.io import read_json, save_checkpoint
+from kashin_jax.io.hub import checkpoint_directory
 from kashin_jax.layers import KashinLinear, PackedKernel
+from kashin_jax.methods import config_to_json
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_loading import LoadedClassifier
 from kashin_jax.models.classifier_names import classifier_name
-from kashin_jax.models.hub import checkpoint_directory
 from kashin_jax.models.saving import stored_array
-from kashin_jax.quantized import Quantized, config_to_json, rules_from_json
-from kashin_jax.storage import read_json, save_checkpoint
+from kashin_jax.pipeline import load_quantized, rules_from_json, rules_to_json
+from kashin_jax.tensors import Quantized
 
 __all__ = [
     "QuantizedClassifier",
@@ -168,7 +169,12 @@ def save_quantized(
     content = config.to_dict() | {"torch_dtype": dtype} | dict(extra or {})
     copy_tokenizer(tokenizer, directory)
     save_checkpoint(
-        directory, stored, content, transposed=packed, rules=rules, seed=seed
+        directory,
+        stored,
+        content,
+        transposed=packed,
+        rules=rules_to_json(rules),
+        seed=seed,
     )
 
 

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from experiments.layer_store import LayerStore, StoredLayer
 from kashin_jax import KashinConfig, stored_bits
-from kashin_jax.layers import path_key
-from kashin_jax.quantized import QuantizerConfig
+from kashin_jax.methods import QuantizerConfig
+from kashin_jax.pipeline import path_key
 
 __all__ = [
     "checkpoint_sha256",

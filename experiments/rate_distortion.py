@@ -41,8 +41,8 @@ from experiments.weight_sources import (
     WeightSource,
     load_source,
 )
-from kashin_jax.coding.joint import EFFORTS
 from kashin_jax.errors import UsageError
+from kashin_jax.methods.joint.coder import EFFORTS
 
 __all__ = ["COLUMNS", "RateDistortionConfig", "main", "run"]
 

@@ -17,8 +17,8 @@ from experiments.tables import Record
 from experiments.weight_sources import WeightSource
 from kashin_jax import BasisSpec, JointConfig, quantize, stored_bits
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.layers import path_key
-from kashin_jax.quantized import QuantizerConfig
+from kashin_jax.methods import QuantizerConfig
+from kashin_jax.pipeline import path_key
 
 __all__ = ["rate_row", "won_matrices"]
 

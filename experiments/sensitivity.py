@@ -20,9 +20,9 @@ from experiments.layer_store import StoredLayer
 from experiments.partial import PartialScores
 from experiments.quantized_layers import decoded_kernels
 from kashin_jax.evaluation import ScoredBatch
-from kashin_jax.layers import replace_kernels
 from kashin_jax.models.generation import generate
 from kashin_jax.models.opt import OPTForCausalLM
+from kashin_jax.pipeline import replace_kernels
 
 __all__ = ["LENGTH", "WINDOWS", "layer_sensitivities", "sampled_text"]
 

@@ -42,11 +42,11 @@ from experiments.results import (
 )
 from experiments.tables import Column, Record, aligned_table, fixed
 from kashin_jax import BasisSpec, JointConfig, Rules
-from kashin_jax.checkpoints import StreamResult, quantize_checkpoint
-from kashin_jax.coding.joint import EFFORTS
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.quantized import QuantizerConfig
-from kashin_jax.storage import read_header
+from kashin_jax.io import read_header
+from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods.joint.coder import EFFORTS
+from kashin_jax.pipeline import StreamResult, quantize_checkpoint
 
 __all__ = ["COLUMNS", "SizesConfig", "main", "measure", "run"]
 

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from kashin_jax.errors import CheckpointError, DataError
-from kashin_jax.models.tensor_files import iter_tensors
-from kashin_jax.quantized.quantize import require_finite
+from kashin_jax.io.tensor_files import iter_tensors
+from kashin_jax.methods.quantize import require_finite
 
 __all__ = ["MIN_SIDE", "ROWS", "SYNTHETIC", "WeightSource", "load_source"]
 

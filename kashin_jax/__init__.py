@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     from kashin_jax.layers import KashinDense as KashinDense
     from kashin_jax.layers import KashinEmbed as KashinEmbed
     from kashin_jax.layers import KashinLinear as KashinLinear
-    from kashin_jax.layers import dequantize_params as dequantize_params
-    from kashin_jax.layers import quantize_model as quantize_model
-    from kashin_jax.layers import quantize_params as quantize_params
-    from kashin_jax.quantized import ChannelKMeansConfig as ChannelKMeansConfig
-    from kashin_jax.quantized import HQQConfig as HQQConfig
-    from kashin_jax.quantized import JointConfig as JointConfig
-    from kashin_jax.quantized import KashinConfig as KashinConfig
-    from kashin_jax.quantized import KMeansConfig as KMeansConfig
-    from kashin_jax.quantized import NF4Config as NF4Config
-    from kashin_jax.quantized import QuantizationReport as QuantizationReport
-    from kashin_jax.quantized import QuantizedTensor as QuantizedTensor
-    from kashin_jax.quantized import RotatedKMeansConfig as RotatedKMeansConfig
-    from kashin_jax.quantized import RotatedRTNConfig as RotatedRTNConfig
-    from kashin_jax.quantized import RTNConfig as RTNConfig
-    from kashin_jax.quantized import Rule as Rule
-    from kashin_jax.quantized import Rules as Rules
-    from kashin_jax.quantized import UniformConfig as UniformConfig
-    from kashin_jax.quantized import bits_per_weight as bits_per_weight
-    from kashin_jax.quantized import dequantize as dequantize
-    from kashin_jax.quantized import encode as encode
-    from kashin_jax.quantized import matmul as matmul
-    from kashin_jax.quantized import quantize as quantize
-    from kashin_jax.quantized import stored_bits as stored_bits
+    from kashin_jax.methods import ChannelKMeansConfig as ChannelKMeansConfig
+    from kashin_jax.methods import HQQConfig as HQQConfig
+    from kashin_jax.methods import JointConfig as JointConfig
+    from kashin_jax.methods import KashinConfig as KashinConfig
+    from kashin_jax.methods import KMeansConfig as KMeansConfig
+    from kashin_jax.methods import NF4Config as NF4Config
+    from kashin_jax.methods import QuantizationReport as QuantizationReport
+    from kashin_jax.methods import RotatedKMeansConfig as RotatedKMeansConfig
+    from kashin_jax.methods import RotatedRTNConfig as RotatedRTNConfig
+    from kashin_jax.methods import RTNConfig as RTNConfig
+    from kashin_jax.methods import UniformConfig as UniformConfig
+    from kashin_jax.methods import encode as encode
+    from kashin_jax.methods import quantize as quantize
+    from kashin_jax.pipeline import Rule as Rule
+    from kashin_jax.pipeline import Rules as Rules
+    from kashin_jax.pipeline import dequantize_params as dequantize_params
+    from kashin_jax.pipeline import quantize_model as quantize_model
+    from kashin_jax.pipeline import quantize_params as quantize_params
+    from kashin_jax.tensors import QuantizedTensor as QuantizedTensor
+    from kashin_jax.tensors import bits_per_weight as bits_per_weight
+    from kashin_jax.tensors import dequantize as dequantize
+    from kashin_jax.tensors import matmul as matmul
+    from kashin_jax.tensors import stored_bits as stored_bits
 
     __version__: str
 
@@ -84,7 +84,7 @@ __all__ = [
 ]
 
 # Where the public names are, the parts that import least first.
-_PARTS = ("bases", "decomposition", "quantized", "layers")
+_PARTS = ("bases", "decomposition", "tensors", "methods", "layers", "pipeline")
 
 
 def __getattr__(name: str) -> Any:

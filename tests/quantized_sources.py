@@ -5,8 +5,8 @@ import json
 from tiny_checkpoint import make_checkpoint
 
 from kashin_jax import RTNConfig, Rule, Rules
+from kashin_jax.methods import METHOD_NAMES, config_from_json
 from kashin_jax.models.loading import load_opt, save_opt
-from kashin_jax.quantized import METHOD_NAMES, config_from_json
 
 # What a test asks of a method beyond its defaults, to be quick on 64 x 64.
 FIELDS = {

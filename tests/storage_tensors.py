@@ -11,7 +11,8 @@ import numpy as np
 import safetensors.numpy
 
 from kashin_jax.bases import BasisSpec
-from kashin_jax.quantized import (
+from kashin_jax.io import open_checkpoint, save_checkpoint
+from kashin_jax.methods import (
     ChannelKMeansConfig,
     HQQConfig,
     JointConfig,
@@ -21,11 +22,10 @@ from kashin_jax.quantized import (
     RotatedKMeansConfig,
     RotatedRTNConfig,
     RTNConfig,
-    Rules,
     UniformConfig,
     quantize,
 )
-from kashin_jax.storage import open_checkpoint, save_checkpoint
+from kashin_jax.pipeline import Rules
 
 SHAPE = (24, 10)
 FAST = {"max_steps": 5, "num_restarts": 1, "codebook_steps": 3, "polish_steps": 1}

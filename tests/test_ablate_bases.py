@@ -14,7 +14,7 @@ from experiments.convergence.layers import EMBEDDED, model_kernels
 from experiments.convergence.trade_off import draw_trade_off
 from kashin_jax import BasisSpec, KashinConfig, quantize
 from kashin_jax.bases import FAMILIES
-from kashin_jax.layers import path_key
+from kashin_jax.pipeline import path_key
 from tests.tiny_checkpoint import make_checkpoint
 
 # A whole program on tiny models; its parts have tests of their own.

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kashin_jax import JointConfig, quantize
-from kashin_jax.coding.schedules import SPLITS
-from kashin_jax.layers import allocate_widths
-from kashin_jax.layers.allocation import JOINT_ERRORS
+from kashin_jax.methods.joint.schedules import SPLITS
+from kashin_jax.pipeline import allocate_widths
+from kashin_jax.pipeline.allocate import JOINT_ERRORS
 
 WIDTHS = [2, 2.5, 3, 4]
 ERRORS = [0.08, 0.04, 0.02, 0.005]

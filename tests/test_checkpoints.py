@@ -13,19 +13,21 @@ from quantized_sources import RTN, every_method, make_source, method
 from tiny_classifier import make_classifier
 
 from kashin_jax import Rule, Rules, quantize_model
-from kashin_jax.checkpoints import (
+from kashin_jax.io import open_checkpoint, save_checkpoint
+from kashin_jax.layers import KashinEmbed, KashinLinear
+from kashin_jax.methods import METHOD_NAMES
+from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.models.loading import load_opt
+from kashin_jax.pipeline import (
     REPORT_NAME,
     inspect_checkpoint,
     load_quantized,
     packed_layers,
     plan_checkpoint,
     quantize_checkpoint,
+    selected_kernels,
 )
-from kashin_jax.layers import KashinEmbed, KashinLinear, selected_kernels
-from kashin_jax.models.classifier_loading import load_classifier
-from kashin_jax.models.loading import load_opt
-from kashin_jax.quantized import METHOD_NAMES, stored_bits
-from kashin_jax.storage import open_checkpoint, save_checkpoint
+from kashin_jax.tensors import stored_bits
 
 SEED = 3
 

@@ -11,15 +11,15 @@ from flax import nnx
 from quantized_sources import RTN, content, edit_json, make_source, method
 
 from kashin_jax import Rule, Rules, dequantize
-from kashin_jax.checkpoints import (
+from kashin_jax.errors import UsageError
+from kashin_jax.io import open_checkpoint
+from kashin_jax.models.loading import load_opt
+from kashin_jax.pipeline import (
     dequantize_checkpoint,
     inspect_checkpoint,
     load_quantized,
     quantize_checkpoint,
 )
-from kashin_jax.errors import UsageError
-from kashin_jax.models.loading import load_opt
-from kashin_jax.storage import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 SIZES = [

@@ -14,19 +14,19 @@ from safetensors.numpy import load_file
 from tiny_classifier import make_classifier
 
 from kashin_jax import Rules, quantize_model
-from kashin_jax.checkpoints import (
+from kashin_jax.cli import main
+from kashin_jax.errors import CheckpointError
+from kashin_jax.io import copy_bytes, open_checkpoint, read_rows
+from kashin_jax.io.sources import open_source
+from kashin_jax.models.loading import load_opt
+from kashin_jax.pipeline import (
     dequantize_checkpoint,
     inspect_checkpoint,
     load_quantized,
-    open_source,
     packed_layers,
     quantize_checkpoint,
     streaming,
 )
-from kashin_jax.cli import main
-from kashin_jax.errors import CheckpointError
-from kashin_jax.models.loading import load_opt
-from kashin_jax.storage import copy_bytes, open_checkpoint, read_rows
 
 SHARD = 50_000
 INDEX = f"{NAME}.index.json"

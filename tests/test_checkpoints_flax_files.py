@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kashin_jax.errors import CheckpointError
-from kashin_jax.models.flax_files import find_arrays, read_array
-from kashin_jax.models.tensor_files import iter_tensors
+from kashin_jax.io.flax_files import find_arrays, read_array
+from kashin_jax.io.tensor_files import iter_tensors
 
 TYPES = [
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",

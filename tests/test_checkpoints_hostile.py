@@ -8,7 +8,10 @@ import pytest
 from quantized_sources import RTN, content, edit_header, edit_json, make_source, method
 
 from kashin_jax import Rules
-from kashin_jax.checkpoints import (
+from kashin_jax.cli import main
+from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.io import open_checkpoint
+from kashin_jax.pipeline import (
     REPORT_NAME,
     dequantize_checkpoint,
     inspect_checkpoint,
@@ -16,9 +19,6 @@ from kashin_jax.checkpoints import (
     packed_layers,
     quantize_checkpoint,
 )
-from kashin_jax.cli import main
-from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.storage import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.layouts import LAYOUTS, Layout
 from benchmarks.streaming import StreamingConfig, main, measure, write_checkpoint
 from experiments.results import read_jsonl
-from kashin_jax.storage import open_checkpoint
+from kashin_jax.io import open_checkpoint
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the peak of a process is measured on Linux only"

@@ -18,13 +18,9 @@ import tqdm
 from quantized_sources import FEW, RTN, content, edit_json, make_source, method
 
 from kashin_jax import Rules
-from kashin_jax.checkpoints import (
-    dequantize_checkpoint,
-    quantize_checkpoint,
-    streaming,
-)
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
-from kashin_jax.storage import TensorWriter, record_file
+from kashin_jax.io import TensorWriter, record_file
+from kashin_jax.pipeline import dequantize_checkpoint, quantize_checkpoint, streaming
 
 SHARD = 50_000
 STATE = ".kashin_quantize.json"
@@ -139,7 +135,7 @@ def test_finished_shards_are_not_quantized_again(killer, source, whole, tmp_path
 PROGRAM = """
 import os, signal, sys
 from kashin_jax.cli import main
-from kashin_jax.storage import TensorWriter, record_file
+from kashin_jax.io import TensorWriter, record_file
 append, count = TensorWriter.append, 0
 def counted(*args):
     global count

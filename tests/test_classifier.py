@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kashin_jax.layers import selected_kernels
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.pipeline import selected_kernels
 
 # Bits, or numbers that another program made, are compared.
 pytestmark = pytest.mark.optimized

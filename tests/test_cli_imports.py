@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 
 from kashin_jax.cli.arguments import METHODS
-from kashin_jax.quantized import METHOD_NAMES
+from kashin_jax.methods import METHOD_NAMES
 
 CODE = """
 import json, sys

@@ -10,16 +10,17 @@ import pytest
 from scipy.stats import norm
 
 from kashin_jax.bases import BasisSpec, make_pair
-from kashin_jax.coding.affine import group_rows, minmax_code, rtn_code, ungroup_rows
-from kashin_jax.coding.blocks import from_blocks, resolve_block_shape, to_blocks
-from kashin_jax.coding.kashin import (
+from kashin_jax.decomposition import kashin_decompose
+from kashin_jax.methods.affine import minmax_code, rtn_code
+from kashin_jax.methods.kashin import (
     KashinConfig,
     cluster_factors,
     decompose_blocks,
     kashin_code,
 )
-from kashin_jax.coding.scalar import NF4_LEVELS, kmeans_code, nf4_code
-from kashin_jax.decomposition import kashin_decompose
+from kashin_jax.methods.kmeans import kmeans_code, nf4_code
+from kashin_jax.tensors.affine import NF4_LEVELS, group_rows, ungroup_rows
+from kashin_jax.tensors.blocks import from_blocks, resolve_block_shape, to_blocks
 from tests import problems
 
 QUICK = {"num_restarts": 4, "sample": 4096, "polish_steps": 5}

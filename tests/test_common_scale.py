@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kashin_jax import JointConfig, RTNConfig, quantize
-from kashin_jax.coding.scales import common_input_scale
+from kashin_jax.methods.joint.scales import common_input_scale
 
 KEY = jax.random.key(0)
 CONFIG = JointConfig(effort="fast")

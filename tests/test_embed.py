@@ -22,9 +22,9 @@ from kashin_jax import (
     dequantize,
 )
 from kashin_jax.errors import UsageError
-from kashin_jax.layers import rows
-from kashin_jax.layers.rows import bands_of_rows, take_rows, times_transpose
-from kashin_jax.quantized.tensor import KashinLayout
+from kashin_jax.pipeline import rows
+from kashin_jax.tensors.kashin import KashinLayout
+from kashin_jax.tensors.kernels.rows import bands_of_rows, take_rows, times_transpose
 
 JOINT = JointConfig(bits=2, block_shape=(12, 8))
 KEY = jax.random.key(0)

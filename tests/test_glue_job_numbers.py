@@ -21,8 +21,8 @@ from tiny_classifier import (
 from experiments.glue import main
 from experiments.results import read_jsonl
 from kashin_jax import BasisSpec, KashinConfig, dequantize, quantize
-from kashin_jax.layers import path_key, replace_kernels, selected_kernels
 from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
 
 __all__ = ["copy", "finished", "given"]  # fixtures
 

@@ -6,7 +6,7 @@ from tiny_classifier import arguments, given, pick, table
 from experiments.glue import main
 from experiments.methods import AS_STORED
 from kashin_jax import Rules, UniformConfig
-from kashin_jax.checkpoints import inspect_checkpoint, quantize_checkpoint
+from kashin_jax.pipeline import inspect_checkpoint, quantize_checkpoint
 
 __all__ = ["given"]  # fixture
 

@@ -28,14 +28,14 @@ from kashin_jax import (
 from kashin_jax.bases import make_pair
 from kashin_jax.codebooks import assign_scalars
 from kashin_jax.codebooks.gaussian import lloyd_max_levels
-from kashin_jax.coding.anneal import anneal
-from kashin_jax.coding.anneal import level_mean as mean_eagerly
-from kashin_jax.coding.joint import joint_block_shape
-from kashin_jax.coding.schedules import LONG, SHORT, SPLITS, Schedule, Split
-from kashin_jax.coding.words import coarse_rows
-from kashin_jax.coding.words import decode_words as decode_eagerly
-from kashin_jax.quantized import derive_basis
-from kashin_jax.quantized.tensor import derive_rotation
+from kashin_jax.methods.joint.anneal import anneal
+from kashin_jax.methods.joint.anneal import level_mean as mean_eagerly
+from kashin_jax.methods.joint.coder import joint_block_shape
+from kashin_jax.methods.joint.schedules import LONG, SHORT, SPLITS, Schedule, Split
+from kashin_jax.methods.joint.words import coarse_rows
+from kashin_jax.methods.joint.words import decode_words as decode_eagerly
+from kashin_jax.tensors import derive_basis
+from kashin_jax.tensors.kashin import derive_rotation
 
 KEY = jax.random.key(3)
 HADAMARD = BasisSpec.parse("hadamard")
@@ -558,7 +558,7 @@ def test_polishing_longer_never_loses(split, monkeypatch):
     x = gaussian_blocks(2, 32)
     errors = []
     for rounds in (0, 1, 8):
-        monkeypatch.setattr("kashin_jax.coding.words._ROUNDS", rounds)
+        monkeypatch.setattr("kashin_jax.methods.joint.words._ROUNDS", rounds)
         anneal.clear_cache()
         errors.append(error_of(x, anneal(x, basis, split=split, steps=5), basis))
     anneal.clear_cache()
@@ -571,7 +571,7 @@ def test_the_fast_and_the_dense_transforms_of_the_search_agree(monkeypatch):
     basis = make_pair(HADAMARD, KEY, (32, 32))
     x = gaussian_blocks(8, 32)
     found = [anneal(x, basis, split=Split(1, 1), steps=30)]
-    monkeypatch.setattr("kashin_jax.coding.anneal._DENSE_SIDE", 1)
+    monkeypatch.setattr("kashin_jax.methods.joint.anneal._DENSE_SIDE", 1)
     anneal.clear_cache()
     found.append(anneal(x, basis, split=Split(1, 1), steps=30))
     anneal.clear_cache()

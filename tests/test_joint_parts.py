@@ -7,13 +7,13 @@ import pytest
 
 from kashin_jax import BasisSpec, JointConfig
 from kashin_jax.bases import make_pair
-from kashin_jax.coding.anneal import anneal
-from kashin_jax.coding.joint import joint_code
-from kashin_jax.coding.schedules import Split
-from kashin_jax.coding.words import decode_words
-from kashin_jax.quantized import encode
-from kashin_jax.quantized.quantize import _relative_squared_error
-from kashin_jax.quantized.tensor import cut_rows
+from kashin_jax.methods import encode
+from kashin_jax.methods.joint.anneal import anneal
+from kashin_jax.methods.joint.coder import joint_code
+from kashin_jax.methods.joint.schedules import Split
+from kashin_jax.methods.joint.words import decode_words
+from kashin_jax.methods.quantize import _relative_squared_error
+from kashin_jax.tensors.kashin import cut_rows
 from tests.packed_matrices import random_tensor
 
 KEY = jax.random.key(3)

@@ -8,10 +8,10 @@ import sys
 import pytest
 from quantized_sources import content, make_source
 
-from kashin_jax.checkpoints import inspect_checkpoint, streaming
 from kashin_jax.cli import main
 from kashin_jax.cli.arguments import read_bits, read_size
-from kashin_jax.storage import open_checkpoint, tensor_file
+from kashin_jax.io import open_checkpoint, tensor_file
+from kashin_jax.pipeline import inspect_checkpoint, streaming
 
 COMMANDS = ["quantize", "inspect", "dequantize", "eval", "generate"]
 RTN = ["--method=rtn", "--bits=4"]
@@ -244,7 +244,7 @@ def test_inspecting_reads_the_files_once(kashin, quantized, monkeypatch):
         hashed.append(path.name)
         return tensor_file.hash_file(path, *args)
 
-    monkeypatch.setattr("kashin_jax.storage.checkpoint.hash_file", counted)
+    monkeypatch.setattr("kashin_jax.io.checkpoint.hash_file", counted)
     assert kashin("inspect", quantized)[0] == 0
     assert hashed == ["model.safetensors"]
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from kashin_jax import KashinConfig, RTNConfig, bits_per_weight, quantize_model
-from kashin_jax.layers import LayerReport, outliers, report_table
+from kashin_jax.pipeline import LayerReport, outliers, report_table
 
 FAST = {"num_restarts": 1, "sample": 256, "codebook_steps": 10, "polish_steps": 2}
 KEY = jax.random.key(0)

@@ -13,7 +13,7 @@ from experiments.layer_store import LayerStore
 from experiments.methods import METHODS
 from kashin_jax import BasisSpec, RTNConfig, UniformConfig
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.layers import path_key
+from kashin_jax.pipeline import path_key
 
 ENVIRONMENT = {"jax_version": "1", "device": "cpu"}
 KEY = jax.random.key(3)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from packed_matrices import random_words
 
 from kashin_jax import BasisSpec, JointConfig, QuantizedTensor, dequantize, matmul
-from kashin_jax.quantized import derive_basis
-from kashin_jax.quantized.factors import factor_rows
-from kashin_jax.quantized.product import many_rows_of_backend
-from kashin_jax.quantized.tensor import KashinLayout
+from kashin_jax.tensors import derive_basis
+from kashin_jax.tensors.kashin import KashinLayout
+from kashin_jax.tensors.kernels.factors import factor_rows
+from kashin_jax.tensors.kernels.product import many_rows_of_backend
 
 MANY_ROWS = many_rows_of_backend()
 PAIRS = ["hadamard", "haar", "dct", "hadamard:identity", "identity:haar"]

@@ -23,8 +23,8 @@ from kashin_jax import (
     UniformConfig,
     matmul,
 )
-from kashin_jax.quantized import RotatedRTNConfig
-from kashin_jax.quantized.controls import control_basis
+from kashin_jax.methods import RotatedRTNConfig
+from kashin_jax.tensors.affine import control_basis
 
 CONFIGS = [
     RTNConfig(),

@@ -11,16 +11,16 @@ from packed_matrices import random_words
 from test_matmul import activations, dense_product, random_tensor, relative, slow_but
 
 from kashin_jax import BasisSpec, JointConfig, KashinConfig, matmul, quantize
-from kashin_jax.quantized.columns import most_columns
-from kashin_jax.quantized.factors import factor_rows
-from kashin_jax.quantized.levels import (
+from kashin_jax.tensors.kernels.columns import most_columns
+from kashin_jax.tensors.kernels.factors import factor_rows
+from kashin_jax.tensors.kernels.planes import add_planes, scales_of_tiles
+from kashin_jax.tensors.levels import (
     factor_codes,
     factor_levels,
     product_bits,
     select,
     select_levels,
 )
-from kashin_jax.quantized.planes import add_planes, scales_of_tiles
 
 
 def product_tensor(shape, *, v_bits, **options):

@@ -21,9 +21,10 @@ from kashin_jax import (
     stored_bits,
 )
 from kashin_jax.bases import key_from_seed, make_pair
-from kashin_jax.coding.affine import group_rows, rtn_code
-from kashin_jax.coding.hqq import hqq_code
 from kashin_jax.errors import NonFiniteError
+from kashin_jax.methods.affine import rtn_code
+from kashin_jax.methods.hqq import hqq_code
+from kashin_jax.tensors.affine import group_rows
 from tests import problems
 
 KEY = jax.random.key(5)

@@ -21,9 +21,9 @@ from experiments.partial import PartialScores
 from experiments.quantized_layers import quantize_layers
 from experiments.sensitivity import layer_sensitivities, sampled_text
 from kashin_jax import BasisSpec, JointConfig, dequantize, quantize
-from kashin_jax.layers import path_key, replace_kernels, selected_kernels
-from kashin_jax.layers.allocation import JOINT_ERRORS
 from kashin_jax.models.loading import load_opt
+from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
+from kashin_jax.pipeline.allocate import JOINT_ERRORS
 
 __all__ = ["tiny"]  # fixtures
 

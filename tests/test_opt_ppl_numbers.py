@@ -21,8 +21,8 @@ from tiny_checkpoint import (
 )
 
 from kashin_jax import BasisSpec, KashinConfig, dequantize, quantize
-from kashin_jax.layers import path_key, replace_kernels, selected_kernels
 from kashin_jax.models.loading import load_opt
+from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
 
 __all__ = ["copy", "finished", "tiny"]  # fixtures
 

@@ -18,7 +18,9 @@ PACKAGES = [
     "kashin_jax.codebooks",
     "kashin_jax.layers",
     "kashin_jax.models",
-    "kashin_jax.quantized",
+    "kashin_jax.methods",
+    "kashin_jax.pipeline",
+    "kashin_jax.tensors",
     "kashin_jax.theory",
 ]
 

@@ -23,13 +23,13 @@ from kashin_jax import (
     quantize_model,
 )
 from kashin_jax.codebooks.plane import _best_start, assign_pairs, lloyd_pairs
-from kashin_jax.coding.kashin import _decompose_blocks
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.layers import path_key, replace_kernels, selected_kernels
+from kashin_jax.methods.kashin import _decompose_blocks
+from kashin_jax.methods.quantize import _relative_squared_error
 from kashin_jax.models import OPTConfig, OPTForCausalLM
-from kashin_jax.quantized import QuantizedTensor
-from kashin_jax.quantized.quantize import _relative_squared_error
-from kashin_jax.quantized.tensor import KashinLayout, pack_rows
+from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
+from kashin_jax.tensors import QuantizedTensor
+from kashin_jax.tensors.kashin import KashinLayout, pack_rows
 
 FAST = {"num_restarts": 1, "sample": 256, "codebook_steps": 10, "polish_steps": 2}
 CONFIG = KashinConfig(bits=1, **FAST)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from kashin_jax import KashinLinear, NF4Config, RTNConfig, quantize, quantize_model
 from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.layers import path_key, selected_kernels
+from kashin_jax.pipeline import path_key, selected_kernels
 
 pytestmark = pytest.mark.slow
 

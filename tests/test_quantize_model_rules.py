@@ -22,13 +22,8 @@ from kashin_jax import (
     stored_bits,
 )
 from kashin_jax.errors import UsageError
-from kashin_jax.layers import (
-    PackedKernel,
-    path_key,
-    plan_model,
-    replace_kernels,
-    selected_kernels,
-)
+from kashin_jax.layers import PackedKernel
+from kashin_jax.pipeline import path_key, plan_model, replace_kernels, selected_kernels
 
 KEY = jax.random.key(0)
 TOKENS = jnp.arange(10).reshape(2, 5)

@@ -20,8 +20,13 @@ from kashin_jax import (
     stored_bits,
 )
 from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.layers import path_key, plan_model, report_table, selected_kernels
-from kashin_jax.quantized import SHARED_INPUTS
+from kashin_jax.pipeline import (
+    SHARED_INPUTS,
+    path_key,
+    plan_model,
+    report_table,
+    selected_kernels,
+)
 
 KEY = jax.random.key(0)
 DEPTH, WIDTH = 3, 32

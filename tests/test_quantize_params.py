@@ -23,7 +23,7 @@ from kashin_jax import (
     quantize_params,
 )
 from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.layers import path_key, plan_params
+from kashin_jax.pipeline import path_key, plan_params
 
 KEY = jax.random.key(0)
 

@@ -33,10 +33,10 @@ from kashin_jax import (
     stored_bits,
 )
 from kashin_jax.bases import key_from_seed, make_pair
-from kashin_jax.coding.scalar import NF4_LEVELS
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.quantized import derive_basis
-from kashin_jax.quantized.tensor import KashinLayout
+from kashin_jax.tensors import derive_basis
+from kashin_jax.tensors.affine import NF4_LEVELS
+from kashin_jax.tensors.kashin import KashinLayout
 
 GOLDEN = Path(__file__).parent / "golden" / "quantized" / "golden.json"
 KEY = jax.random.key(5)
@@ -342,7 +342,7 @@ def test_nan_and_infinity_are_refused_before_tracing(config, bad, monkeypatch):
     def traced(*args):
         raise AssertionError("traced")
 
-    monkeypatch.setattr(sys.modules["kashin_jax.quantized.quantize"], "encode", traced)
+    monkeypatch.setattr(sys.modules["kashin_jax.methods.quantize"], "encode", traced)
     w = weight((16, 24)).at[3, 4].set(bad)
     with pytest.raises(NonFiniteError, match=r"`decoder/fc1` holds 1 NaN .* of 384"):
         quantize(w, config, KEY, path="decoder/fc1")

@@ -22,17 +22,18 @@ from experiments.quantized_checkpoint import (
 )
 from experiments.quantized_layers import decode
 from kashin_jax import BasisSpec, Rule, Rules, quantize, stored_bits
-from kashin_jax.checkpoints import (
+from kashin_jax.cli import main as kashin_main
+from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
+from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.pipeline import (
     dequantize_checkpoint,
     inspect_checkpoint,
     load_quantized,
     quantize_checkpoint,
+    replace_kernels,
+    rules_to_json,
+    selected_kernels,
 )
-from kashin_jax.cli import main as kashin_main
-from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
-from kashin_jax.layers import replace_kernels, selected_kernels
-from kashin_jax.models.classifier_loading import load_classifier
-from kashin_jax.quantized import rules_to_json
 
 NAMES = [
     "kashin", "kashin-joint", "uniform", "k-means", "rtn-g128", "nf4-g64", "hqq-g64",

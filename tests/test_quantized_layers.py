@@ -17,7 +17,7 @@ from experiments.quantized_layers import (
     unconverged,
 )
 from kashin_jax import BasisSpec, KashinConfig, UniformConfig, quantize
-from kashin_jax.layers import path_key
+from kashin_jax.pipeline import path_key
 
 KEY = jax.random.key(5)
 # One step is far too little for a Gaussian matrix, and enough for one of equal signs.

@@ -9,13 +9,11 @@ from hypothesis import strategies as st
 
 from kashin_jax import BasisSpec, JointConfig, KashinConfig, NF4Config, RTNConfig
 from kashin_jax.errors import UsageError
-from kashin_jax.quantized import (
-    METHOD_NAMES,
+from kashin_jax.methods import METHOD_NAMES, config_from_json, config_to_json
+from kashin_jax.pipeline import (
     SHARED_INPUTS,
     Rule,
     Rules,
-    config_from_json,
-    config_to_json,
     rules_from_json,
     rules_to_json,
 )

@@ -9,10 +9,14 @@ import pytest
 from quantized_sources import content, make_source, method
 
 from kashin_jax import Rule, Rules, quantize_model
-from kashin_jax.checkpoints import load_quantized, quantize_checkpoint, streaming
 from kashin_jax.errors import UsageError
 from kashin_jax.models.loading import load_opt
-from kashin_jax.quantized import SHARED_INPUTS
+from kashin_jax.pipeline import (
+    SHARED_INPUTS,
+    load_quantized,
+    quantize_checkpoint,
+    streaming,
+)
 
 # What need not be joint coding is rounded, which compiles sooner.
 STREAMED = Rules(

@@ -26,8 +26,8 @@ from kashin_jax import (
     stored_bits,
 )
 from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.layers import DerivedBasis, PackedKernel, path_key
-from kashin_jax.quantized import SHARED_INPUTS
+from kashin_jax.layers import DerivedBasis, PackedKernel
+from kashin_jax.pipeline import SHARED_INPUTS, path_key
 
 KEY = jax.random.key(0)
 # Blocks of 32 inputs and 16 outputs: nothing else in the products below is 32 long.

@@ -10,10 +10,10 @@ from experiments import sizes
 from experiments.results import read_jsonl
 from experiments.sizes import SizesConfig, main
 from kashin_jax import RTNConfig, Rules
-from kashin_jax.checkpoints import inspect_checkpoint, quantize_checkpoint
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.saving import save_classifier, save_opt
+from kashin_jax.pipeline import inspect_checkpoint, quantize_checkpoint
 
 # A whole program on tiny models; its parts have tests of their own.
 pytestmark = pytest.mark.slow

@@ -19,8 +19,7 @@ from storage_tensors import (
 )
 
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.quantized import stored_bits
-from kashin_jax.storage import (
+from kashin_jax.io import (
     open_checkpoint,
     plan_packed,
     plan_plain,
@@ -29,6 +28,7 @@ from kashin_jax.storage import (
     to_leaves,
     write_tensors,
 )
+from kashin_jax.tensors import stored_bits
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import safetensors.numpy
 from storage_tensors import INDEX, copy, save, sharded
 
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.storage import open_checkpoint, write_tensors
+from kashin_jax.io import open_checkpoint, write_tensors
 
 NF4 = "layers.codebook-nf4.weight"
 

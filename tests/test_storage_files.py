@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.storage import (
+from kashin_jax.io import (
     DTYPES,
     TensorSpec,
     copy_bytes,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from storage_tensors import GOLDEN, V1
 
 from kashin_jax.errors import CheckpointError
-from kashin_jax.storage import (
+from kashin_jax.io import (
     from_leaves,
     open_checkpoint,
     read_header,

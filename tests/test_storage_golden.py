@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kashin_jax.storage import Described, open_checkpoint, to_leaves
-from kashin_jax.storage.descriptions import TYPES
+from kashin_jax.io import Described, open_checkpoint, to_leaves
+from kashin_jax.io.format import TYPES
 
 V1 = Path(__file__).parent / "golden" / "storage" / "v1"
 DECODED = json.loads((V1 / "decoded.json").read_text())

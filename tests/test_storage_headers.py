@@ -9,7 +9,7 @@ import pytest
 import safetensors
 
 from kashin_jax.errors import CheckpointError
-from kashin_jax.storage import read_header, read_tensor, write_tensors
+from kashin_jax.io import read_header, read_tensor, write_tensors
 
 
 def header(**changes):

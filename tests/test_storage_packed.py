@@ -9,14 +9,15 @@ import pytest
 from storage_tensors import CONFIGS, SHAPE, packed
 
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.quantized import encode, stored_bits
-from kashin_jax.storage import (
+from kashin_jax.io import (
     describe,
     expected_specs,
     from_leaves,
     leaf_specs,
     to_leaves,
 )
+from kashin_jax.methods import encode
+from kashin_jax.tensors import stored_bits
 
 
 def stored(name):

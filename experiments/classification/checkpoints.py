@@ -17,15 +17,15 @@ from experiments.quantized_checkpoint import (
 )
 from experiments.quantized_layers import checkpoint_sha256
 from experiments.tables import Record
-from kashin_jax.checkpoints import inspect_checkpoint
 from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.io.hub import checkpoint_directory
+from kashin_jax.io.tensor_files import read_json
 from kashin_jax.models.classifier_loading import (
     LoadedClassifier,
     head_names,
     load_classifier,
 )
-from kashin_jax.models.hub import checkpoint_directory
-from kashin_jax.models.tensor_files import read_json
+from kashin_jax.pipeline import inspect_checkpoint
 
 __all__ = ["load_task_bench", "resolve_tasks"]
 

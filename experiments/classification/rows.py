@@ -32,10 +32,11 @@ from experiments.quantized_layers import (
 from experiments.tables import Record
 from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.layers import replace_kernels, selected_kernels
+from kashin_jax.methods import QuantizerConfig
 from kashin_jax.models.classifier import SequenceClassifier
 from kashin_jax.models.classifier_loading import LoadedClassifier
-from kashin_jax.quantized import Quantized, QuantizerConfig
+from kashin_jax.pipeline import replace_kernels, selected_kernels
+from kashin_jax.tensors import Quantized
 
 __all__ = ["GlueBench", "TaskBench", "quantized_records", "unchanged_records"]
 

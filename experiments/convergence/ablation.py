@@ -10,7 +10,7 @@ from experiments.convergence.sweep import stack_bases
 from experiments.timing import median_seconds
 from kashin_jax import KashinConfig, KroneckerBasis, kashin_decompose
 from kashin_jax.bases import cost, key_from_seed, seed_from_key
-from kashin_jax.coding.kashin import KashinCode, kashin_code
+from kashin_jax.methods.kashin import KashinCode, kashin_code
 
 __all__ = ["Ablation", "SeededBases", "ablate", "cost_fields", "seeded_bases"]
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from experiments.convergence.layers import EMBEDDED, model_kernels
 from kashin_jax.decomposition import at_unit_rms, peak_and_rms
-from kashin_jax.layers import path_key
+from kashin_jax.pipeline import path_key
 
 __all__ = ["MATRICES", "MAX_SIZE", "draw_matrices", "draw_matrix", "low_rank"]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from experiments.methods import METHODS
 from kashin_jax import BasisSpec
-from kashin_jax.quantized import QuantizerConfig
+from kashin_jax.methods import QuantizerConfig
 
 __all__ = ["METHOD", "RTOL", "STEPS", "Point", "grid"]
 

@@ -18,7 +18,7 @@ from experiments.quantized_layers import loss_fields, quantize_layers
 from experiments.results import append_jsonl, read_jsonl
 from experiments.tables import Record
 from kashin_jax import stored_bits
-from kashin_jax.layers import selected_kernels
+from kashin_jax.pipeline import selected_kernels
 
 __all__ = ["measure"]
 

@@ -20,7 +20,7 @@ from experiments.training.step import LossFn, Params
 from kashin_jax import Rules
 from kashin_jax.models.classifier import ClassifierConfig
 from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
-from kashin_jax.quantized import Quantized
+from kashin_jax.tensors import Quantized
 
 __all__ = ["Packed", "Start", "load_start", "make_loss"]
 

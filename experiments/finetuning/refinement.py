@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from experiments.training.step import Params
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
-from kashin_jax.quantized import Quantized
+from kashin_jax.tensors import Quantized
 
 __all__ = ["Build", "Refinable", "abstract_classifier", "take_apart"]
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Key
 
 from experiments.paper.setting import layer_basis
 from kashin_jax import BasisSpec, KashinConfig
-from kashin_jax.coding.kashin import cluster_factors, decompose_blocks
-from kashin_jax.layers import path_key
+from kashin_jax.methods.kashin import cluster_factors, decompose_blocks
+from kashin_jax.pipeline import path_key
 
 __all__ = ["BITS", "Clustering", "cluster_layer", "facts_of", "overlap", "range_of"]
 

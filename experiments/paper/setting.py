@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from experiments.flag_values import short_model_name
 from kashin_jax import BasisSpec, KroneckerBasis, kashin_decompose, make_pair
-from kashin_jax.layers import path_key, selected_kernels
 from kashin_jax.models.loading import load_opt
+from kashin_jax.pipeline import path_key, selected_kernels
 
 __all__ = ["PAPER_LAYERS", "Setting", "layer_basis", "survey"]
 

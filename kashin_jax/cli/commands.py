@@ -13,16 +13,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kashin_jax.checkpoints import (
-    Inspection,
-    Plan,
-    dequantize_checkpoint,
-    inspect_checkpoint,
-    load_quantized,
-    open_source,
-    plan_checkpoint,
-    quantize_checkpoint,
-)
 from kashin_jax.errors import DataError, UsageError
 from kashin_jax.evaluation import (
     make_windows,
@@ -30,17 +20,24 @@ from kashin_jax.evaluation import (
     score_windows,
     window_nll,
 )
-from kashin_jax.layers.table import aligned
+from kashin_jax.io import read_json
+from kashin_jax.io.sources import open_source
+from kashin_jax.methods import config_from_json, config_to_json
 from kashin_jax.models.generation import generate
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
-from kashin_jax.quantized import (
+from kashin_jax.pipeline import (
+    Inspection,
     Rules,
-    config_from_json,
-    config_to_json,
+    dequantize_checkpoint,
+    inspect_checkpoint,
+    load_quantized,
+    plan_checkpoint,
+    quantize_checkpoint,
     rules_from_json,
 )
-from kashin_jax.storage import read_json
+from kashin_jax.pipeline.checkpoint_plan import Plan
+from kashin_jax.pipeline.table import aligned
 
 __all__ = [
     "run_dequantize",

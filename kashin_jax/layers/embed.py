@@ -13,13 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from kashin_jax.layers.linear import quantized_of_shape
 from kashin_jax.layers.packed import Packed, pack
-from kashin_jax.layers.rows import take_rows, times_transpose
-from kashin_jax.quantized import (
-    Quantized,
-    QuantizerConfig,
-    bits_per_weight,
-    dequantize,
-)
+from kashin_jax.methods import QuantizerConfig
+from kashin_jax.tensors import Quantized, bits_per_weight, dequantize
+from kashin_jax.tensors.kernels.rows import take_rows, times_transpose
 
 __all__ = ["KashinEmbed"]
 

@@ -12,13 +12,9 @@ from jaxtyping import Array, Float, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.layers.packed import Packed, pack
-from kashin_jax.layers.stacks import full_shape, quantize_stack
-from kashin_jax.quantized import (
-    Quantized,
-    QuantizerConfig,
-    bits_per_weight,
-    matmul,
-)
+from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods.stacks import full_shape, quantize_stack
+from kashin_jax.tensors import Quantized, bits_per_weight, matmul
 
 __all__ = [
     "KashinLinear",

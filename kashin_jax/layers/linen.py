@@ -13,13 +13,8 @@ from jaxtyping import Array, Float, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.layers.linear import product_options, require_plain_product
-from kashin_jax.quantized import (
-    DEFAULT_CONFIG,
-    Quantized,
-    QuantizerConfig,
-    encode,
-    matmul,
-)
+from kashin_jax.methods import DEFAULT_CONFIG, QuantizerConfig, encode
+from kashin_jax.tensors import Quantized, matmul
 
 __all__ = ["KashinDense", "packed_dense"]
 

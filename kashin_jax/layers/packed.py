@@ -11,11 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kashin_jax.bases import Basis, KroneckerBasis
-from kashin_jax.quantized import (
-    Quantized,
-    QuantizedTensor,
-)
-from kashin_jax.quantized.product import derive_bases
+from kashin_jax.tensors import Quantized, QuantizedTensor
+from kashin_jax.tensors.kernels.product import derive_bases
 
 __all__ = [
     "DerivedBasis",

@@ -18,6 +18,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.io.hub import checkpoint_directory
+from kashin_jax.io.names import StoredName
+from kashin_jax.io.tensor_files import find_weights, read_json
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_config import REGRESSION, SINGLE_LABEL
 from kashin_jax.models.classifier_names import (
@@ -25,8 +28,6 @@ from kashin_jax.models.classifier_names import (
     is_foreign,
     parse_classifier_name,
 )
-from kashin_jax.models.hub import checkpoint_directory
-from kashin_jax.models.names import StoredName
 from kashin_jax.models.reading import (
     LoadedVariables,
     ParamPath,
@@ -36,7 +37,6 @@ from kashin_jax.models.reading import (
     present,
 )
 from kashin_jax.models.saving import save_classifier
-from kashin_jax.models.tensor_files import find_weights, read_json
 
 __all__ = [
     "LoadedClassifier",

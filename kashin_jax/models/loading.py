@@ -11,13 +11,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kashin_jax.errors import CheckpointError
-from kashin_jax.models.hub import checkpoint_directory
-from kashin_jax.models.names import (
+from kashin_jax.io.hub import checkpoint_directory
+from kashin_jax.io.names import (
     StoredName,
     opt_name,
     parse_stored_name,
     tensor_name,
 )
+from kashin_jax.io.tensor_files import find_weights, read_json
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.reading import (
     abstract_state,
@@ -26,7 +27,6 @@ from kashin_jax.models.reading import (
     present,
 )
 from kashin_jax.models.saving import save_opt
-from kashin_jax.models.tensor_files import find_weights, read_json
 
 __all__ = ["LoadedModel", "load_opt", "save_opt"]
 

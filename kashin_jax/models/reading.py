@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
-from kashin_jax.models.names import StoredName
-from kashin_jax.models.tensor_files import iter_tensors
+from kashin_jax.io.names import StoredName
+from kashin_jax.io.tensor_files import iter_tensors
 
 __all__ = [
     "LoadedVariables",

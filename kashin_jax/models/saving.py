@@ -13,9 +13,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
+from kashin_jax.io.names import opt_name
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_names import classifier_name
-from kashin_jax.models.names import opt_name
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.reading import ParamPath, abstract_state
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from kashin_jax import RTNConfig, Rules
-from kashin_jax.checkpoints import dequantize_checkpoint, quantize_checkpoint
 from kashin_jax.models.loading import load_opt
+from kashin_jax.pipeline import dequantize_checkpoint, quantize_checkpoint
 
 pytestmark = [
     pytest.mark.oracle,

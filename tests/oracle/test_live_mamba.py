@@ -16,7 +16,7 @@ from kashin_jax import (
     dequantize,
     quantize_model,
 )
-from kashin_jax.layers import plan_model, replace_kernels
+from kashin_jax.pipeline import plan_model, replace_kernels
 
 pytestmark = [pytest.mark.oracle]
 

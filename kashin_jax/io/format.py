@@ -1,0 +1,296 @@
+"""What a file says about a packed tensor, and which leaves must then be there.
+
+A description is JSON: `type`, `is_transposed`, `layout` and `leaves`, the last a map
+from leaves to their types. Everything that `docs/format.md` demands of it is checked
+here, before any leaf is read.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from kashin_jax.bases import FAMILIES, BasisSpec
+from kashin_jax.errors import CheckpointError
+from kashin_jax.io.dtypes import TensorSpec
+from kashin_jax.io.files import shown
+from kashin_jax.packing import packed_size
+from kashin_jax.tensors import AffineTensor, CodebookTensor, QuantizedTensor
+from kashin_jax.tensors.affine import GroupLayout
+from kashin_jax.tensors.kashin import KashinLayout
+
+__all__ = ["TYPES", "Described", "Stream", "layout_to_json", "parse_description"]
+
+TYPES: Mapping[str, Any] = MappingProxyType(
+    {"kashin": QuantizedTensor, "affine": AffineTensor, "codebook": CodebookTensor}
+)
+"""Packed tensors by the name that files give their type."""
+
+_KEYS = {"type", "is_transposed", "layout", "leaves"}
+# Of layouts, but seen in the leaves rather than stored.
+_DERIVED = frozenset({"v_bits"})
+_FLOATS = frozenset(
+    {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
+)
+_MAX_SIDE = 2**31
+# Numbers in a dense factor of a derived basis: this many, or so many per weight. A
+# small file must not announce a basis that fills the memory.
+_BASIS_FLOOR, _BASIS_PER_WEIGHT = 2**26, 128
+
+
+class Stream(NamedTuple):
+    """A leaf of packed codes: their width, and how many."""
+
+    bits: int
+    codes: int
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Of the leaf."""
+        return TensorSpec("uint8", (packed_size(self.codes, self.bits),))
+
+
+class Described(NamedTuple):
+    """A description that was found sound.
+
+    Attributes:
+      type: One of `TYPES`.
+      is_transposed: Whether the tensor of that name was `[out, in]` in the checkpoint
+        that was quantized, the transposed matrix.
+      layout: Static part of the tensor.
+      specs: Type and shape of every leaf, from the layout and the leaves' types alone.
+      streams: Those of the leaves that are packed codes.
+    """
+
+    type: str
+    is_transposed: bool
+    layout: KashinLayout | GroupLayout
+    specs: Mapping[str, TensorSpec]
+    streams: Mapping[str, Stream]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the tensor of that name before quantizing."""
+        m, n = self.layout.shape
+        return (n, m) if self.is_transposed else (m, n)
+
+
+def layout_to_json(layout: KashinLayout | GroupLayout) -> dict[str, Any]:
+    """The fields of a layout; bases as text, groups no longer than the matrix."""
+    content: dict[str, Any] = {}
+    for name in _stored_fields(type(layout)):
+        value = getattr(layout, name)
+        if isinstance(value, BasisSpec):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        elif isinstance(value, float) and value == int(value):
+            value = int(value)
+        content[name] = value
+    if content.get("group_size") is not None:
+        # One group either way, and readers need not guard against huge ones.
+        content["group_size"] = min(content["group_size"], layout.shape[0])
+    return content
+
+
+def parse_description(content: Any, where: str) -> Described:
+    """Checks a description and derives its leaves; allocates nothing.
+
+    Args:
+      content: Parsed JSON of any origin.
+      where: Begins every message; names the tensor.
+
+    Raises:
+      CheckpointError: If a field is missing, unknown or cannot be; names it.
+    """
+    try:
+        _require(isinstance(content, Mapping), "description", content)
+        _require(content.keys() == _KEYS, "fields of the description", list(content))
+        kind, is_transposed = content["type"], content["is_transposed"]
+        _require(isinstance(kind, str) and kind in TYPES, "type", kind)
+        _require(type(is_transposed) is bool, "is_transposed", is_transposed)
+        leaves = content["leaves"]
+        _require(isinstance(leaves, Mapping), "leaves", leaves)
+        if kind == "kashin":
+            layout: KashinLayout | GroupLayout
+            layout = kashin = _kashin_layout(content["layout"])
+            specs, streams = _kashin_specs(kashin, leaves)
+        else:
+            layout = group = _group_layout(content["layout"])
+            derive = _affine_specs if kind == "affine" else _codebook_specs
+            specs, streams = derive(group, leaves)
+        expected = {leaf: spec.dtype for leaf, spec in specs.items()}
+        _require(dict(leaves) == expected, "leaves", leaves)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where}: {error}; quantize it again, or copy or download the file again."
+        ) from error
+    return Described(kind, is_transposed, layout, specs, streams)
+
+
+def _require(is_sound: bool, name: str, value: Any) -> None:
+    if not is_sound:
+        raise ValueError(f"`{name}` cannot be {shown(value)}")
+
+
+def _kashin_layout(content: Any) -> KashinLayout:
+    _require_fields(content, KashinLayout)
+    shape = _pair(content, "shape")
+    block_shape, bits = _pair(content, "block_shape"), content["bits"]
+    divides = not (shape[0] % block_shape[0] or shape[1] % block_shape[1])
+    _require(divides, "block_shape", block_shape)
+    _require(_is_width(bits), "bits", bits)
+    half = bits != int(bits)
+    # Rows of odd index are coded apart, in every block alike.
+    _require(not half or block_shape[0] % 2 == 0, "block_shape", block_shape)
+    basis = _basis(content, "basis", shape, block_shape)
+    if basis is None:
+        raise ValueError("`basis` cannot be None")
+    return KashinLayout(
+        shape=shape,
+        block_shape=block_shape,
+        bits=float(bits) if half else int(bits),
+        basis=basis,
+        dtype=_float_name(content),
+        rotation=_basis(content, "rotation", shape, block_shape),
+    )
+
+
+def _is_width(bits: Any) -> bool:
+    if type(bits) is int:
+        return 1 <= bits <= 8
+    # Both codebooks of a half width are counted by one code of 8 bits.
+    return type(bits) is float and 1 < bits < 7 and (2 * bits) % 2 in (0, 1)
+
+
+def _group_layout(content: Any) -> GroupLayout:
+    _require_fields(content, GroupLayout)
+    shape = _pair(content, "shape")
+    size, bits = content["group_size"], content["bits"]
+    fits = size is None or (type(size) is int and 1 <= size <= shape[0])
+    _require(fits, "group_size", size)
+    _require(type(bits) is int and 1 <= bits <= 8, "bits", bits)
+    return GroupLayout(
+        shape=shape,
+        group_size=size,
+        bits=bits,
+        basis=_basis(content, "basis", shape, shape),
+        dtype=_float_name(content),
+    )
+
+
+def _require_fields(content: Any, cls: type[KashinLayout] | type[GroupLayout]) -> None:
+    _require(isinstance(content, Mapping), "layout", content)
+    known = content.keys() == set(_stored_fields(cls))
+    _require(known, "fields of `layout`", list(content))
+
+
+def _stored_fields(cls: type[KashinLayout] | type[GroupLayout]) -> list[str]:
+    names = (field.name for field in dataclasses.fields(cls))
+    return [name for name in names if name not in _DERIVED]
+
+
+def _pair(content: Mapping[str, Any], name: str) -> tuple[int, int]:
+    value = content[name]
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    _require(is_pair, name, value)
+    _require(all(type(s) is int and 1 <= s <= _MAX_SIDE for s in value), name, value)
+    return value[0], value[1]
+
+
+def _float_name(content: Mapping[str, Any]) -> str:
+    name = content["dtype"]
+    _require(isinstance(name, str) and name in _FLOATS, "dtype", name)
+    return name
+
+
+def _basis(
+    content: Mapping[str, Any],
+    name: str,
+    shape: tuple[int, int],
+    block_shape: tuple[int, int],
+) -> BasisSpec | None:
+    text = content[name]
+    if text is None:
+        return None
+    sides = text.split(":") if isinstance(text, str) else []
+    is_known = len(sides) in (1, 2) and all(side in FAMILIES for side in sides)
+    _require(is_known, name, text)
+    spec = BasisSpec.parse(text)
+    limit = max(_BASIS_FLOOR, _BASIS_PER_WEIGHT * math.prod(shape))
+    for family, side in zip((spec.left, spec.right), block_shape, strict=True):
+        if _dense_side(family, side) ** 2 > limit:
+            raise ValueError(
+                f"`{name}` {text} needs a dense matrix of side "
+                f"{_dense_side(family, side)} for a tensor of shape {shape}"
+            )
+    return spec
+
+
+def _dense_side(family: str, side: int) -> int:
+    """Side of the largest dense matrix that a basis is made of, rounded up."""
+    if family == "haar":
+        return side
+    # At most Paley's matrix of order 4 c, c being the odd part.
+    return 4 * (side // (side & -side)) if family == "hadamard" else 0
+
+
+def _kashin_specs(
+    layout: KashinLayout, leaves: Mapping[str, Any]
+) -> tuple[dict[str, TensorSpec], dict[str, Stream]]:
+    (m, n), (height, width) = layout.shape, layout.block_shape
+    coarse, pairs = layout.coarse_bits, 2**layout.fine_bits
+    streams = {"packed_codes": Stream(layout.fine_bits, m * n)}
+    if coarse is not None:
+        streams["packed_codes"] = Stream(layout.fine_bits, m // 2 * n)
+        streams["packed_coarse"] = Stream(coarse, m // 2 * n)
+        pairs += 2**coarse
+    specs = {leaf: stream.spec for leaf, stream in streams.items()} | {
+        "centroids": TensorSpec("float32", (pairs, 2)),
+        "scale": TensorSpec("float32", (m // height, n // width)),
+        "seed": TensorSpec("uint32", (2,)),
+    }
+    for leaf, side in (("in_scale", m), ("out_scale", n)):
+        if leaf in leaves:
+            specs[leaf] = TensorSpec("float16", (side,))
+    return specs, streams
+
+
+def _group_specs(
+    layout: GroupLayout,
+) -> tuple[dict[str, TensorSpec], dict[str, Stream]]:
+    m, n = layout.shape
+    streams = {"packed_codes": Stream(layout.bits, m * n)}
+    scale = TensorSpec("float32", (1, 1, 1))
+    if layout.group_size is not None:
+        scale = TensorSpec("float16", (-(-m // layout.group_size), 1, n))
+    specs = {"packed_codes": streams["packed_codes"].spec, "scale": scale}
+    if layout.basis is not None:
+        specs["seed"] = TensorSpec("uint32", (2,))
+    return specs, streams
+
+
+def _affine_specs(
+    layout: GroupLayout, leaves: Mapping[str, Any]
+) -> tuple[dict[str, TensorSpec], dict[str, Stream]]:
+    specs, streams = _group_specs(layout)
+    specs["zero"] = specs["scale"]
+    if leaves.get("zero") == "uint8" and layout.group_size is not None:
+        streams["zero"] = Stream(layout.bits, math.prod(specs["scale"].shape))
+        specs["zero"] = streams["zero"].spec
+    return specs, streams
+
+
+def _codebook_specs(
+    layout: GroupLayout, leaves: Mapping[str, Any]
+) -> tuple[dict[str, TensorSpec], dict[str, Stream]]:
+    specs, streams = _group_specs(layout)
+    if "levels" not in leaves:
+        # NF4, whose levels are fixed.
+        _require(layout.bits == 4, "bits", layout.bits)
+    elif leaves["levels"] == "float16":
+        specs["levels"] = TensorSpec("float16", (2**layout.bits, layout.shape[1]))
+    else:
+        specs["levels"] = TensorSpec("float32", (2**layout.bits,))
+    return specs, streams

@@ -1,0 +1,83 @@
+"""Checkpoints by name: a local directory, or a download from the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from kashin_jax.errors import CheckpointError
+from kashin_jax.io.tensor_files import choose_weights
+
+__all__ = ["checkpoint_directory"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TIMEOUT_SECONDS = 10.0
+_SMALL_FILES = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "heads.safetensors",
+]
+
+
+def checkpoint_directory(path_or_id: str | Path) -> Path:
+    """The local directory of a checkpoint, downloaded first where it must be.
+
+    Only one set of weights is fetched, safetensors before msgpack before torch. Without
+    a connection an earlier download is used.
+
+    Args:
+      path_or_id: A directory, or a hub id such as `facebook/opt-125m`.
+
+    Raises:
+      CheckpointError: If there is no such directory and nothing could be downloaded;
+        says which files to put where.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{path_or_id}: is a file; pass the directory that holds the checkpoint."
+        )
+    if not _HUB_ID.fullmatch(name := str(path_or_id)):
+        raise CheckpointError(f"{path_or_id}: no such directory; check the path.")
+    return _from_hub(name)
+
+
+def _from_hub(hub_id: str) -> Path:
+    try:
+        import huggingface_hub as hub
+    except ImportError as error:
+        raise _unavailable(hub_id, "huggingface_hub is not installed") from error
+    # The client lets the exceptions of whatever it is built on through, so the clauses
+    # below are broad.
+    try:
+        info = hub.HfApi().model_info(hub_id, timeout=_TIMEOUT_SECONDS)
+    except hub.errors.RepositoryNotFoundError as error:
+        raise _unavailable(hub_id, "the hub has no such public model") from error
+    except Exception as error:
+        try:
+            return Path(hub.snapshot_download(hub_id, local_files_only=True))
+        except (OSError, ValueError):
+            reason = f"the hub cannot be reached ({type(error).__name__})"
+            raise _unavailable(hub_id, reason) from error
+    files = choose_weights({file.rfilename for file in info.siblings or []})
+    if files is None:
+        raise CheckpointError(f"{hub_id}: the hub's copy has no weights to load.")
+    wanted = [*_SMALL_FILES, *files.patterns]
+    try:
+        return Path(hub.snapshot_download(hub_id, allow_patterns=wanted))
+    except Exception as error:
+        reason = f"its download failed ({type(error).__name__})"
+        raise _unavailable(hub_id, reason) from error
+
+
+def _unavailable(hub_id: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{hub_id}: no such directory, and {reason}; download config.json, "
+        f"tokenizer.json and model.safetensors of https://huggingface.co/{hub_id} into "
+        "a directory and pass its path."
+    )

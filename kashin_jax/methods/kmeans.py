@@ -1,0 +1,121 @@
+"""Codebooks of scalars: k-means per tensor or output channel, and NF4 in groups."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from kashin_jax.codebooks import assign_scalars, fit_scalars
+from kashin_jax.tensors.affine import NF4_LEVELS
+
+__all__ = [
+    "ScalarCode",
+    "channel_kmeans_code",
+    "kmeans_code",
+    "nf4_code",
+]
+
+
+class ScalarCode(NamedTuple):
+    """Codes with `w = scale * levels[code]`.
+
+    Attributes:
+      codes: Index of a level for every entry.
+      levels: Ascending levels; one column for every output channel where each has its
+        own.
+      scale: Of every group; of shape `[1, 1, 1]` per tensor.
+    """
+
+    codes: UInt8[Array, "*shape"]
+    levels: Float[Array, " k"] | Float[Array, "k n"]
+    scale: Float[Array, "g 1 n"]
+
+
+def kmeans_code(
+    x: Float[Array, "m n"],
+    key: Key[Array, ""],
+    *,
+    bits: int,
+    num_restarts: int = 4,
+    rtol: float | Float[Array, ""] = 1e-5,
+    max_steps: int | Int[Array, ""] = 1000,
+) -> ScalarCode:
+    """One codebook of `2**bits` levels for the whole matrix, by sorted Lloyd steps.
+
+    The 2024 paper's "k-means" baseline. Levels are for unit root-mean-square.
+    """
+    flat, scale = _unit_rms(x)
+    book = fit_scalars(
+        key,
+        flat,
+        2**bits,
+        num_restarts=num_restarts,
+        rtol=rtol,
+        max_steps=max_steps,
+    )
+    codes = assign_scalars(flat, book.levels).reshape(x.shape)
+    return ScalarCode(codes, book.levels, scale)
+
+
+@partial(jax.jit, static_argnames=("bits", "num_restarts"))
+def channel_kmeans_code(
+    x: Float[Array, "m n"],
+    key: Key[Array, ""],
+    *,
+    bits: int,
+    num_restarts: int = 4,
+    rtol: float | Float[Array, ""] = 1e-5,
+    max_steps: int | Int[Array, ""] = 1000,
+) -> ScalarCode:
+    """A codebook of `2**bits` fp16 levels for every output channel, each fitted alone.
+
+    Levels are for a matrix of unit root-mean-square, and rounded before the codes are
+    chosen.
+    """
+    flat, scale = _unit_rms(x)
+
+    def fit(
+        column: Float[Array, " m"], column_key: Key[Array, ""]
+    ) -> tuple[UInt8[Array, " m"], Float[Array, " k"]]:
+        book = fit_scalars(
+            column_key,
+            column,
+            2**bits,
+            num_restarts=num_restarts,
+            rtol=rtol,
+            max_steps=max_steps,
+        )
+        levels = book.levels.astype(jnp.float16).astype(jnp.float32)
+        return assign_scalars(column, levels), levels
+
+    keys = jax.random.split(key, x.shape[1])
+    fit_all = jax.vmap(fit, in_axes=(1, 0), out_axes=1)
+    codes, levels = fit_all(flat.reshape(x.shape), keys)
+    return ScalarCode(codes, levels, scale)
+
+
+@jax.jit
+def _unit_rms(
+    x: Float[Array, "m n"],
+) -> tuple[Float[Array, " p"], Float[Array, "1 1 1"]]:
+    # Flat, so that matrices of equal size share the compiled fit.
+    peak = jnp.max(jnp.abs(x))
+    unit = x / jnp.where(peak > 0, peak, 1.0)
+    rms = jnp.sqrt(jnp.mean(jnp.square(unit)))
+    unit = unit / jnp.where(rms > 0, rms, 1.0)
+    return unit.reshape(-1), (peak * rms).reshape(1, 1, 1)
+
+
+@jax.jit
+def nf4_code(groups: Float[Array, "g s n"]) -> ScalarCode:
+    """NF4: the nearest of 16 fixed levels after division by the group's largest entry.
+
+    The scale is fp16, rounded before the codes are chosen.
+    """
+    peak = jnp.max(jnp.abs(groups), axis=1, keepdims=True)
+    scale = peak.astype(jnp.float16).astype(jnp.float32)
+    levels = jnp.asarray(NF4_LEVELS)
+    codes = assign_scalars(groups / jnp.where(scale > 0, scale, 1.0), levels)
+    return ScalarCode(codes, levels, scale)

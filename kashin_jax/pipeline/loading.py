@@ -1,0 +1,118 @@
+"""Loading quantized checkpoints as models whose kernels stay packed."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.io import Checkpoint
+from kashin_jax.io.hub import checkpoint_directory
+from kashin_jax.io.sources import open_source
+from kashin_jax.layers import KashinEmbed, KashinLinear
+from kashin_jax.layers.packed import Inputs, pack
+from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
+from kashin_jax.models.loading import LoadedModel, load_opt
+from kashin_jax.pipeline.checkpoint_plan import refuse_foreign
+from kashin_jax.pipeline.names import layer_names
+from kashin_jax.tensors import Quantized
+
+__all__ = ["load_quantized", "packed_layers"]
+
+
+def load_quantized(
+    path_or_id: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    head: str | None = None,
+) -> LoadedModel | LoadedClassifier:
+    """Loads OPT, BERT, RoBERTa or DistilBERT, quantized or not.
+
+    Packed matrices become `KashinLinear` and `KashinEmbed` layers and are never decoded
+    as a whole; with the same rules and seed the model is that of `quantize_model`.
+
+    Args:
+      path_or_id: A directory, or a hub id, which is downloaded.
+      dtype: Of parameters and activations, whatever type the checkpoint has.
+      head: Which head, for classifiers with several.
+
+    Raises:
+      UsageError: If another library quantized it.
+      CheckpointError: If the checkpoint is damaged or of another architecture, or a
+        packed matrix belongs to no layer of it.
+      NonFiniteError: If a weight is NaN or infinite, or overflows `dtype`.
+    """
+    directory = checkpoint_directory(path_or_id)
+    checkpoint = open_source(directory)
+    refuse_foreign(checkpoint)
+    packed = list(checkpoint.descriptions)
+    loaded: LoadedModel | LoadedClassifier
+    if checkpoint.config.get("model_type") == "opt":
+        loaded = load_opt(directory, dtype=dtype, absent=packed)
+    else:
+        loaded = load_classifier(directory, head=head, dtype=dtype, absent=packed)
+    tensors = {
+        path: _of_type(tensor, dtype)
+        for path, tensor in packed_layers(checkpoint).items()
+    }
+    return loaded._replace(model=_with_packed(loaded.model, tensors, directory))
+
+
+def packed_layers(checkpoint: Checkpoint) -> dict[str, Quantized]:
+    """The packed matrices of a checkpoint by path of their layer.
+
+    Raises:
+      CheckpointError: If one is damaged, or orientations do not fit the names.
+    """
+    where = str(checkpoint.directory / "config.json")
+    named = layer_names(list(checkpoint.descriptions), checkpoint.config, where)
+    tensors: dict[str, Quantized] = {}
+    for name in checkpoint.descriptions:
+        if name not in named or (
+            named[name].is_transposed != checkpoint.described(name).is_transposed
+        ):
+            raise CheckpointError(
+                f"{checkpoint.directory}: packed tensor `{name}` is no layer's matrix "
+                "by its name and orientation; quantize the original again."
+            )
+        tensor: Any = checkpoint.load(name)
+        tensors[named[name].path] = tensor
+    return tensors
+
+
+def _of_type(tensor: Any, dtype: DTypeLike) -> Quantized:
+    """The packed matrix, decoded to the type that a dense one would be loaded in."""
+    layout = dataclasses.replace(tensor.layout, dtype=jnp.dtype(dtype).name)
+    cast: Quantized = tensor._replace(layout=layout)
+    return cast
+
+
+def _with_packed(model: Any, tensors: Mapping[str, Quantized], directory: Path) -> Any:
+    found, known = set(), Inputs()
+
+    def swap(parts: tuple[Any, ...], node: Any) -> Any:
+        path = "/".join(map(str, parts))
+        if path not in tensors or type(node) not in (nnx.Linear, nnx.Embed):
+            return node
+        found.add(path)
+        packed = pack(tensors[path], known)
+        if type(node) is nnx.Embed:
+            return KashinEmbed.from_embed(node, packed, path=path)
+        return KashinLinear.from_linear(node, packed, path=path)
+
+    try:
+        swapped = nnx.recursive_map(swap, model)
+    except UsageError as error:
+        raise CheckpointError(
+            f"{directory}: {error} Use the files that were written together."
+        ) from error
+    if missing := sorted(tensors.keys() - found):
+        raise CheckpointError(
+            f"{directory}: packed layer `{missing[0]}` is no linear layer or embedding "
+            "of the model; use the files that were written together."
+        )
+    return swapped

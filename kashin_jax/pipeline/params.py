@@ -1,0 +1,216 @@
+"""Parameter trees, of Linen models or of none: matrices replaced by packed ones."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, PyTree
+from tqdm import tqdm
+
+from kashin_jax.methods import QuantizerConfig, quantize
+from kashin_jax.pipeline.paths import join, natural
+from kashin_jax.pipeline.plan import Plan, make_plan
+from kashin_jax.pipeline.policy import (
+    Candidate,
+    Choice,
+    Select,
+    choose_methods,
+    make_policy,
+)
+from kashin_jax.pipeline.report import LayerReport, run_layer, warn_of_outliers
+from kashin_jax.pipeline.rules import Rules
+from kashin_jax.pipeline.sharing import InputScales, chosen_groups, layer_key
+from kashin_jax.tensors import Quantized, dequantize
+
+__all__ = ["QuantizedParams", "dequantize_params", "plan_params", "quantize_params"]
+
+
+# Attention has biases of two axes, heads and their width.
+_ADDED = frozenset({"bias", "scale"})
+
+
+class QuantizedParams(NamedTuple):
+    """Parameters with packed matrices, and what each of them lost.
+
+    Attributes:
+      params: Has a packed tensor in the place of each quantized leaf and shares the
+        others with the tree it was made from.
+      reports: By path of the layer, such as `Dense_0`.
+    """
+
+    params: Any
+    reports: dict[str, LayerReport]
+
+
+class _Leaf(NamedTuple):
+    # One array of the tree, and all its places in the order of the leaves.
+    candidate: Candidate
+    value: Any
+    places: tuple[int, ...]
+
+
+def quantize_params(
+    params: PyTree[Any],
+    config: QuantizerConfig | None = None,
+    key: Key[Array, ""] | None = None,
+    *,
+    rules: Rules | None = None,
+    select: Select | None = None,
+    dry_run: bool = False,
+) -> QuantizedParams:
+    """Replaces matrices of any tree of parameters by packed ones.
+
+    Paths leave out the collection `params` and, for matrices called `kernel`, that
+    name: `{"params": {"Dense_0": {"kernel": ...}}}` has the layer `Dense_0`. Kernels
+    are quantized, output heads apart; with rules, those that they say. A matrix of
+    another name, such as `Embed_0/embedding`, needs a rule that names it. Kernels of
+    more than two axes (`nn.DenseGeneral`, `nn.Conv`) stay: how they are to be read as a
+    matrix is not in the tree. `KashinDense` takes what comes out; `packed_dense` lets a
+    model that knows only `nn.Dense` take it.
+
+    Args:
+      params: Not changed.
+      config: The method; None takes that of the rules, or joint coding at 4 bits.
+      key: Root key, folded with each path; `jax.random.key(0)` when None.
+      rules: A method for each layer. The layers of a group of `share` have a seed and a
+        scale of inputs in common, equal arrays in every matrix; their products each
+        transform the input, unless `KashinLinear` layers are made of them.
+      select: Called with paths; false leaves a layer out. None takes every kernel but
+        those of the output head, or what the rules say.
+      dry_run: Whether to print the plan, see `plan_params`, and stop there.
+
+    Returns:
+      The new tree and a report per layer; for a dry run the tree given, no reports.
+
+    Raises:
+      UsageError: If nothing is selected, a rule matches nothing, or a selected matrix
+        cannot be quantized: it names the path.
+      NonFiniteError: If a selected matrix holds NaN or infinity; names its path.
+    """
+    if dry_run:
+        print(plan_params(params, config, rules=rules, select=select))
+        return QuantizedParams(params, {})
+    root = jax.random.key(0) if key is None else key
+    leaves, treedef = jax.tree.flatten(params, is_leaf=_is_packed)
+    known = _matrices(params)
+    choices = _choices(known, config, rules, select)
+    # Methods that cannot code a matrix say so before hours of work, not after.
+    make_plan(choices, 0)
+    reports = {}
+    chosen = [
+        (leaf, choice.config)
+        for leaf, choice in zip(known, choices, strict=True)
+        if choice.config is not None
+    ]
+    kernels = {leaf.candidate.paths[0]: leaf.value for leaf, _ in chosen}
+    groups = chosen_groups(choices, rules)
+    scales = InputScales(groups, kernels.__getitem__)
+    for leaf, method in tqdm(
+        chosen, desc="layers", unit="layer", disable=None, leave=False
+    ):
+        path = leaf.candidate.paths[0]
+        own = layer_key(root, path, groups)
+        tensor, reports[path] = _coded(leaf.value, method, own, path, scales)
+        for place in leaf.places:
+            leaves[place] = tensor
+    warn_of_outliers(reports)
+    return QuantizedParams(jax.tree.unflatten(treedef, leaves), reports)
+
+
+def plan_params(
+    params: PyTree[Any],
+    config: QuantizerConfig | None = None,
+    *,
+    rules: Rules | None = None,
+    select: Select | None = None,
+) -> Plan:
+    """What `quantize_params` would do with these arguments; print it for a table.
+
+    Takes trees of `jax.ShapeDtypeStruct` as well, as `jax.eval_shape` gives them.
+
+    Raises:
+      UsageError: As `quantize_params`.
+    """
+    known = _matrices(params)
+    arrays = {
+        id(leaf): leaf.size * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(params)
+        if hasattr(leaf, "dtype")
+    }
+    for leaf in known:
+        del arrays[id(leaf.value)]
+    choices = _choices(known, config, rules, select)
+    return make_plan(choices, sum(arrays.values()))
+
+
+def dequantize_params(params: PyTree[Any]) -> PyTree[Any]:
+    """The tree with dense matrices again, each in the type that it had."""
+    return jax.tree.map(
+        lambda leaf: dequantize(leaf) if _is_packed(leaf) else leaf,
+        params,
+        is_leaf=_is_packed,
+    )
+
+
+def _coded(
+    weight: Any,
+    config: QuantizerConfig,
+    key: Key[Array, ""],
+    path: str,
+    scales: InputScales,
+) -> tuple[Any, LayerReport]:
+    return run_layer(
+        lambda: quantize(weight, config, key, path=path, in_scale=scales(path)), config
+    )
+
+
+def _choices(
+    known: Sequence[_Leaf],
+    config: QuantizerConfig | None,
+    rules: Rules | None,
+    select: Select | None,
+) -> list[Choice]:
+    candidates = (leaf.candidate for leaf in known)
+    policy = make_policy(config, rules, select)
+    return choose_methods(candidates, policy, what="kernels")
+
+
+def _matrices(params: PyTree[Any]) -> list[_Leaf]:
+    """Arrays of floats that are multiplied by, in the order of their paths."""
+    found: dict[int, tuple[Any, list[tuple[str, int]]]] = {}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_packed)
+    for place, (keys, leaf) in enumerate(leaves):
+        path = _path(jax.tree_util.keystr(keys, simple=True, separator="/"))
+        if _is_packed(leaf) or getattr(leaf, "ndim", 0) < 2:
+            continue
+        if path.split("/")[-1] in _ADDED or not jnp.issubdtype(
+            leaf.dtype, jnp.floating
+        ):
+            continue
+        found.setdefault(id(leaf), (leaf, []))[1].append((path, place))
+    known = [_leaf(value, sorted(places)) for value, places in found.values()]
+    return sorted(known, key=lambda leaf: natural(leaf.candidate.paths[0]))
+
+
+def _leaf(value: Any, places: list[tuple[str, int]]) -> _Leaf:
+    named = [path for path, _ in places]
+    kernels = [path for path in named if path.split("/")[-1] == "kernel"]
+    axes = None if value.ndim == 2 else f"has {value.ndim} axes"
+    candidate = Candidate(
+        paths=tuple(join(p.split("/")[:-1]) or p if p in kernels else p for p in named),
+        shape=value.shape,
+        dtype=value.dtype.name,
+        only_by_rule=len(kernels) < len(named),
+        left=axes,
+    )
+    return _Leaf(candidate, value, tuple(place for _, place in places))
+
+
+def _path(path: str) -> str:
+    parts = path.split("/")
+    return join(parts[1:] if parts[0] == "params" and len(parts) > 1 else parts)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)

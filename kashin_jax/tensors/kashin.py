@@ -1,0 +1,256 @@
+"""`QuantizedTensor`: a matrix as packed Kashin codes, and how it is decoded."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8, UInt32
+
+from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
+from kashin_jax.packing import pack_codes, unpack_codes
+from kashin_jax.tensors.blocks import from_blocks, to_blocks
+from kashin_jax.tensors.levels import factor_codes, factor_levels, select_levels
+
+__all__ = [
+    "KashinLayout",
+    "QuantizedTensor",
+    "band_count",
+    "cut_rows",
+    "decode_pairs",
+    "derive_basis",
+    "derive_rotation",
+    "make_rotation",
+    "pack_rows",
+    "unpack_rows",
+]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KashinLayout:
+    """Static part of a `QuantizedTensor`.
+
+    Attributes:
+      shape: Of the matrix, `[in, out]` for a Flax kernel.
+      block_shape: Of the blocks, each with one scale; divides `shape`.
+      bits: Width of a code. Half a bit more than a whole number means that the codes of
+        rows of odd index are one bit narrower than the others.
+      basis: Families of Q1 and Q2; with the stored seed they give the matrices.
+      dtype: Name of the type that the matrix had.
+      rotation: Families of the bases in which every block was coded, drawn from the
+        seed apart from Q1 and Q2; None for the standard one.
+      v_bits: Low bits of a code that alone decide v, the others deciding u, where the
+        centroids are all pairs of a level of u and one of v; None where they are any
+        pairs. Makes decoding faster and is not stored: readers see it in the centroids.
+    """
+
+    shape: tuple[int, int]
+    block_shape: tuple[int, int]
+    bits: int | float
+    basis: BasisSpec
+    dtype: str
+    rotation: BasisSpec | None = None
+    v_bits: int | None = None
+
+    @property
+    def fine_bits(self) -> int:
+        """Width of the codes of rows of even index."""
+        return math.ceil(self.bits)
+
+    @property
+    def coarse_bits(self) -> int | None:
+        """Width of the codes of rows of odd index, if it is another one."""
+        return None if self.bits == self.fine_bits else self.fine_bits - 1
+
+
+class QuantizedTensor(NamedTuple):
+    """`W = U + Q1 V Q2^T` with `(U, V) = scale * centroids[code]`, block by block.
+
+    Blocks that were rotated before coding are rotated back, and where there are scales
+    of inputs or outputs, W is multiplied by them last.
+
+    A PyTree: passes through `jit`, `vmap`, `scan` and `tree.map`. Its leaves are all
+    that is stored.
+
+    Attributes:
+      packed_codes: Codes of all weights in row-major order, see `packing`; without the
+        rows of `packed_coarse`.
+      centroids: Row `c` is the pair (u, v) that code `c` stands for, for blocks of
+        unit root-mean-square.
+      scale: Root-mean-square of every block, in the units of the weight.
+      seed: Gives Q1 and Q2.
+      layout: Static shapes and names.
+      in_scale: Factor of every row of W, that is of every input; None for none.
+      out_scale: Factor of every column of W, that is of every output.
+      packed_coarse: Codes of the rows of odd index where they are one bit narrower,
+        counted from the first centroid that is theirs; None where they are not.
+    """
+
+    packed_codes: UInt8[Array, " q"]
+    centroids: Float[Array, "k 2"]
+    scale: Float[Array, "r c"]
+    seed: UInt32[Array, "2"]
+    layout: KashinLayout
+    in_scale: Float[Array, " m"] | None = None
+    out_scale: Float[Array, " n"] | None = None
+    packed_coarse: UInt8[Array, " qc"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layout.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.layout.dtype
+
+    def decode(self) -> Float[Array, "m n"]:
+        """The matrix in float32."""
+        return decode_with(self, derive_basis(self))
+
+
+def band_count(layout: KashinLayout, most: int) -> int | None:
+    """Fewest equal bands of rows of at most so many weights, for `cut_rows`.
+
+    None if bands of whole blocks and bytes are larger.
+    """
+    (m, n), height = layout.shape, layout.block_shape[0]
+    for count in range(1, m // height + 1):
+        fits = m * n // count <= most and m // height % count == 0
+        if fits and (count == 1 or m // count % 16 == 0):
+            return count
+    return None
+
+
+def cut_rows(tensor: QuantizedTensor, bands: int) -> QuantizedTensor:
+    """The same matrix as a stack of bands of equal height, for `vmap` or `lax.map`.
+
+    Args:
+      tensor: Of `m` rows.
+      bands: Divides the blocks along `m`; `m / bands` must be a multiple of 16, so that
+        bands end between bytes at any width.
+    """
+    layout = tensor.layout
+    m, n = layout.shape
+
+    def rows(leaf: Any) -> Any:
+        return None if leaf is None else leaf.reshape(bands, -1, *leaf.shape[1:])
+
+    def shared(leaf: Any) -> Any:
+        return None if leaf is None else jnp.broadcast_to(leaf, (bands, *leaf.shape))
+
+    return QuantizedTensor(
+        rows(tensor.packed_codes), shared(tensor.centroids), rows(tensor.scale),
+        shared(tensor.seed), dataclasses.replace(layout, shape=(m // bands, n)),
+        rows(tensor.in_scale), shared(tensor.out_scale), rows(tensor.packed_coarse),
+    )  # fmt: skip
+
+
+def derive_basis(tensor: QuantizedTensor) -> KroneckerBasis:
+    """The pair (Q1, Q2) of one block, from the seed. Never counted as stored."""
+    layout = tensor.layout
+    return make_pair(layout.basis, key_from_seed(tensor.seed), layout.block_shape)
+
+
+def derive_rotation(tensor: QuantizedTensor) -> KroneckerBasis | None:
+    """The bases in which every block was coded; None for the standard ones."""
+    layout = tensor.layout
+    if layout.rotation is None:
+        return None
+    return make_rotation(layout.rotation, tensor.seed, layout.block_shape)
+
+
+def make_rotation(
+    spec: BasisSpec, seed: UInt32[Array, "2"], block_shape: tuple[int, int]
+) -> KroneckerBasis:
+    """The rotation that belongs to a seed, another one than its Q1 and Q2."""
+    key = jax.random.fold_in(key_from_seed(seed), 1)
+    return make_pair(spec, key, block_shape)
+
+
+def decode_with(
+    tensor: QuantizedTensor,
+    basis: KroneckerBasis,
+    rotation: KroneckerBasis | None = None,
+) -> Float[Array, "m n"]:
+    """The matrix in float32, given the bases of `derive_basis`.
+
+    And those of `derive_rotation`, which are derived when None.
+    """
+    rotation = derive_rotation(tensor) if rotation is None else rotation
+    return _decoded(tensor, basis, rotation)
+
+
+# `inline`: one program where it is called as it is, and no trace of it in those of
+# others. The bases come from programs that quantizing and products share.
+@partial(jax.jit, inline=True)
+def _decoded(
+    tensor: QuantizedTensor, basis: KroneckerBasis, rotation: KroneckerBasis | None
+) -> Float[Array, "m n"]:
+    layout = tensor.layout
+    m = layout.shape[0]
+    codes = unpack_rows(tensor.packed_codes, tensor.packed_coarse, layout, m)
+    scale = jnp.repeat(tensor.scale, layout.block_shape[0], axis=0)
+    u, v = decode_pairs(tensor, codes, scale)
+    if layout.block_shape == layout.shape:
+        w = u + basis.synthesis(v)
+        w = w if rotation is None else rotation.synthesis(w)
+    elif rotation is None:
+        w = u + from_blocks(basis.synthesis(to_blocks(v, layout.block_shape)))
+    else:
+        blocks = to_blocks(u, layout.block_shape)
+        blocks = blocks + basis.synthesis(to_blocks(v, layout.block_shape))
+        w = from_blocks(rotation.synthesis(blocks))
+    if tensor.in_scale is not None:
+        w = w * tensor.in_scale.astype(jnp.float32)[:, None]
+    if tensor.out_scale is not None:
+        w = w * tensor.out_scale.astype(jnp.float32)[None, :]
+    return w
+
+
+@partial(jax.jit, static_argnames="layout")
+def pack_rows(
+    codes: UInt8[Array, "m n"], layout: KashinLayout
+) -> tuple[UInt8[Array, " q"], UInt8[Array, " qc"] | None]:
+    """Packed codes: all, or those of rows of even and of odd index."""
+    bits, coarse_bits = layout.fine_bits, layout.coarse_bits
+    if coarse_bits is None:
+        return pack_codes(codes.reshape(-1), bits=bits), None
+    fine = pack_codes(codes[0::2].reshape(-1), bits=bits)
+    coarse = codes[1::2] - 2**bits
+    return fine, pack_codes(coarse.reshape(-1), bits=coarse_bits)
+
+
+def unpack_rows(
+    packed: UInt8[Array, " q"],
+    coarse: UInt8[Array, " qc"] | None,
+    layout: KashinLayout,
+    rows: int,
+) -> UInt8[Array, "r n"]:
+    """Codes of some rows, the first of even index; inverts `pack_rows`.
+
+    Raises:
+      ValueError: If a stream is not as long as the codes need.
+    """
+    bits, coarse_bits, n = layout.fine_bits, layout.coarse_bits, layout.shape[1]
+    if coarse_bits is None or coarse is None:
+        return unpack_codes(packed, bits=bits, count=rows * n).reshape(rows, n)
+    even = unpack_codes(packed, bits=bits, count=rows // 2 * n)
+    odd = unpack_codes(coarse, bits=coarse_bits, count=rows // 2 * n) + 2**bits
+    both = jnp.stack([even.reshape(-1, n), odd.reshape(-1, n)], axis=1)
+    return both.reshape(rows, n)
+
+
+def decode_pairs(
+    tensor: QuantizedTensor,
+    codes: UInt8[Array, "r n"],
+    scale: Float[Array, "r c"],
+) -> tuple[Float[Array, "r n"], Float[Array, "r n"]]:
+    """U and V of some rows, given their codes and the scales of their blocks."""
+    layout = tensor.layout
+    columns = jnp.repeat(scale, layout.block_shape[1], axis=1)
+    levels = factor_levels(tensor.centroids, layout.v_bits)
+    u, v = map(select_levels, levels, factor_codes(codes, layout.v_bits))
+    return u * columns, v * columns

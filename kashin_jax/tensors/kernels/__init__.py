@@ -1,0 +1,1 @@
+"""Ways to multiply by packed matrices."""
