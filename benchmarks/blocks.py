@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from kashin_jax.bases import KroneckerBasis
-from kashin_jax.methods import QuantizerConfig, encode
-from kashin_jax.tensors import Quantized, QuantizedTensor
+from kashin_jax.methods import Method, encode
+from kashin_jax.tensors import KashinTensor, QuantizedTensor
 from kashin_jax.tensors.kernels.product import derive_bases
 
 __all__ = ["BLOCKS", "Layer", "chain", "random_layers", "random_tensor"]
@@ -61,7 +61,7 @@ def _normed(x: Float[Array, "r m"]) -> Float[Array, "r m"]:
     return x / (jnp.max(jnp.abs(x)) + 1)
 
 
-def random_layers(shapes: tuple[Shape, ...], config: QuantizerConfig) -> list[Layer]:
+def random_layers(shapes: tuple[Shape, ...], config: Method) -> list[Layer]:
     """Layers of random codes: times do not depend on what is coded."""
     tensors = [random_tensor(s, config, seed) for seed, s in enumerate(shapes)]
     # Haar matrices take minutes; equal shapes may have the same.
@@ -69,7 +69,7 @@ def random_layers(shapes: tuple[Shape, ...], config: QuantizerConfig) -> list[La
     return [Layer(tensor, *bases[tensor.shape]) for tensor in tensors]
 
 
-def random_tensor(shape: Shape, config: QuantizerConfig, seed: int) -> Quantized:
+def random_tensor(shape: Shape, config: Method, seed: int) -> QuantizedTensor:
     """What `quantize` would return for a matrix of this shape, with random leaves."""
     tensor = _abstract(shape, config)
     rng = np.random.default_rng(seed)
@@ -78,7 +78,7 @@ def random_tensor(shape: Shape, config: QuantizerConfig, seed: int) -> Quantized
         for name, spec in tensor._asdict().items()
         if name != "layout" and spec is not None
     }
-    v_bits = tensor.layout.v_bits if isinstance(tensor, QuantizedTensor) else None
+    v_bits = tensor.layout.v_bits if isinstance(tensor, KashinTensor) else None
     if v_bits is not None:
         grid = np.array(leaves["centroids"]).reshape(-1, 2**v_bits, 2)
         grid[..., 0], grid[..., 1] = grid[:, :1, 0], grid[:1, :, 1]
@@ -87,7 +87,7 @@ def random_tensor(shape: Shape, config: QuantizerConfig, seed: int) -> Quantized
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(shape: Shape, config: QuantizerConfig) -> Any:
+def _abstract(shape: Shape, config: Method) -> Any:
     weight = jax.ShapeDtypeStruct(shape, jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(lambda w, k: encode(w, k, config)[0], weight, key)

@@ -26,7 +26,7 @@ from experiments.text import ASSETS
 from experiments.timing import median_seconds
 from kashin_jax import (
     BasisSpec,
-    KashinConfig,
+    GreedyKashin,
     kashin_decompose,
     make_pair,
     quantize,
@@ -87,7 +87,7 @@ def _model(config: BenchConfig) -> list[Row]:
     kernels = _kernels()
     rows = []
     for name in BASES:
-        options = KashinConfig(basis=BasisSpec.parse(name), rtol=1e-3)
+        options = GreedyKashin(basis=BasisSpec.parse(name), rtol=1e-3)
         bases = {
             path: make_pair(
                 options.basis,
@@ -97,7 +97,7 @@ def _model(config: BenchConfig) -> list[Row]:
             for path, k in kernels.items()
         }
 
-        def run(options: KashinConfig = options, bases: Any = bases) -> list[Any]:
+        def run(options: GreedyKashin = options, bases: Any = bases) -> list[Any]:
             return [
                 decompose_blocks(k, bases[path], options, (len(k), k.shape[1]))[2:]
                 for path, k in kernels.items()
@@ -119,7 +119,7 @@ def _starts(config: BenchConfig) -> list[Row]:
     kernels = dict(list(_kernels().items())[::4])
     rows = []
     for restarts, sample in ((4, 16384), (50, 8192), (50, 4096), (100, 2048)):
-        options = KashinConfig(num_restarts=restarts, sample=sample)
+        options = GreedyKashin(num_restarts=restarts, sample=sample)
         errors = []
         start = time.perf_counter()
         for path, kernel in kernels.items():
@@ -140,7 +140,7 @@ def _memory(config: BenchConfig) -> list[Row]:
     rows = []
     for shape in ((768, 768), (384, 384), (384, 1536)):
         x = jax.random.normal(jax.random.key(0), shape)
-        options, key = KashinConfig(), jax.random.key(0)
+        options, key = GreedyKashin(), jax.random.key(0)
         basis = make_pair(options.basis, key, shape)
         stages: dict[str, tuple[Any, tuple[Any, ...]]] = {
             "decompose": (

@@ -33,7 +33,7 @@ from experiments.results import (
     prepare_output,
 )
 from experiments.tables import Column, Record, aligned_table, fixed
-from kashin_jax import BasisSpec, JointConfig, make_pair
+from kashin_jax import BasisSpec, JointKashin, make_pair
 from kashin_jax.methods.joint.anneal import anneal
 from kashin_jax.methods.joint.coder import EFFORTS, joint_code
 from kashin_jax.methods.joint.schedules import SPLITS, Split, schedule_for
@@ -85,7 +85,7 @@ def memory(bits: float) -> float:
     """Bytes beside a 1024 x 1024 matrix that coding it takes, over its own."""
     pair = make_pair(BasisSpec.parse("hadamard"), jax.random.key(0), (SIDE, SIDE))
     weight = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
-    config = JointConfig(bits=bits, effort="fast")
+    config = JointKashin(bits=bits, effort="fast")
     code = joint_code.lower(weight, pair, pair, config, (SIDE, SIDE))
     used: Any = code.compile().memory_analysis()
     return (used.temp_size_in_bytes + used.output_size_in_bytes) / (4 * 1024**2)

@@ -42,8 +42,8 @@ from experiments.tables import Column, aligned_table, fixed, share
 from kashin_jax import matmul, stored_bits
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.bases.identity import IdentityBasis
-from kashin_jax.methods import QuantizerConfig
-from kashin_jax.tensors import QuantizedTensor
+from kashin_jax.methods import Method
+from kashin_jax.tensors import KashinTensor
 from kashin_jax.tensors.kernels.product import many_rows_of_backend
 
 __all__ = ["main"]
@@ -194,7 +194,7 @@ def _bandwidth(config: MatmulConfig) -> float:
 
 
 def _packed(
-    block: str, quantizer: QuantizerConfig, rows: list[int], config: MatmulConfig
+    block: str, quantizer: Method, rows: list[int], config: MatmulConfig
 ) -> Iterator[Row]:
     layers = random_layers(BLOCKS[block], quantizer)
     size = sum(stored_bits(layer.tensor) for layer in layers) // 8
@@ -236,7 +236,7 @@ def _without_transforms(layer: Layer, shortcut: bool) -> Layer:
       shortcut: Whether a basis on the side of the inputs alone has ways of its own.
     """
     tensor, basis, _ = layer
-    if not isinstance(tensor, QuantizedTensor):
+    if not isinstance(tensor, KashinTensor):
         bare = dataclasses.replace(tensor.layout, basis=None)
         return Layer(tensor._replace(layout=bare, seed=None), None, None)
     bare = dataclasses.replace(tensor.layout, rotation=None)

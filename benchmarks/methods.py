@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from experiments.methods import JOINT, METHODS, Width
 from kashin_jax import BasisSpec
-from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods import Method
 
 __all__ = ["TIMED", "method_config"]
 
@@ -30,7 +30,7 @@ TIMED: Mapping[str, tuple[str, BasisSpec]] = MappingProxyType(
 """`left`: a basis on the side of the inputs alone; else both, Hadamard's or Haar's."""
 
 
-def method_config(name: str, bits: Width) -> QuantizerConfig | None:
+def method_config(name: str, bits: Width) -> Method | None:
     """The method at a width; None where it does not exist."""
     method, basis = TIMED[name]
     if basis == _HAAR and bits != 4:

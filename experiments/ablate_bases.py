@@ -51,7 +51,7 @@ from experiments.results import (
     write_results,
 )
 from experiments.tables import Column, Record, aligned_table, fixed, markdown_table
-from kashin_jax import KashinConfig
+from kashin_jax import GreedyKashin
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
 from kashin_jax.pipeline import path_key
@@ -108,9 +108,9 @@ class AblationConfig:
         chosen_names("bases", self.bases, FAMILIES)
 
     @property
-    def quantizer(self) -> KashinConfig:
+    def quantizer(self) -> GreedyKashin:
         """The paper's method with these choices."""
-        return KashinConfig(
+        return GreedyKashin(
             bits=self.bits, rtol=self.rtol, max_steps=self.steps,
             num_restarts=self.restarts,
         )  # fmt: skip

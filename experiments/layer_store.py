@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Key
 
 from experiments.results import atomic_path
 from experiments.tables import Record
-from kashin_jax.methods import QuantizationReport, QuantizerConfig, encode, quantize
-from kashin_jax.tensors import Quantized
+from kashin_jax.methods import Method, QuantizationReport, encode, quantize
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["LayerStore", "StoredLayer"]
 
@@ -30,7 +30,7 @@ class StoredLayer(NamedTuple):
       seconds: What it took when it was computed, compilation included.
     """
 
-    tensor: Quantized
+    tensor: QuantizedTensor
     report: QuantizationReport
     seconds: float
 
@@ -60,7 +60,7 @@ class LayerStore:
         self,
         path: str,
         kernel: Float[Array, "m n"],
-        config: QuantizerConfig,
+        config: Method,
         key: Key[Array, ""],
     ) -> StoredLayer:
         """Reads the layer if it is finished; else quantizes and keeps it.
@@ -86,7 +86,7 @@ class LayerStore:
         return layer
 
     def _digest(
-        self, kernel: Float[Array, "m n"], config: QuantizerConfig, key: Key[Array, ""]
+        self, kernel: Float[Array, "m n"], config: Method, key: Key[Array, ""]
     ) -> str:
         key_data = np.asarray(jax.random.key_data(key)).tolist()
         fields = [repr(config), key_data, kernel.shape, kernel.dtype.name]
@@ -98,7 +98,7 @@ class LayerStore:
 def _read(
     file: Path,
     kernel: Float[Array, "m n"],
-    config: QuantizerConfig,
+    config: Method,
     key: Key[Array, ""],
 ) -> StoredLayer | None:
     if not file.exists():

@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from kashin_jax import (
+    HQQ,
+    NF4,
+    RTN,
     BasisSpec,
-    ChannelKMeansConfig,
-    HQQConfig,
-    JointConfig,
-    KashinConfig,
-    KMeansConfig,
-    NF4Config,
+    ChannelKMeans,
+    GreedyKashin,
+    JointKashin,
+    KMeans,
     RotatedKMeansConfig,
     RotatedRTNConfig,
-    RTNConfig,
-    UniformConfig,
+    Uniform,
 )
 from kashin_jax.errors import UsageError
-from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods import Method
 from kashin_jax.methods.joint.schedules import SPLITS
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "JOINT",
     "METHODS",
     "GridRow",
-    "Method",
+    "RowKind",
     "Width",
     "choose_methods",
     "joint_config",
@@ -42,11 +42,11 @@ JOINT = "kashin-joint"
 
 Width = int | float
 
-MakeConfig = Callable[[Width, BasisSpec, float, int], QuantizerConfig]
+MakeConfig = Callable[[Width, BasisSpec, float, int], Method]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
+class RowKind:
     """One kind of row.
 
     Attributes:
@@ -83,19 +83,17 @@ def _whole(bits: Width) -> int:
     return int(bits)
 
 
-def _kashin(
-    bits: Width, basis: BasisSpec, rtol: float, max_steps: int
-) -> QuantizerConfig:
-    return KashinConfig(bits=_whole(bits), basis=basis, rtol=rtol, max_steps=max_steps)
+def _kashin(bits: Width, basis: BasisSpec, rtol: float, max_steps: int) -> Method:
+    return GreedyKashin(bits=_whole(bits), basis=basis, rtol=rtol, max_steps=max_steps)
 
 
-def joint_config(bits: Width, basis: BasisSpec, *_: object) -> JointConfig:
+def joint_config(bits: Width, basis: BasisSpec, *_: object) -> JointKashin:
     """What the rows of joint coding use."""
-    return JointConfig(bits=bits, basis=basis)
+    return JointKashin(bits=bits, basis=basis)
 
 
-METHODS: Mapping[str, Method] = {
-    "kashin": Method(
+METHODS: Mapping[str, RowKind] = {
+    "kashin": RowKind(
         make=_kashin,
         note="The 2024 paper's method on every layer, converged or not: one codebook "
         "of 2^b float32 pairs and one float32 scale per matrix, bases from a 64-bit "
@@ -104,7 +102,7 @@ METHODS: Mapping[str, Method] = {
         is_random=True,
         has_limits=True,
     ),
-    "kashin-authors": Method(
+    "kashin-authors": RowKind(
         make=_kashin,
         note="As the authors' OPT script does it: layers that did not converge are "
         "left in full precision, and counted so here.",
@@ -113,7 +111,7 @@ METHODS: Mapping[str, Method] = {
         has_limits=True,
         keeps_failures=True,
     ),
-    JOINT: Method(
+    JOINT: RowKind(
         make=joint_config,
         note="Both factors searched for together, the bits of a code shared by u and "
         "v, blocks of about 64 x 64: one codebook per matrix, a float32 scale per "
@@ -122,36 +120,36 @@ METHODS: Mapping[str, Method] = {
         is_random=True,
         mixes_widths=True,
     ),
-    "uniform": Method(
-        make=lambda bits, *_: UniformConfig(bits=_whole(bits)),
+    "uniform": RowKind(
+        make=lambda bits, *_: Uniform(bits=_whole(bits)),
         note="Per-tensor min-max grid, one float32 step and offset per matrix.",
     ),
-    "k-means": Method(
-        make=lambda bits, *_: KMeansConfig(bits=_whole(bits)),
+    "k-means": RowKind(
+        make=lambda bits, *_: KMeans(bits=_whole(bits)),
         note="Per-tensor 1-D k-means, 2^b float32 levels and one float32 scale per "
         "matrix.",
         is_random=True,
     ),
-    "rtn-channel": Method(
-        make=lambda bits, *_: RTNConfig(bits=_whole(bits), group_size=None),
+    "rtn-channel": RowKind(
+        make=lambda bits, *_: RTN(bits=_whole(bits), group_size=None),
         note="Round-to-nearest, asymmetric, fp16 step and b-bit zero point per output "
         "channel.",
     ),
-    "rtn-g128": Method(
-        make=lambda bits, *_: RTNConfig(bits=_whole(bits), group_size=128),
+    "rtn-g128": RowKind(
+        make=lambda bits, *_: RTN(bits=_whole(bits), group_size=128),
         note="Round-to-nearest, asymmetric, fp16 step and b-bit zero point per group "
         "of 128.",
     ),
-    "nf4-g64": Method(
-        make=lambda bits, *_: NF4Config(bits=_whole(bits)),
+    "nf4-g64": RowKind(
+        make=lambda bits, *_: NF4(bits=_whole(bits)),
         note="NF4, fp16 scale per group of 64, no double quantization.",
     ),
-    "hqq-g64": Method(
-        make=lambda bits, *_: HQQConfig(bits=_whole(bits)),
+    "hqq-g64": RowKind(
+        make=lambda bits, *_: HQQ(bits=_whole(bits)),
         note="HQQ: the zero point fitted by half-quadratic steps, fp16 step and fp16 "
         "zero point per group of 64.",
     ),
-    "rotate-rtn-g64": Method(
+    "rotate-rtn-g64": RowKind(
         make=lambda bits, basis, *_: RotatedRTNConfig(bits=_whole(bits), basis=basis),
         note="The Kashin row's bases as a rotation, then round-to-nearest, asymmetric "
         "(RTN + Hadamard): fp16 step and b-bit zero point per group of 64, a 64-bit "
@@ -159,13 +157,13 @@ METHODS: Mapping[str, Method] = {
         has_basis=True,
         is_random=True,
     ),
-    "k-means-channel": Method(
-        make=lambda bits, *_: ChannelKMeansConfig(bits=_whole(bits)),
+    "k-means-channel": RowKind(
+        make=lambda bits, *_: ChannelKMeans(bits=_whole(bits)),
         note="1-D k-means per output channel: 2^b fp16 levels per channel, one float32 "
         "scale per matrix.",
         is_random=True,
     ),
-    "rotate-k-means": Method(
+    "rotate-k-means": RowKind(
         make=lambda bits, basis, *_: RotatedKMeansConfig(
             bits=_whole(bits), basis=basis
         ),
@@ -185,7 +183,7 @@ GLUE_METHODS = (
 
 def choose_methods(
     names: tuple[str, ...], everything: tuple[str, ...] = tuple(METHODS)
-) -> dict[str, Method]:
+) -> dict[str, RowKind]:
     """The named methods in the order of the table.
 
     Full precision is always the first row and may be named.
@@ -219,14 +217,14 @@ class GridRow(NamedTuple):
 
     bits: Width
     name: str
-    method: Method
+    method: RowKind
     basis: BasisSpec
     seed: int
 
 
 def table_grid(
     widths: Sequence[Width],
-    methods: Mapping[str, Method],
+    methods: Mapping[str, RowKind],
     bases: Sequence[BasisSpec],
     seeds: Sequence[int],
 ) -> Iterator[GridRow]:

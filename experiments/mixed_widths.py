@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from experiments.methods import Width, joint_config
-from kashin_jax import BasisSpec, JointConfig
+from kashin_jax import BasisSpec, JointKashin
 from kashin_jax.methods import encode
 from kashin_jax.pipeline.allocate import JOINT_ERRORS, allocate_widths
 from kashin_jax.tensors import stored_bits
@@ -24,7 +24,7 @@ MIXED_NOTE = (
 )
 
 
-def probe(basis: BasisSpec) -> JointConfig:
+def probe(basis: BasisSpec) -> JointKashin:
     """How layers are coded to measure what their errors do."""
     return dataclasses.replace(joint_config(min(JOINT_ERRORS), basis), effort="fast")
 
@@ -61,7 +61,7 @@ def mixed_widths(
     )
 
 
-def _overhead(kernel: Float[Array, "m n"], config: JointConfig) -> float:
+def _overhead(kernel: Float[Array, "m n"], config: JointKashin) -> float:
     """Bits stored beside the codes; infinite where the layer cannot have the width."""
 
     def tensor(kernel: Float[Array, "m n"], key: Key[Array, ""]) -> object:

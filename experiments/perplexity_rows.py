@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments.layer_store import LayerStore, StoredLayer
-from experiments.methods import FULL_PRECISION, Method, Width, joint_config
+from experiments.methods import FULL_PRECISION, RowKind, Width, joint_config
 from experiments.mixed_widths import MIXED_NOTE, mixed_widths, probe
 from experiments.partial import PartialScores, score_resumably
 from experiments.quantized_layers import (
@@ -26,10 +26,10 @@ from experiments.quantized_layers import (
 from experiments.sensitivity import LENGTH, WINDOWS, layer_sensitivities
 from experiments.tables import Record
 from experiments.text import EvaluationText
-from kashin_jax import BasisSpec, JointConfig, KashinConfig
+from kashin_jax import BasisSpec, GreedyKashin, JointKashin
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.evaluation import perplexity, window_nll
-from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods import Method
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.pipeline import quantize_model, replace_kernels, selected_kernels
 
@@ -112,7 +112,7 @@ def full_precision_row(bench: Bench) -> dict[str, Any]:
 def quantized_row(
     bench: Bench,
     name: str,
-    method: Method,
+    method: RowKind,
     *,
     bits: Width,
     basis: BasisSpec,
@@ -173,7 +173,7 @@ def mixed_name(name: str) -> str:
 
 class _Plan(NamedTuple):
     # How each layer is coded; what tells it from other plans; widths if they differ.
-    configs: dict[str, QuantizerConfig]
+    configs: dict[str, Method]
     identity: str
     widths: dict[str, Width] | None
     note: str
@@ -181,7 +181,7 @@ class _Plan(NamedTuple):
 
 def _plan(
     bench: Bench,
-    method: Method,
+    method: RowKind,
     kernels: Mapping[str, Array],
     bits: Width,
     basis: BasisSpec,
@@ -196,14 +196,14 @@ def _plan(
         return _Plan(same, repr(config), None, method.note)
     felt = _sensitivities(bench, kernels, probe(basis), seed)
     widths = mixed_widths(kernels, felt, basis, bits)
-    configs: dict[str, QuantizerConfig] = {
+    configs: dict[str, Method] = {
         path: joint_config(width, basis) for path, width in widths.items()
     }
     return _Plan(configs, repr(configs), widths, MIXED_NOTE)
 
 
 def _sensitivities(
-    bench: Bench, kernels: Mapping[str, Array], config: JointConfig, seed: int
+    bench: Bench, kernels: Mapping[str, Array], config: JointKashin, seed: int
 ) -> dict[str, float]:
     key = jax.random.key(seed)
     layers = quantize_layers(bench.store, kernels, config, key, "sensitivity, coding")
@@ -217,13 +217,13 @@ def _sensitivities(
 
 def _quantized_model(
     bench: Bench,
-    config: QuantizerConfig,
+    config: Method,
     layers: Mapping[str, StoredLayer],
     kept: frozenset[str],
 ) -> nnx.Module:
     """Packed layers for Kashin; decoded kernels in the dense model for the controls."""
     model = bench.loaded.model
-    if not isinstance(config, KashinConfig | JointConfig):
+    if not isinstance(config, GreedyKashin | JointKashin):
         return replace_kernels(model, decoded_kernels(layers))
     if len(kept) == len(layers):
         return model

@@ -17,14 +17,14 @@ from kashin_jax import Rules
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import read_json, save_checkpoint
 from kashin_jax.io.hub import checkpoint_directory
-from kashin_jax.layers import KashinLinear, PackedKernel
+from kashin_jax.layers import PackedKernel, QuantizedLinear
 from kashin_jax.methods import config_to_json
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_loading import LoadedClassifier
 from kashin_jax.models.classifier_names import classifier_name
 from kashin_jax.models.saving import stored_array
 from kashin_jax.pipeline import load_quantized, rules_from_json, rules_to_json
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
     "QuantizedClassifier",
@@ -50,14 +50,14 @@ class QuantizedClassifier(NamedTuple):
     """A classifier with some matrices packed.
 
     Attributes:
-      loaded: Its packed layers are `KashinLinear`.
+      loaded: Its packed layers are `QuantizedLinear`.
       tensors: Packed kernels by path of their layer.
       rules: What was asked for.
       seed: What was asked for.
     """
 
     loaded: LoadedClassifier
-    tensors: dict[str, Quantized]
+    tensors: dict[str, QuantizedTensor]
     rules: Rules
     seed: int
 
@@ -73,7 +73,7 @@ class QuantizedClassifier(NamedTuple):
 
 
 def _dense(path: tuple[Any, ...], node: Any) -> Any:
-    if type(node) is not KashinLinear:
+    if type(node) is not QuantizedLinear:
         return node
     linear = nnx.Linear(
         node.in_features,
@@ -130,7 +130,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def save_quantized(
     directory: Path,
     model: SequenceClassifier,
-    tensors: Mapping[str, Quantized],
+    tensors: Mapping[str, QuantizedTensor],
     config: ClassifierConfig,
     *,
     tokenizer: Path,
@@ -156,7 +156,7 @@ def save_quantized(
       NonFiniteError: If a parameter is not finite in `dtype`; names it.
       CheckpointError: If the directory cannot be written.
     """
-    stored: dict[str, np.ndarray | Quantized] = {}
+    stored: dict[str, np.ndarray | QuantizedTensor] = {}
     packed = set()
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = classifier_name(path, config.model_type)

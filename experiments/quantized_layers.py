@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
 from experiments.layer_store import LayerStore, StoredLayer
-from kashin_jax import KashinConfig, stored_bits
-from kashin_jax.methods import QuantizerConfig
+from kashin_jax import GreedyKashin, stored_bits
+from kashin_jax.methods import Method
 from kashin_jax.pipeline import path_key
 
 __all__ = [
@@ -38,7 +38,7 @@ decode = jax.jit(lambda tensor: tensor.decode())
 def quantize_layers(
     store: LayerStore,
     kernels: Mapping[str, Float[Array, "m n"]],
-    config: QuantizerConfig,
+    config: Method,
     key: Key[Array, ""],
     label: str,
 ) -> dict[str, StoredLayer]:
@@ -60,7 +60,7 @@ def quantize_layers(
 def quantize_each(
     store: LayerStore,
     kernels: Mapping[str, Float[Array, "m n"]],
-    configs: Mapping[str, QuantizerConfig],
+    configs: Mapping[str, Method],
     key: Key[Array, ""],
     label: str,
 ) -> dict[str, StoredLayer]:
@@ -88,7 +88,7 @@ def unconverged(layers: Layers) -> frozenset[str]:
 
 
 def loss_fields(
-    config: QuantizerConfig, layers: Layers, kept: frozenset[str] = frozenset()
+    config: Method, layers: Layers, kept: frozenset[str] = frozenset()
 ) -> dict[str, float | None]:
     """Fields of a record: mean relative squared error, share converged, seconds.
 
@@ -101,7 +101,7 @@ def loss_fields(
         0.0 if path in kept else float(layer.report.relative_squared_error)
         for path, layer in layers.items()
     ]
-    converges = isinstance(config, KashinConfig)
+    converges = isinstance(config, GreedyKashin)
     failed = len(unconverged(layers))
     return {
         "relative_error": float(np.mean(errors)),

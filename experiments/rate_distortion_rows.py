@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from experiments.methods import JOINT, Method
+from experiments.methods import JOINT, RowKind
 from experiments.results import environment_fields
 from experiments.tables import Record
 from experiments.weight_sources import WeightSource
-from kashin_jax import BasisSpec, JointConfig, quantize, stored_bits
+from kashin_jax import BasisSpec, JointKashin, quantize, stored_bits
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods import Method
 from kashin_jax.pipeline import path_key
 
 __all__ = ["rate_row", "won_matrices"]
@@ -37,7 +37,7 @@ _FEWER_BITS = 0.1
 def rate_row(
     source: WeightSource,
     name: str,
-    method: Method,
+    method: RowKind,
     bits: float,
     *,
     seed: int,
@@ -61,7 +61,7 @@ def rate_row(
     }  # fmt: skip
     try:
         quantizer = method.make(bits, BasisSpec.parse("hadamard"), _RTOL, _MAX_STEPS)
-        if isinstance(quantizer, JointConfig) and effort is not None:
+        if isinstance(quantizer, JointKashin) and effort is not None:
             # Weight error is what this table is about.
             quantizer = dataclasses.replace(quantizer, effort=effort, unshrink=0.0)
     except ValueError as reason:
@@ -75,7 +75,7 @@ def rate_row(
 
 
 def _measured(
-    source: WeightSource, quantizer: QuantizerConfig, key: Key[Array, ""]
+    source: WeightSource, quantizer: Method, key: Key[Array, ""]
 ) -> dict[str, Any]:
     stored, lost, energy, seconds = 0, 0.0, 0.0, 0.0
     each: dict[str, float] = {}

@@ -41,10 +41,10 @@ from experiments.results import (
     write_results,
 )
 from experiments.tables import Column, Record, aligned_table, fixed
-from kashin_jax import BasisSpec, JointConfig, Rules
+from kashin_jax import BasisSpec, JointKashin, Rules
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import read_header
-from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods import Method
 from kashin_jax.methods.joint.coder import EFFORTS
 from kashin_jax.pipeline import StreamResult, quantize_checkpoint
 
@@ -152,13 +152,13 @@ def measure(
     return records
 
 
-def _quantizer(name: str, bits: Width, effort: str) -> QuantizerConfig | None:
+def _quantizer(name: str, bits: Width, effort: str) -> Method | None:
     """The method; None where it does not exist at this width."""
     try:
         config = METHODS[name].make(bits, BasisSpec.parse("hadamard"), 1e-6, 6000)
     except ValueError:
         return None
-    if isinstance(config, JointConfig):
+    if isinstance(config, JointKashin):
         return dataclasses.replace(config, effort=effort)
     return config
 
@@ -168,7 +168,7 @@ def _row(
     source: _Source,
     name: str,
     bits: Width,
-    quantizer: QuantizerConfig,
+    quantizer: Method,
 ) -> dict[str, Any]:
     return {
         "model": source.name,
@@ -182,7 +182,7 @@ def _row(
 
 
 def _measured(
-    source: _Source, quantizer: QuantizerConfig, seed: int, work: Path
+    source: _Source, quantizer: Method, seed: int, work: Path
 ) -> dict[str, Any]:
     target = work / "checkpoint"
     # What another row was interrupted in is no start for this one.

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from kashin_jax.bases import make_pair as make_pair
     from kashin_jax.decomposition import KashinDecomposition as KashinDecomposition
     from kashin_jax.decomposition import kashin_decompose as kashin_decompose
-    from kashin_jax.layers import KashinDense as KashinDense
-    from kashin_jax.layers import KashinEmbed as KashinEmbed
-    from kashin_jax.layers import KashinLinear as KashinLinear
-    from kashin_jax.methods import ChannelKMeansConfig as ChannelKMeansConfig
-    from kashin_jax.methods import HQQConfig as HQQConfig
-    from kashin_jax.methods import JointConfig as JointConfig
-    from kashin_jax.methods import KashinConfig as KashinConfig
-    from kashin_jax.methods import KMeansConfig as KMeansConfig
-    from kashin_jax.methods import NF4Config as NF4Config
+    from kashin_jax.layers import QuantizedDense as QuantizedDense
+    from kashin_jax.layers import QuantizedEmbed as QuantizedEmbed
+    from kashin_jax.layers import QuantizedLinear as QuantizedLinear
+    from kashin_jax.methods import HQQ as HQQ
+    from kashin_jax.methods import NF4 as NF4
+    from kashin_jax.methods import RTN as RTN
+    from kashin_jax.methods import ChannelKMeans as ChannelKMeans
+    from kashin_jax.methods import GreedyKashin as GreedyKashin
+    from kashin_jax.methods import JointKashin as JointKashin
+    from kashin_jax.methods import KMeans as KMeans
     from kashin_jax.methods import QuantizationReport as QuantizationReport
     from kashin_jax.methods import RotatedKMeansConfig as RotatedKMeansConfig
     from kashin_jax.methods import RotatedRTNConfig as RotatedRTNConfig
-    from kashin_jax.methods import RTNConfig as RTNConfig
-    from kashin_jax.methods import UniformConfig as UniformConfig
+    from kashin_jax.methods import Uniform as Uniform
     from kashin_jax.methods import encode as encode
     from kashin_jax.methods import quantize as quantize
     from kashin_jax.pipeline import Rule as Rule
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from kashin_jax.pipeline import dequantize_params as dequantize_params
     from kashin_jax.pipeline import quantize_model as quantize_model
     from kashin_jax.pipeline import quantize_params as quantize_params
-    from kashin_jax.tensors import QuantizedTensor as QuantizedTensor
+    from kashin_jax.tensors import KashinTensor as KashinTensor
     from kashin_jax.tensors import bits_per_weight as bits_per_weight
     from kashin_jax.tensors import dequantize as dequantize
     from kashin_jax.tensors import matmul as matmul
@@ -49,26 +49,26 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "HQQ",
+    "NF4",
+    "RTN",
     "BasisSpec",
-    "ChannelKMeansConfig",
-    "HQQConfig",
-    "JointConfig",
-    "KMeansConfig",
-    "KashinConfig",
+    "ChannelKMeans",
+    "GreedyKashin",
+    "JointKashin",
+    "KMeans",
     "KashinDecomposition",
-    "KashinDense",
-    "KashinEmbed",
-    "KashinLinear",
+    "KashinTensor",
     "KroneckerBasis",
-    "NF4Config",
     "QuantizationReport",
-    "QuantizedTensor",
-    "RTNConfig",
+    "QuantizedDense",
+    "QuantizedEmbed",
+    "QuantizedLinear",
     "RotatedKMeansConfig",
     "RotatedRTNConfig",
     "Rule",
     "Rules",
-    "UniformConfig",
+    "Uniform",
     "bits_per_weight",
     "dequantize",
     "dequantize_params",

@@ -4,7 +4,7 @@ import json
 
 from tiny_checkpoint import make_checkpoint
 
-from kashin_jax import RTNConfig, Rule, Rules
+from kashin_jax import RTN, Rule, Rules
 from kashin_jax.methods import METHOD_NAMES, config_from_json
 from kashin_jax.models.loading import load_opt, save_opt
 
@@ -23,10 +23,10 @@ def method(name, **fields):
     return config_from_json({"method": name, **FIELDS.get(name, {}), **fields})
 
 
-RTN = Rules(config=method("rtn"))
+RTN_RULES = Rules(config=method("rtn"))
 # Two matrices of the second block alone: for runs that are repeated many times.
 FEW = Rules(
-    config=RTNConfig(group_size=32),
+    config=RTN(group_size=32),
     skip=(r"layers/0/", r"(q|k|v|out)_proj"),
 )
 

@@ -13,16 +13,16 @@ import safetensors.numpy
 from kashin_jax.bases import BasisSpec
 from kashin_jax.io import open_checkpoint, save_checkpoint
 from kashin_jax.methods import (
-    ChannelKMeansConfig,
-    HQQConfig,
-    JointConfig,
-    KashinConfig,
-    KMeansConfig,
-    NF4Config,
+    HQQ,
+    NF4,
+    RTN,
+    ChannelKMeans,
+    GreedyKashin,
+    JointKashin,
+    KMeans,
     RotatedKMeansConfig,
     RotatedRTNConfig,
-    RTNConfig,
-    UniformConfig,
+    Uniform,
     quantize,
 )
 from kashin_jax.pipeline import Rules
@@ -30,19 +30,19 @@ from kashin_jax.pipeline import Rules
 SHAPE = (24, 10)
 FAST = {"max_steps": 5, "num_restarts": 1, "codebook_steps": 3, "polish_steps": 1}
 CONFIGS = {
-    "kashin": KashinConfig(
+    "kashin": GreedyKashin(
         bits=3, block_shape=(8, 5), basis=BasisSpec.parse("dct:haar"), **FAST
     ),
-    "joint": JointConfig(bits=4.0, effort="fast"),
-    "joint-half": JointConfig(bits=2.5, effort="fast", block_shape=(12, 5)),
-    "joint-plain": JointConfig(effort="fast", balance=0.0, rotation=False),
-    "uniform": UniformConfig(bits=3),
-    "rtn": RTNConfig(bits=4),
-    "rtn-groups": RTNConfig(bits=3, group_size=7),
-    "hqq": HQQConfig(bits=2, group_size=12),
-    "nf4": NF4Config(group_size=8),
-    "k-means": KMeansConfig(bits=3, num_restarts=1),
-    "k-means-channel": ChannelKMeansConfig(bits=2, num_restarts=1),
+    "joint": JointKashin(bits=4.0, effort="fast"),
+    "joint-half": JointKashin(bits=2.5, effort="fast", block_shape=(12, 5)),
+    "joint-plain": JointKashin(effort="fast", balance=0.0, rotation=False),
+    "uniform": Uniform(bits=3),
+    "rtn": RTN(bits=4),
+    "rtn-groups": RTN(bits=3, group_size=7),
+    "hqq": HQQ(bits=2, group_size=12),
+    "nf4": NF4(group_size=8),
+    "k-means": KMeans(bits=3, num_restarts=1),
+    "k-means-channel": ChannelKMeans(bits=2, num_restarts=1),
     "rotate-rtn": RotatedRTNConfig(bits=5, basis=BasisSpec.parse("hadamard:identity")),
     "rotate-k-means": RotatedKMeansConfig(bits=1, num_restarts=1),
 }

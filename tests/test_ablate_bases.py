@@ -12,7 +12,7 @@ from experiments.ablate_bases import FEW, AblationConfig, main
 from experiments.convergence.ablation import ablate, cost_fields, seeded_bases
 from experiments.convergence.layers import EMBEDDED, model_kernels
 from experiments.convergence.trade_off import draw_trade_off
-from kashin_jax import BasisSpec, KashinConfig, quantize
+from kashin_jax import BasisSpec, GreedyKashin, quantize
 from kashin_jax.bases import FAMILIES
 from kashin_jax.pipeline import path_key
 from tests.tiny_checkpoint import make_checkpoint
@@ -21,7 +21,7 @@ from tests.tiny_checkpoint import make_checkpoint
 pytestmark = pytest.mark.slow
 
 KEY = jax.random.key(4)
-FAST = KashinConfig(bits=3, num_restarts=2, sample=128, max_steps=12)
+FAST = GreedyKashin(bits=3, num_restarts=2, sample=128, max_steps=12)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_errors_residuals_and_steps_are_those_that_quantize_reports(family):
     keys = jax.random.split(KEY, 2)
     found = ablate(kernel, seeded_bases(family, keys, (24, 20)), FAST)
     spec = BasisSpec(family, family)
-    config = KashinConfig(bits=3, num_restarts=2, sample=128, max_steps=12, basis=spec)
+    config = GreedyKashin(bits=3, num_restarts=2, sample=128, max_steps=12, basis=spec)
     for seed, key in enumerate(keys):
         _, report = quantize(kernel, config, key)
         course = report.decomposition
@@ -118,7 +118,7 @@ def test_the_seeds_of_a_layer_are_folded_from_its_path(small):
     path = "decoder/layers/1/self_attn/q_proj"
     record = records[path, "hadamard"]
     root = path_key(jax.random.key(0), f"tiny/{path}")
-    config = KashinConfig(bits=4, num_restarts=2, max_steps=12)
+    config = GreedyKashin(bits=4, num_restarts=2, max_steps=12)
     _, report = quantize(kernels[path], config, jax.random.split(root, 2)[1])
     assert record["relative_squared_error"][1] == pytest.approx(
         float(report.relative_squared_error), rel=1e-3

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kashin_jax import JointConfig, quantize
+from kashin_jax import JointKashin, quantize
 from kashin_jax.methods.joint.schedules import SPLITS
 from kashin_jax.pipeline import allocate_widths
 from kashin_jax.pipeline.allocate import JOINT_ERRORS
@@ -170,7 +170,7 @@ def test_errors_of_joint_coding_are_those_of_gaussian_weights(bits):
     assert list(JOINT_ERRORS) == sorted(SPLITS)
     weight = jax.random.normal(jax.random.key(1), (256, 256))
     _, report = quantize(
-        weight, JointConfig(bits=bits, unshrink=0.0), jax.random.key(0)
+        weight, JointKashin(bits=bits, unshrink=0.0), jax.random.key(0)
     )
     found = float(report.relative_squared_error)
     assert found == pytest.approx(JOINT_ERRORS[bits], rel=0.05)

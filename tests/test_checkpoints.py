@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from opt_checkpoints import WIKI
-from quantized_sources import RTN, every_method, make_source, method
+from quantized_sources import RTN_RULES, every_method, make_source, method
 from tiny_classifier import make_classifier
 
 from kashin_jax import Rule, Rules, quantize_model
 from kashin_jax.io import open_checkpoint, save_checkpoint
-from kashin_jax.layers import KashinEmbed, KashinLinear
+from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
 from kashin_jax.methods import METHOD_NAMES
 from kashin_jax.models.classifier_loading import load_classifier
 from kashin_jax.models.loading import load_opt
@@ -41,8 +41,8 @@ def packed_in(model):
     """The packed matrices of a model by path of their layer."""
     found = {}
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, KashinLinear | KashinEmbed):
-            variable = node.kernel if isinstance(node, KashinLinear) else node.table
+        if isinstance(node, QuantizedLinear | QuantizedEmbed):
+            variable = node.kernel if isinstance(node, QuantizedLinear) else node.table
             found["/".join(map(str, path))] = variable.get_value()
     return found
 
@@ -186,7 +186,7 @@ def test_files_that_are_no_weights_go_along(source, tmp_path):
     (copied / "LICENSE").write_text("free")
     (copied / "pytorch_model.bin").write_bytes(b"weights once more")
     (copied / ".cache").mkdir()
-    quantize_checkpoint(copied, tmp_path / "q", RTN)
+    quantize_checkpoint(copied, tmp_path / "q", RTN_RULES)
     assert {path.name for path in (tmp_path / "q").iterdir()} == {
         "LICENSE", "config.json", "tokenizer.json", "model.safetensors",
         "model.safetensors.index.json", REPORT_NAME,

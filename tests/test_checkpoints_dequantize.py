@@ -8,7 +8,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 from flax import nnx
-from quantized_sources import RTN, content, edit_json, make_source, method
+from quantized_sources import RTN_RULES, content, edit_json, make_source, method
 
 from kashin_jax import Rule, Rules, dequantize
 from kashin_jax.errors import UsageError
@@ -106,12 +106,14 @@ def test_a_checkpoint_without_packed_tensors_is_refused(source, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(source):
-    return quantize_checkpoint(source, source.parent / "whole", RTN)
+    return quantize_checkpoint(source, source.parent / "whole", RTN_RULES)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_shards_of_any_size_hold_the_same_tensors(source, whole, tmp_path, size):
-    result = quantize_checkpoint(source, tmp_path / "cut", RTN, max_shard_bytes=size)
+    result = quantize_checkpoint(
+        source, tmp_path / "cut", RTN_RULES, max_shard_bytes=size
+    )
     assert result.reports == whole.reports
     expected, found = (
         open_checkpoint(whole.directory),
@@ -134,7 +136,7 @@ def test_shards_of_any_size_hold_the_same_tensors(source, whole, tmp_path, size)
 
 @pytest.mark.parametrize("size", [1, 20_000])
 def test_no_tensor_straddles_two_shards(source, tmp_path, size):
-    quantize_checkpoint(source, tmp_path / "q", RTN, max_shard_bytes=size)
+    quantize_checkpoint(source, tmp_path / "q", RTN_RULES, max_shard_bytes=size)
     checkpoint = open_checkpoint(tmp_path / "q")
     for name in checkpoint.descriptions:
         leaves = [f"{name}.{leaf}" for leaf in checkpoint.described(name).specs]
@@ -157,7 +159,7 @@ def test_shards_of_the_source_do_not_matter(source, whole, tmp_path):
         safetensors.numpy.save_file({n: tensors[n] for n in half}, cut / file)
     weight_map = {name: file for file, half in halves.items() for name in half}
     (cut / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    quantize_checkpoint(cut, tmp_path / "q", RTN)
+    quantize_checkpoint(cut, tmp_path / "q", RTN_RULES)
     found, expected = (
         safetensors.numpy.load_file(directory / "model.safetensors")
         for directory in (tmp_path / "q", whole.directory)
@@ -192,6 +194,6 @@ def test_a_checkpoint_without_a_known_architecture_is_quantized_too(source, tmp_
     for name in ("config.json", "model.safetensors"):
         (copied / name).write_bytes((source / name).read_bytes())
     edit_json(copied / "config.json", lambda c: c.update(model_type="mamba"))
-    quantize_checkpoint(copied, tmp_path / "q", RTN)
+    quantize_checkpoint(copied, tmp_path / "q", RTN_RULES)
     found = inspect_checkpoint(tmp_path / "q")
     assert sum(row.form == "affine" for row in found.tensors) == 12

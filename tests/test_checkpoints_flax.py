@@ -9,7 +9,7 @@ import pytest
 from flax import nnx, serialization
 from flax_sources import NAME, flax_arrays, make_flax_copy, write_flax
 from opt_checkpoints import GOLDEN
-from quantized_sources import FEW, RTN, content, edit_json, make_source, method
+from quantized_sources import FEW, RTN_RULES, content, edit_json, make_source, method
 from safetensors.numpy import load_file
 from tiny_classifier import make_classifier
 
@@ -67,7 +67,7 @@ def test_classifiers_give_the_same_bytes(tmp_path, kind):
     made = make_classifier(tmp_path / "source", "sst2", kind=kind, **fields)
     copied = make_flax_copy(made, tmp_path / "flax")
     for name, directory in (("a", made), ("b", copied)):
-        quantize_checkpoint(directory, tmp_path / name, RTN)
+        quantize_checkpoint(directory, tmp_path / name, RTN_RULES)
     assert content(tmp_path / "b") == content(tmp_path / "a")
     assert load_quantized(tmp_path / "b").config.model_type == kind
 
@@ -76,7 +76,7 @@ def test_shards_of_flax_give_the_same_bytes(source, flax_copy, tmp_path):
     shards = make_flax_copy(source, tmp_path / "shards", shards=3)
     assert len(open_source(shards).files) == 3
     for name, directory in (("a", flax_copy), ("b", shards)):
-        quantize_checkpoint(directory, tmp_path / name, RTN)
+        quantize_checkpoint(directory, tmp_path / name, RTN_RULES)
     # The order of the tensors may differ, and with it that of the report.
     assert load_bytes(tmp_path / "b") == load_bytes(tmp_path / "a")
 
@@ -118,7 +118,7 @@ def test_what_hugging_face_wrote_is_quantized_as_in_memory(tmp_path, name):
 
 
 def test_undoing_gives_the_layout_of_pytorch(source, flax_copy, tmp_path):
-    quantize_checkpoint(flax_copy, tmp_path / "q", RTN)
+    quantize_checkpoint(flax_copy, tmp_path / "q", RTN_RULES)
     dequantize_checkpoint(tmp_path / "q", tmp_path / "back")
     found = load_file(tmp_path / "back" / "model.safetensors")
     expected = load_file(source / "model.safetensors")
@@ -232,7 +232,7 @@ def damaged(source, tmp_path):
 
 def refused(directory, tmp_path, *parts):
     with pytest.raises(CheckpointError) as caught:
-        quantize_checkpoint(directory, tmp_path / "q", RTN)
+        quantize_checkpoint(directory, tmp_path / "q", RTN_RULES)
     text = str(caught.value)
     assert "\n" not in text and all(part in text for part in parts), text
     assert not (tmp_path / "q").exists()

@@ -5,7 +5,14 @@ import re
 import shutil
 
 import pytest
-from quantized_sources import RTN, content, edit_header, edit_json, make_source, method
+from quantized_sources import (
+    RTN_RULES,
+    content,
+    edit_header,
+    edit_json,
+    make_source,
+    method,
+)
 
 from kashin_jax import Rules
 from kashin_jax.cli import main
@@ -29,7 +36,9 @@ LAYER = "model.decoder.layers.{}.{}.weight"
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoints")
     make_source(directory / "source")
-    return quantize_checkpoint(directory / "source", directory / "q", RTN).directory
+    return quantize_checkpoint(
+        directory / "source", directory / "q", RTN_RULES
+    ).directory
 
 
 @pytest.fixture

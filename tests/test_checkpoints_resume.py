@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tqdm
-from quantized_sources import FEW, RTN, content, edit_json, make_source, method
+from quantized_sources import FEW, RTN_RULES, content, edit_json, make_source, method
 
 from kashin_jax import Rules
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
@@ -188,7 +188,7 @@ def refused(pattern, *args, error=UsageError, **options):
     "options",
     [
         {"seed": 1, "rules": FEW, "max_shard_bytes": SHARD},
-        {"rules": RTN, "max_shard_bytes": SHARD},
+        {"rules": RTN_RULES, "max_shard_bytes": SHARD},
         {"rules": FEW, "max_shard_bytes": SHARD + 1},
     ],
     ids=["seed", "rules", "shards"],
@@ -221,13 +221,13 @@ def test_a_source_that_changed_meanwhile_is_noticed(source, killer, tmp_path):
 
 def test_a_directory_with_something_else_in_it_is_refused(source, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    refused("is not empty", source, tmp_path, RTN)
+    refused("is not empty", source, tmp_path, RTN_RULES)
     assert content(tmp_path) == {"thesis.tex": b"years of work"}
 
 
 def test_a_file_in_place_of_the_directory_is_refused(source, tmp_path):
     (tmp_path / "file").write_text("content")
-    refused("is a file", source, tmp_path / "file", RTN)
+    refused("is a file", source, tmp_path / "file", RTN_RULES)
 
 
 def test_a_finished_checkpoint_is_not_overwritten(source, whole):
@@ -239,12 +239,12 @@ def test_a_finished_checkpoint_is_not_overwritten(source, whole):
 @pytest.mark.parametrize("spelling", [".", "../source"])
 def test_the_source_is_never_the_target(source, spelling):
     before = content(source)
-    refused("is the source", source, source / spelling, RTN)
+    refused("is the source", source, source / spelling, RTN_RULES)
     assert content(source) == before
 
 
 def test_a_quantized_source_is_refused(whole, tmp_path):
-    refused("quantized already", whole, tmp_path / "new", RTN)
+    refused("quantized already", whole, tmp_path / "new", RTN_RULES)
     assert not (tmp_path / "new").exists()
 
 
@@ -271,7 +271,7 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_half_written(
     safetensors.numpy.save_file(tensors, copied / "model.safetensors")
     (copied / "config.json").write_bytes((source / "config.json").read_bytes())
     target = tmp_path / "q"
-    refused(f"`{name}` holds 1 NaN", copied, target, RTN, error=NonFiniteError)
+    refused(f"`{name}` holds 1 NaN", copied, target, RTN_RULES, error=NonFiniteError)
     assert content(target).keys() == {STATE}
 
 
@@ -303,7 +303,7 @@ def test_a_truncated_source_is_named(source, tmp_path):
     for name, value in data.items():
         (copied / name).write_bytes(value)
     pattern = "model.safetensors"
-    refused(pattern, copied, tmp_path / "q", RTN, error=CheckpointError)
+    refused(pattern, copied, tmp_path / "q", RTN_RULES, error=CheckpointError)
     assert not (tmp_path / "q").exists()
 
 
@@ -314,7 +314,7 @@ def test_a_missing_shard_is_named(source, tmp_path):
     text = '{"weight_map": {"x.weight": "model-00001-of-00002.safetensors"}}'
     (copied / "model.safetensors.index.json").write_text(text)
     pattern = "model-00001-of-00002.safetensors: is missing"
-    refused(pattern, copied, tmp_path / "q", RTN, error=CheckpointError)
+    refused(pattern, copied, tmp_path / "q", RTN_RULES, error=CheckpointError)
 
 
 def test_a_report_that_was_removed_meanwhile_is_named(killer, source, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans as SklearnKMeans
 
 from kashin_jax.codebooks import (
     assign_pairs,
@@ -125,7 +125,7 @@ def test_lloyd_ends_where_scikit_learn_ends_from_the_same_start(make):
     seeded = jax.jit(kmeans_plus_plus, static_argnums=2)
     start = np.asarray(seeded(jax.random.key(4), jnp.asarray(points), 16))
     ours = lloyd_pairs(*as_pairs(u, v), jnp.asarray(start), rtol=1e-7, max_steps=500)
-    theirs = KMeans(
+    theirs = SklearnKMeans(
         16, init=start, n_init=1, algorithm="lloyd", tol=0, max_iter=500
     ).fit(points.astype(np.float64))
     assert ours.converged

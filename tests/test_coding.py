@@ -13,7 +13,7 @@ from kashin_jax.bases import BasisSpec, make_pair
 from kashin_jax.decomposition import kashin_decompose
 from kashin_jax.methods.affine import minmax_code, rtn_code
 from kashin_jax.methods.kashin import (
-    KashinConfig,
+    GreedyKashin,
     cluster_factors,
     decompose_blocks,
     kashin_code,
@@ -63,7 +63,7 @@ def run_kashin(x, config, block_shape=None, seed=0):
 )
 def test_gaussian_matrices_reach_the_papers_error_at_four_bits(text):
     x = problems.gaussian(512, 512)
-    config = KashinConfig(basis=BasisSpec.parse(text))
+    config = GreedyKashin(basis=BasisSpec.parse(text))
     code, decoded = run_kashin(x, config)
     assert code.converged.all()
     assert 0.122 < relative_error(x, decoded) < 0.134
@@ -88,7 +88,7 @@ def test_scalar_controls_reach_their_known_errors_on_gaussian_matrices():
 )
 def test_every_width_has_its_codebook_and_more_bits_lose_less(bits):
     x = problems.student_t(64, 96)
-    code, decoded = run_kashin(x, KashinConfig(bits=bits, **QUICK))
+    code, decoded = run_kashin(x, GreedyKashin(bits=bits, **QUICK))
     assert code.centroids.shape == (2**bits, 2)
     assert int(code.codes.max()) < 2**bits
     limit = {1: 0.8, 2: 0.6, 3: 0.4, 5: 0.17, 8: 0.06}[bits]
@@ -98,7 +98,7 @@ def test_every_width_has_its_codebook_and_more_bits_lose_less(bits):
 @pytest.mark.parametrize("name", problems.ALL)
 def test_no_problem_yields_anything_but_finite_numbers(name):
     x = problems.ALL[name](64, 96)
-    code, decoded = run_kashin(x, KashinConfig(max_steps=20, **QUICK))
+    code, decoded = run_kashin(x, GreedyKashin(max_steps=20, **QUICK))
     assert all(np.isfinite(leaf).all() for leaf in code)
     assert np.isfinite(decoded).all()
     if name in problems.TRIVIAL:
@@ -109,7 +109,7 @@ def test_no_problem_yields_anything_but_finite_numbers(name):
 
 
 def test_scaling_a_matrix_leaves_its_codes_unchanged():
-    x, config = problems.gaussian(64, 96), KashinConfig(**QUICK)
+    x, config = problems.gaussian(64, 96), GreedyKashin(**QUICK)
     plain, _ = run_kashin(x, config)
     scaled, _ = run_kashin(x * np.float32(2.0**-90), config)
     assert np.array_equal(plain.codes, scaled.codes)
@@ -119,7 +119,7 @@ def test_scaling_a_matrix_leaves_its_codes_unchanged():
 def test_blocks_are_decomposed_as_if_each_were_alone():
     x = problems.outlier_columns(48, 80)
     # After many steps roundings of a batch have tipped a sign here and there.
-    config = KashinConfig(rtol=1e-3, max_steps=10, **QUICK)
+    config = GreedyKashin(rtol=1e-3, max_steps=10, **QUICK)
     basis = make_pair(config.basis, jax.random.key(0), (24, 40))
     factors = decompose_blocks(jnp.asarray(x), basis, config, (24, 40))
     assert factors.u.shape == (2, 2, 24, 40)
@@ -132,7 +132,7 @@ def test_blocks_are_decomposed_as_if_each_were_alone():
 
 
 def test_one_block_takes_the_same_way_as_a_grid_of_one():
-    x, config = jnp.asarray(problems.gaussian(24, 40)), KashinConfig(max_steps=12)
+    x, config = jnp.asarray(problems.gaussian(24, 40)), GreedyKashin(max_steps=12)
     basis = make_pair(config.basis, jax.random.key(0), (24, 40))
     whole = decompose_blocks(x, basis, config, (24, 40))
     stacked = decompose_blocks(jnp.concatenate([x, x]), basis, config, (24, 40))
@@ -142,7 +142,7 @@ def test_one_block_takes_the_same_way_as_a_grid_of_one():
 
 
 def test_codes_of_a_blocked_matrix_are_in_the_order_of_the_matrix():
-    x, config = problems.gaussian(48, 80), KashinConfig(bits=6, **QUICK)
+    x, config = problems.gaussian(48, 80), GreedyKashin(bits=6, **QUICK)
     code, decoded = run_kashin(x, config, (24, 20))
     assert code.scale.shape == code.residual.shape == (2, 4)
     assert code.codes.shape == x.shape
@@ -219,7 +219,7 @@ def test_constant_matrices_survive_uniform_kmeans_and_kashin_exactly(value, bits
     assert np.array_equal(decode_affine(minmax_code(x[None], bits))[0], x)
     book = kmeans_code(x, jax.random.key(0), bits=bits)
     assert np.array_equal(decode_scalars(book), x)
-    _, decoded = run_kashin(x, KashinConfig(bits=bits, **QUICK))
+    _, decoded = run_kashin(x, GreedyKashin(bits=bits, **QUICK))
     assert np.array_equal(decoded, x)
 
 
@@ -274,4 +274,4 @@ def test_a_short_last_group_is_filled_without_changing_its_range(rows):
 )
 def test_settings_that_cannot_work_are_refused(field, value):
     with pytest.raises(ValueError, match=f"`{field}`"):
-        KashinConfig(**{field: value})
+        GreedyKashin(**{field: value})

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kashin_jax import JointConfig, RTNConfig, quantize
+from kashin_jax import RTN, JointKashin, quantize
 from kashin_jax.methods.joint.scales import common_input_scale
 
 KEY = jax.random.key(0)
-CONFIG = JointConfig(effort="fast")
+CONFIG = JointKashin(effort="fast")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_equal_kernels_have_the_scale_that_each_has_alone(kernel):
         (np.ones(63), CONFIG, "`in_scale` has shape"),
         (np.zeros(64), CONFIG, "must be finite and positive"),
         (np.full(64, 1e6), CONFIG, "must be finite and positive"),
-        (np.ones(64), RTNConfig(), "RTNConfig has no use for `in_scale`"),
+        (np.ones(64), RTN(), "RTN has no use for `in_scale`"),
     ],
 )
 def test_scales_that_cannot_be_used_are_refused(kernel, in_scale, config, named):

@@ -1,4 +1,4 @@
-"""`KashinEmbed` beside the `nnx.Embed` that it replaces."""
+"""`QuantizedEmbed` beside the `nnx.Embed` that it replaces."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,17 @@ from flax import nnx
 from packed_matrices import random_tensor
 
 from kashin_jax import (
+    HQQ,
+    NF4,
+    RTN,
     BasisSpec,
-    ChannelKMeansConfig,
-    HQQConfig,
-    JointConfig,
-    KashinConfig,
-    KashinEmbed,
-    KMeansConfig,
-    NF4Config,
+    ChannelKMeans,
+    GreedyKashin,
+    JointKashin,
+    KMeans,
+    QuantizedEmbed,
     RotatedRTNConfig,
-    RTNConfig,
-    UniformConfig,
+    Uniform,
     dequantize,
 )
 from kashin_jax.errors import UsageError
@@ -26,19 +26,19 @@ from kashin_jax.pipeline import rows
 from kashin_jax.tensors.kashin import KashinLayout
 from kashin_jax.tensors.kernels.rows import bands_of_rows, take_rows, times_transpose
 
-JOINT = JointConfig(bits=2, block_shape=(12, 8))
+JOINT = JointKashin(bits=2, block_shape=(12, 8))
 KEY = jax.random.key(0)
 METHODS = [
     JOINT,
-    JointConfig(bits=2.5, block_shape=(12, 8)),
-    KashinConfig(bits=3, block_shape=(4, 24)),
-    KashinConfig(bits=1),
-    RTNConfig(bits=3, group_size=7),
-    HQQConfig(bits=2, group_size=16),
-    UniformConfig(bits=5),
-    NF4Config(group_size=20),
-    KMeansConfig(bits=2, num_restarts=1),
-    ChannelKMeansConfig(bits=2, num_restarts=1),
+    JointKashin(bits=2.5, block_shape=(12, 8)),
+    GreedyKashin(bits=3, block_shape=(4, 24)),
+    GreedyKashin(bits=1),
+    RTN(bits=3, group_size=7),
+    HQQ(bits=2, group_size=16),
+    Uniform(bits=5),
+    NF4(group_size=20),
+    KMeans(bits=2, num_restarts=1),
+    ChannelKMeans(bits=2, num_restarts=1),
     RotatedRTNConfig(bits=4),
 ]
 VOCABULARY, FEATURES = 48, 24
@@ -53,7 +53,7 @@ def pair(config=JOINT, **options):
     dense = nnx.Embed(VOCABULARY, FEATURES, rngs=nnx.Rngs(1), **options)
     dtype = options.get("param_dtype", jnp.float32)
     tensor = random_tensor(config, (VOCABULARY, FEATURES), dtype=dtype)
-    packed = KashinEmbed.from_embed(dense, tensor)
+    packed = QuantizedEmbed.from_embed(dense, tensor)
     dense.embedding.set_value(packed.embedding)
     return packed, dense
 
@@ -81,7 +81,7 @@ def test_look_ups_and_logits_are_those_of_the_decoded_table(config):
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("config", [JOINT, RTNConfig(group_size=16)])
+@pytest.mark.parametrize("config", [JOINT, RTN(group_size=16)])
 def test_indices_are_read_as_by_an_embedding(config):
     packed, dense = pair(config)
     for kind in (jnp.int32, jnp.uint8, jnp.int8):
@@ -98,7 +98,7 @@ def test_indices_are_read_as_by_an_embedding(config):
 
 def test_a_table_of_one_row_is_that_row_for_everything():
     dense = nnx.Embed(1, 16, rngs=nnx.Rngs(0))
-    packed = KashinEmbed.from_embed(dense, RTNConfig(), KEY)
+    packed = QuantizedEmbed.from_embed(dense, RTN(), KEY)
     dense.embedding.set_value(packed.embedding)
     tokens = jnp.array([0, 5, -3])
     assert_close(packed(tokens), dense(tokens))
@@ -136,10 +136,10 @@ def test_tables_split_merge_and_run_under_jit_vmap_and_grad():
 
 
 def test_a_table_of_another_shape_is_an_error_that_names_the_layer():
-    tensor = random_tensor(RTNConfig(), (24, 48))
+    tensor = random_tensor(RTN(), (24, 48))
     dense = nnx.Embed(VOCABULARY, FEATURES, rngs=nnx.Rngs(1))
     with pytest.raises(UsageError, match=r"`wte/embedding` has shape \(48, 24\)"):
-        KashinEmbed.from_embed(dense, tensor, path="wte")
+        QuantizedEmbed.from_embed(dense, tensor, path="wte")
 
 
 def bands(shape, bits, block_shape):
@@ -180,7 +180,7 @@ def decoded_sizes(function, *args):
 
 @pytest.mark.parametrize(
     "config",
-    [JointConfig(bits=4), RTNConfig(), NF4Config()],
+    [JointKashin(bits=4), RTN(), NF4()],
     ids=lambda config: type(config).__name__,
 )
 def test_a_look_up_decodes_a_small_part_of_the_table(config):
@@ -192,7 +192,7 @@ def test_a_look_up_decodes_a_small_part_of_the_table(config):
 
 def test_many_tokens_and_logits_need_no_more_than_a_tile(monkeypatch):
     monkeypatch.setattr(rows, "MAX_TILE", 2**13)
-    tensor = random_tensor(JointConfig(bits=4), (2048, 64))
+    tensor = random_tensor(JointKashin(bits=4), (2048, 64))
     tokens = jax.random.randint(KEY, (500,), 0, 2048)
     sizes = decoded_sizes(take_rows, tensor, tokens)
     assert max(size for size in sizes if size != 500 * 64) <= 2**13

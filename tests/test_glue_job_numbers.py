@@ -20,7 +20,7 @@ from tiny_classifier import (
 
 from experiments.glue import main
 from experiments.results import read_jsonl
-from kashin_jax import BasisSpec, KashinConfig, dequantize, quantize
+from kashin_jax import BasisSpec, GreedyKashin, dequantize, quantize
 from kashin_jax.models.classifier_loading import load_classifier
 from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
 
@@ -97,7 +97,7 @@ def test_correlations_equal_those_of_examples_scored_by_hand(finished, given):
 
 def test_a_quantized_row_is_the_dense_model_on_decoded_weights(finished, given):
     loaded = load_classifier(given.root / "bert-sst2")
-    config = KashinConfig(
+    config = GreedyKashin(
         bits=4, basis=BasisSpec.parse("hadamard"), rtol=1e-6, max_steps=6000
     )
     with jax.default_matmul_precision("highest"):

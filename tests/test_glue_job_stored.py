@@ -5,7 +5,7 @@ from tiny_classifier import arguments, given, pick, table
 
 from experiments.glue import main
 from experiments.methods import AS_STORED
-from kashin_jax import Rules, UniformConfig
+from kashin_jax import Rules, Uniform
 from kashin_jax.pipeline import inspect_checkpoint, quantize_checkpoint
 
 __all__ = ["given"]  # fixture
@@ -87,7 +87,7 @@ def test_layers_that_were_left_alone_stay_so_on_disk(given, tmp_path):
 def test_what_kashin_quantize_writes_is_scored(given, saved, tmp_path):
     records, _ = saved
     source = given.root / "bert-sst2"
-    rules = Rules(config=UniformConfig(bits=2))
+    rules = Rules(config=Uniform(bits=2))
     quantize_checkpoint(source, tmp_path / "q", rules)
     found = table(tmp_path / "q", given.data, tmp_path / "out", "--tasks=sst2")
     assert_same(found, pick(records, method="uniform", task="sst2"))

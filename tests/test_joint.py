@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from packed_matrices import random_words
 
 from kashin_jax import (
+    NF4,
+    RTN,
     BasisSpec,
-    JointConfig,
-    NF4Config,
+    JointKashin,
     RotatedKMeansConfig,
-    RTNConfig,
     bits_per_weight,
     encode,
     matmul,
@@ -42,7 +42,7 @@ HADAMARD = BasisSpec.parse("hadamard")
 FAST = {"effort": "fast"}
 # Tests share matrices of a shape and a width where they can, so that the coder is
 # compiled once for them: it takes longest.
-SHAPE, THREE = (128, 96), JointConfig(bits=3, **FAST)
+SHAPE, THREE = (128, 96), JointKashin(bits=3, **FAST)
 decode_words, level_mean = jax.jit(decode_eagerly), jax.jit(mean_eagerly)
 analysis = jax.jit(lambda basis, x: basis.analysis(x))
 synthesis = jax.jit(lambda basis, v: basis.synthesis(v))
@@ -249,14 +249,14 @@ def relative_error(x, config):
 )
 def test_it_loses_less_than_the_controls_of_at_least_as_many_bits(name, bits):
     x = getattr(problems, name)(256, 512)
-    tensor, report = quantize(x, JointConfig(bits=bits, **FAST), KEY)
+    tensor, report = quantize(x, JointKashin(bits=bits, **FAST), KEY)
     error = float(report.relative_squared_error)
     assert bits < bits_per_weight(tensor) < bits + 0.15
-    assert error < relative_error(x, RTNConfig(bits=bits, group_size=128))
+    assert error < relative_error(x, RTN(bits=bits, group_size=128))
     # One codebook for a rotated matrix needs fewer bits by the scales alone.
     assert error < 0.8 * relative_error(x, RotatedKMeansConfig(bits=bits))
     if bits == 4:
-        assert error < relative_error(x, NF4Config())
+        assert error < relative_error(x, NF4())
 
 
 def dense(basis):
@@ -302,7 +302,7 @@ def unpacked(tensor):
     ],
 )  # fmt: skip
 def test_decoding_and_products_are_those_of_plain_numpy(bits, shape, balance):
-    config = JointConfig(bits=bits, balance=balance, rotation=bool(balance), **FAST)
+    config = JointKashin(bits=bits, balance=balance, rotation=bool(balance), **FAST)
     tensor = random_words(config, shape)
     m, n = shape
     bm, bn = tensor.layout.block_shape
@@ -404,8 +404,8 @@ def test_centroids_and_scales_have_gradients():
     ],
 )
 def test_blocks_are_as_near_to_64_as_divisors_allow(shape, expected):
-    assert joint_block_shape(shape, JointConfig()) == expected
-    given_shape = JointConfig(block_shape=(2, 3))
+    assert joint_block_shape(shape, JointKashin()) == expected
+    given_shape = JointKashin(block_shape=(2, 3))
     assert joint_block_shape(shape, given_shape) == (2, 3)
 
 
@@ -423,29 +423,29 @@ def test_blocks_are_as_near_to_64_as_divisors_allow(shape, expected):
 )
 def test_choices_that_do_not_exist_are_refused(fields, words):
     with pytest.raises(ValueError, match=words.replace("[", r"\[")):
-        JointConfig(**fields)
+        JointKashin(**fields)
 
 
 def test_blocks_that_do_not_divide_the_matrix_are_refused():
     with pytest.raises(ValueError, match="`weight`: A matrix of shape"):
-        quantize(problems.gaussian(10, 10), JointConfig(block_shape=(4, 4)), KEY)
+        quantize(problems.gaussian(10, 10), JointKashin(block_shape=(4, 4)), KEY)
 
 
 def test_half_widths_need_blocks_of_an_even_number_of_rows():
     with pytest.raises(ValueError, match="`weight`: At 2.5 bits .* 7 rows"):
-        quantize(problems.gaussian(7, 64), JointConfig(bits=2.5), KEY)
+        quantize(problems.gaussian(7, 64), JointKashin(bits=2.5), KEY)
     with pytest.raises(ValueError, match="`weight`: At 2.5 bits .* 3 rows"):
         quantize(
-            problems.gaussian(12, 12), JointConfig(bits=2.5, block_shape=(3, 4)), KEY
+            problems.gaussian(12, 12), JointKashin(bits=2.5, block_shape=(3, 4)), KEY
         )
-    assert joint_block_shape((6, 6), JointConfig(bits=2.5)) == (6, 6)
-    assert joint_block_shape((126, 6), JointConfig(bits=2.5)) == (42, 6)
+    assert joint_block_shape((6, 6), JointKashin(bits=2.5)) == (6, 6)
+    assert joint_block_shape((126, 6), JointKashin(bits=2.5)) == (42, 6)
 
 
 @pytest.mark.parametrize("bits", SPLITS)
 def test_stored_bits_are_those_of_the_width_and_a_little(bits):
     x = jax.ShapeDtypeStruct((256, 512), jnp.float32)
-    coded = partial(encode, config=JointConfig(bits=bits, **FAST))
+    coded = partial(encode, config=JointKashin(bits=bits, **FAST))
     tensor, _ = jax.eval_shape(coded, x, KEY)
     # Two half-precision numbers per line, a float32 per block, the codebook, the seed.
     pairs = tensor.centroids.shape[0]
@@ -457,7 +457,7 @@ def test_stored_bits_are_those_of_the_width_and_a_little(bits):
 @pytest.mark.slow
 def test_errors_of_half_widths_lie_between_those_of_whole_ones():
     x = problems.gaussian(256, 512)
-    errors = [relative_error(x, JointConfig(bits=b, **FAST)) for b in (2, 2.5, 3, 3.5)]
+    errors = [relative_error(x, JointKashin(bits=b, **FAST)) for b in (2, 2.5, 3, 3.5)]
     ratios = np.diff(np.log2(errors))
     # Half a bit halves the error: no width is a bad bargain.
     assert (ratios < -0.8).all()
@@ -510,21 +510,21 @@ def test_equal_importances_are_a_balance_of_one_half():
     ],
 )
 def test_importances_that_cannot_be_are_refused(importance, words):
-    config = JointConfig(bits=2, **FAST)
+    config = JointKashin(bits=2, **FAST)
     with pytest.raises(ValueError, match=re.escape(words)):
         quantize(problems.gaussian(64, 64), config, KEY, importance=importance)
 
 
 def test_only_the_joint_coder_takes_importances():
-    with pytest.raises(TypeError, match="RTNConfig has no use for `importance`"):
-        quantize(problems.gaussian(64, 64), RTNConfig(), KEY, importance=np.ones(64))
+    with pytest.raises(TypeError, match="RTN has no use for `importance`"):
+        quantize(problems.gaussian(64, 64), RTN(), KEY, importance=np.ones(64))
 
 
 @pytest.mark.parametrize("balance", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_unshrinking_gives_outputs_back_what_means_took(balance):
     x = problems.student_t(*SHAPE)
     for power in (0.0, 0.5):
-        config = JointConfig(bits=2, balance=balance, unshrink=power, **FAST)
+        config = JointKashin(bits=2, balance=balance, unshrink=power, **FAST)
         decoded = np.asarray(quantize(x, config, KEY)[0].decode())
         left = np.sum(x * x, axis=0) / np.sum(x * decoded, axis=0)
         if power == 0:
@@ -535,15 +535,15 @@ def test_unshrinking_gives_outputs_back_what_means_took(balance):
 
 
 def test_only_narrow_codes_unshrink_unless_told_to():
-    powers = [JointConfig(bits=bits).expansion for bits in SPLITS]
+    powers = [JointKashin(bits=bits).expansion for bits in SPLITS]
     assert powers == [0.5, 0.5, 0, 0, 0, 0, 0]
-    assert JointConfig(bits=4, unshrink=1.0).expansion == 1.0
+    assert JointKashin(bits=4, unshrink=1.0).expansion == 1.0
 
 
 def test_joint_coding_at_four_bits_is_what_happens_by_default():
     x = problems.gaussian(64, 64)
     ours, _ = quantize(x)
-    same, _ = quantize(x, JointConfig(bits=4, effort="default"), jax.random.key(0))
+    same, _ = quantize(x, JointKashin(bits=4, effort="default"), jax.random.key(0))
     chex.assert_trees_all_equal(ours, same)
 
 

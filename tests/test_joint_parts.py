@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kashin_jax import BasisSpec, JointConfig
+from kashin_jax import BasisSpec, JointKashin
 from kashin_jax.bases import make_pair
 from kashin_jax.methods import encode
 from kashin_jax.methods.joint.anneal import anneal
@@ -30,7 +30,7 @@ def weights(shape):
 
 def code(weight, part_size, bits=3):
     pair = make_pair(HADAMARD, KEY, (SIDE, SIDE))
-    config = JointConfig(bits=bits, effort="fast")
+    config = JointKashin(bits=bits, effort="fast")
     found = joint_code(weight, pair, None, config, (SIDE, SIDE), part_size=part_size)
     return found, np.asarray(decoded(found, pair))
 
@@ -111,7 +111,7 @@ def test_given_levels_stay_and_each_block_is_coded_alone():
     "bits", [2.5, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 3, 5))]
 )
 def test_bands_of_rows_decode_to_the_rows_of_the_matrix(bits):
-    config = JointConfig(bits=bits, block_shape=(16, SIDE), effort="fast")
+    config = JointKashin(bits=bits, block_shape=(16, SIDE), effort="fast")
     tensor = random_tensor(config, (96, 64))
     decode_bands = jax.vmap(lambda band: band.decode())
     bands = jax.jit(lambda tensor: decode_bands(cut_rows(tensor, 3)))(tensor)
@@ -137,6 +137,6 @@ def compiled_memory(shape, config):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 2.5, 4])
 def test_a_huge_matrix_needs_less_than_twice_its_size_beside_it(bits):
-    config = JointConfig(bits=bits, effort="fast")
+    config = JointKashin(bits=bits, effort="fast")
     assert max(compiled_memory((1024, 1024), config)) < 8
     assert max(compiled_memory((8192, 16384), config)) < 2

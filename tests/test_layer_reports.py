@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kashin_jax import KashinConfig, RTNConfig, bits_per_weight, quantize_model
+from kashin_jax import RTN, GreedyKashin, bits_per_weight, quantize_model
 from kashin_jax.pipeline import LayerReport, outliers, report_table
 
 FAST = {"num_restarts": 1, "sample": 256, "codebook_steps": 10, "polish_steps": 2}
 KEY = jax.random.key(0)
 
 
-def report(error, config=RTNConfig(bits=4)):  # noqa: B008
+def report(error, config=RTN(bits=4)):  # noqa: B008
     return LayerReport(jnp.float32(error**2), None, (8, 8), config, 256, 0.5)
 
 
@@ -27,14 +27,14 @@ def reports(errors, **options):
 def test_a_report_says_what_was_lost_and_stored():
     model = nnx.Sequential(nnx.Linear(32, 16, rngs=nnx.Rngs(0)))
     kernel = np.asarray(model.layers[0].kernel.get_value(), np.float64)
-    result = quantize_model(model, KashinConfig(bits=2, **FAST), KEY)
+    result = quantize_model(model, GreedyKashin(bits=2, **FAST), KEY)
     (found,) = result.reports.values()
     tensor = result.model.layers[0].kernel.get_value()
     lost = np.linalg.norm(kernel - np.asarray(tensor.decode())) / np.linalg.norm(kernel)
     assert found.relative_error == pytest.approx(lost, rel=1e-4)
     assert found.bits_per_weight == bits_per_weight(tensor)
     assert found.residual == pytest.approx(float(found.decomposition["residual"][0, 0]))
-    assert 0 < found.residual <= KashinConfig().rtol
+    assert 0 < found.residual <= GreedyKashin().rtol
     # |x|_2 <= |u|_2 + |v|_2, and no vector is longer than sqrt(N) times its level.
     assert 1 - found.residual <= sum(found.linf_levels) < 4
     assert found.seconds > 0 and found.shape == (32, 16)
@@ -42,7 +42,7 @@ def test_a_report_says_what_was_lost_and_stored():
 
 def test_methods_without_factors_have_no_residual_and_no_levels():
     model = nnx.Linear(32, 16, rngs=nnx.Rngs(0))
-    (found,) = quantize_model(model, RTNConfig()).reports.values()
+    (found,) = quantize_model(model, RTN()).reports.values()
     assert found.residual is None and found.linf_levels is None
 
 
@@ -65,10 +65,10 @@ def test_few_layers_and_zero_errors_say_nothing():
 
 
 def test_layers_are_compared_with_those_of_their_method_only():
-    fine = {f"fine/{i}": report(0.01, RTNConfig(bits=8)) for i in range(6)}
-    coarse = {f"coarse/{i}": report(0.3, RTNConfig(bits=2)) for i in range(3)}
+    fine = {f"fine/{i}": report(0.01, RTN(bits=8)) for i in range(6)}
+    coarse = {f"coarse/{i}": report(0.3, RTN(bits=2)) for i in range(3)}
     assert outliers(fine | coarse) == []
-    assert outliers(fine | {"x": report(0.3, RTNConfig(bits=8))}) == ["x"]
+    assert outliers(fine | {"x": report(0.3, RTN(bits=8))}) == ["x"]
 
 
 def test_outliers_are_named_in_a_warning(caplog):
@@ -78,7 +78,7 @@ def test_outliers_are_named_in_a_warning(caplog):
     usual = kernel.get_value()
     # One weight of every channel takes the grid's range: 22 standard deviations.
     kernel.set_value(usual.at[0].set(22 / 512**0.5))
-    method = RTNConfig(bits=4, group_size=None)
+    method = RTN(bits=4, group_size=None)
     with caplog.at_level(logging.WARNING, "kashin_jax"):
         quantize_model(model, method)
     (record,) = caplog.records

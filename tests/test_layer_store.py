@@ -11,13 +11,13 @@ import pytest
 from experiments import layer_store
 from experiments.layer_store import LayerStore
 from experiments.methods import METHODS
-from kashin_jax import BasisSpec, RTNConfig, UniformConfig
+from kashin_jax import RTN, BasisSpec, Uniform
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.pipeline import path_key
 
 ENVIRONMENT = {"jax_version": "1", "device": "cpu"}
 KEY = jax.random.key(3)
-CONFIG = UniformConfig(bits=4)
+CONFIG = Uniform(bits=4)
 
 
 def kernel(rows=64, columns=64):
@@ -79,8 +79,8 @@ def test_nothing_but_the_finished_file_is_left(store, tmp_path):
         {"kernel": -kernel()},
         {"kernel": kernel().reshape(32, 128)},
         {"kernel": kernel().astype(jnp.bfloat16)},
-        {"config": UniformConfig(bits=3)},
-        {"config": RTNConfig(bits=4)},
+        {"config": Uniform(bits=3)},
+        {"config": RTN(bits=4)},
         {"key": jax.random.key(4)},
         {"key": path_key(KEY, "b")},
     ],

@@ -1,4 +1,4 @@
-"""`KashinLinear` beside the `nnx.Linear` that it replaces."""
+"""`QuantizedLinear` beside the `nnx.Linear` that it replaces."""
 
 import inspect
 
@@ -10,16 +10,16 @@ from flax import nnx
 from packed_matrices import random_tensor
 
 from kashin_jax import (
-    KashinConfig,
-    KashinLinear,
-    NF4Config,
-    RTNConfig,
+    NF4,
+    RTN,
+    GreedyKashin,
+    QuantizedLinear,
     dequantize,
     stored_bits,
 )
 from kashin_jax.layers import DerivedBasis, PackedKernel
 
-CONFIG = KashinConfig(
+CONFIG = GreedyKashin(
     bits=1, num_restarts=1, sample=256, codebook_steps=10, polish_steps=2
 )
 
@@ -43,7 +43,7 @@ def pair(*, use_bias=True, dtype=None, param_dtype=jnp.float32, config=CONFIG):
         dense.bias.set_value(activations((24,)).astype(param_dtype))
     q = random_tensor(config, (16, 24), dtype=param_dtype)
     dense.kernel.set_value(dequantize(q))
-    return KashinLinear(q, dense.bias, dtype=dtype), dense
+    return QuantizedLinear(q, dense.bias, dtype=dtype), dense
 
 
 def assert_close(found, expected, tolerance=1e-5):
@@ -56,7 +56,7 @@ def assert_close(found, expected, tolerance=1e-5):
     ("batch", "use_bias"),
     [((), True), ((3,), False), ((2, 1, 3), True), ((256,), True)],
 )
-@pytest.mark.parametrize("config", [CONFIG, RTNConfig(), NF4Config()])
+@pytest.mark.parametrize("config", [CONFIG, RTN(), NF4()])
 def test_quantized_layer_equals_dense_layer_on_dequantized_kernel(
     config, batch, use_bias
 ):
@@ -80,7 +80,7 @@ def test_without_a_dtype_types_promote_as_in_a_linear(x_dtype, param_dtype):
     with jax.numpy_dtype_promotion("standard"):
         expected = dense(x)
         # Without the run-time checker of the tests: whole numbers are promoted too.
-        found = inspect.unwrap(KashinLinear.__call__)(packed, x)
+        found = inspect.unwrap(QuantizedLinear.__call__)(packed, x)
     # The dense kernel is rounded to its type, the packed one decodes in float32.
     eps = max(float(jnp.finfo(kind).eps) for kind in (expected.dtype, param_dtype))
     assert_close(found, expected, max(1e-5, 2 * eps))
@@ -107,7 +107,7 @@ def test_the_layer_names_its_features_and_parts():
     assert isinstance(packed.kernel, PackedKernel)
     assert isinstance(packed.inputs, DerivedBasis)
     assert isinstance(packed.outputs, DerivedBasis)
-    assert pair(config=RTNConfig())[0].inputs is None
+    assert pair(config=RTN())[0].inputs is None
 
 
 def test_packed_layers_split_merge_and_run_under_jit():
@@ -156,7 +156,7 @@ def test_a_stack_of_layers_runs_under_scan():
     tensors = [random_tensor(CONFIG, (16, 16), seed) for seed in range(3)]
     tensors = [tensor._replace(scale=0.1 * tensor.scale) for tensor in tensors]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tensors)
-    layers = nnx.vmap(KashinLinear)(stacked)
+    layers = nnx.vmap(QuantizedLinear)(stacked)
 
     @nnx.jit
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)

@@ -1,4 +1,4 @@
-"""`KashinLinear.from_linear`: the options of `nnx.Linear`, gradients, stacks."""
+"""`QuantizedLinear.from_linear`: the options of `nnx.Linear`, gradients, stacks."""
 
 import chex
 import jax
@@ -9,11 +9,11 @@ from flax import nnx
 from packed_matrices import random_tensor
 
 from kashin_jax import (
-    JointConfig,
-    KashinConfig,
-    KashinLinear,
+    RTN,
+    GreedyKashin,
+    JointKashin,
+    QuantizedLinear,
     RotatedRTNConfig,
-    RTNConfig,
     bits_per_weight,
     dequantize,
     matmul,
@@ -22,10 +22,10 @@ from kashin_jax import (
 from kashin_jax.errors import UsageError
 from kashin_jax.layers import PackedKernel
 
-CONFIG = KashinConfig(
+CONFIG = GreedyKashin(
     bits=1, num_restarts=1, sample=256, codebook_steps=10, polish_steps=2
 )
-ROUNDED = RTNConfig()
+ROUNDED = RTN()
 KEY = jax.random.key(0)
 
 
@@ -43,7 +43,7 @@ def packed_and_dense(config=ROUNDED, **options):
     dense = linear(bias_init=nnx.initializers.normal(), **options)
     dtype = dense.kernel.get_value().dtype
     tensor = random_tensor(config, (16, 24), dtype=dtype)
-    packed = KashinLinear.from_linear(dense, tensor)
+    packed = QuantizedLinear.from_linear(dense, tensor)
     dense.kernel.set_value(dequantize(packed.kernel.get_value()))
     return packed, dense
 
@@ -113,27 +113,27 @@ def own_product(*args, **kwargs):
 
 def test_a_product_of_its_own_is_an_error_that_names_the_layer():
     with pytest.raises(UsageError, match=r"`decoder/fc1` has a `dot_general` of its"):
-        KashinLinear.from_linear(
-            linear(dot_general=own_product), RTNConfig(), path="decoder/fc1"
+        QuantizedLinear.from_linear(
+            linear(dot_general=own_product), RTN(), path="decoder/fc1"
         )
 
 
 def test_two_precisions_are_an_error():
     with pytest.raises(UsageError, match="differs between the operands"):
-        KashinLinear.from_linear(
-            linear(precision=("high", "highest")), RTNConfig(), path="fc"
+        QuantizedLinear.from_linear(
+            linear(precision=("high", "highest")), RTN(), path="fc"
         )
 
 
 def test_a_matrix_of_another_shape_is_an_error_that_names_the_layer():
-    tensor = random_tensor(RTNConfig(), (24, 16))
+    tensor = random_tensor(RTN(), (24, 16))
     with pytest.raises(UsageError, match=r"`fc1/kernel` has shape \(16, 24\)"):
-        KashinLinear.from_linear(linear(), tensor, path="fc1")
+        QuantizedLinear.from_linear(linear(), tensor, path="fc1")
 
 
 def test_a_method_quantizes_with_the_key_given():
     config, dense = RotatedRTNConfig(), linear()
-    packed = KashinLinear.from_linear(dense, config, KEY)
+    packed = QuantizedLinear.from_linear(dense, config, KEY)
     expected, _ = quantize(dense.kernel.get_value(), config, KEY)
     chex.assert_trees_all_equal(packed.kernel.get_value(), expected)
     assert packed.bias is dense.bias
@@ -141,16 +141,16 @@ def test_a_method_quantizes_with_the_key_given():
 
 def test_layers_that_share_a_matrix_share_its_variables():
     tensor = random_tensor(CONFIG, (16, 24))
-    first = KashinLinear.from_linear(linear(), tensor)
-    second = KashinLinear(first.packed)
+    first = QuantizedLinear.from_linear(linear(), tensor)
+    second = QuantizedLinear(first.packed)
     assert second.kernel is first.kernel and second.inputs is first.inputs
     assert len(nnx.to_flat_state(nnx.state((first, second), PackedKernel))) == 1
 
 
-@pytest.mark.parametrize("config", [CONFIG, JointConfig(bits=2)])
+@pytest.mark.parametrize("config", [CONFIG, JointKashin(bits=2)])
 def test_gradients_reach_what_is_stored_as_floats_and_not_the_codes(config):
     tensor = random_tensor(config, (16, 24))
-    packed = KashinLinear.from_linear(linear(), tensor)
+    packed = QuantizedLinear.from_linear(linear(), tensor)
     x = 0.1 * activations((4, 16))
 
     @nnx.jit
@@ -188,14 +188,14 @@ def stack():
 
 def test_a_stack_of_layers_has_the_bits_per_weight_of_one(stack):
     tensors, stacked = stack
-    layers = nnx.vmap(KashinLinear)(stacked)
-    assert layers.bits_per_weight == KashinLinear(tensors[0]).bits_per_weight
+    layers = nnx.vmap(QuantizedLinear)(stacked)
+    assert layers.bits_per_weight == QuantizedLinear(tensors[0]).bits_per_weight
     assert layers.bits_per_weight == bits_per_weight(tensors[0])
 
 
 def test_gradients_pass_through_a_scan_over_layers_under_jit_and_vmap(stack):
     tensors, stacked = stack
-    layers = nnx.vmap(KashinLinear)(stacked)
+    layers = nnx.vmap(QuantizedLinear)(stacked)
 
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
     def run(layer, x):

@@ -1,4 +1,4 @@
-"""`KashinDense` beside the `nn.Dense` that it replaces."""
+"""`QuantizedDense` beside the `nn.Dense` that it replaces."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ from flax import linen as nn
 from packed_matrices import random_tensor
 
 from kashin_jax import (
-    JointConfig,
-    KashinConfig,
-    KashinDense,
-    NF4Config,
+    NF4,
+    RTN,
+    GreedyKashin,
+    JointKashin,
+    QuantizedDense,
     RotatedRTNConfig,
-    RTNConfig,
     dequantize,
     dequantize_params,
     quantize_params,
@@ -21,7 +21,7 @@ from kashin_jax import (
 from kashin_jax.errors import UsageError
 from kashin_jax.layers import packed_dense
 
-CONFIG = KashinConfig(
+CONFIG = GreedyKashin(
     bits=1, num_restarts=1, sample=256, codebook_steps=10, polish_steps=2
 )
 KEY = jax.random.key(0)
@@ -69,7 +69,7 @@ def test_packed_layer_equals_dense_layer_on_dequantized_kernel(trained, batch):
     _, packed = trained
     x = activations((*batch, 16))
     expected = apply(Network(), dequantize_params(packed), x)
-    assert_close(apply(Network(KashinDense), packed, x), expected)
+    assert_close(apply(Network(QuantizedDense), packed, x), expected)
 
 
 def test_a_model_that_knows_only_dense_layers_runs_on_packed_parameters(trained):
@@ -96,15 +96,15 @@ def test_a_model_that_knows_only_dense_layers_runs_on_packed_parameters(trained)
 )
 def test_every_option_of_a_dense_layer_means_the_same(options):
     dense, x = nn.Dense(24, **options), activations((4, 16))
-    packed = quantize_params(jax.jit(dense.init)(KEY, x), NF4Config()).params
+    packed = quantize_params(jax.jit(dense.init)(KEY, x), NF4()).params
     expected = apply(dense, dequantize_params(packed), x)
-    found = apply(KashinDense(24, **options), packed, x)
+    found = apply(QuantizedDense(24, **options), packed, x)
     assert_close(found, expected, 2e-2 if "dtype" in options else 1e-5)
 
 
 def test_init_gives_the_structure_of_the_parameters_without_work():
     x = jnp.ones((1, 128))
-    layer = KashinDense(256, config=JointConfig(bits=2.5))
+    layer = QuantizedDense(256, config=JointKashin(bits=2.5))
     shapes = jax.eval_shape(layer.init, KEY, x)
     assert shapes["params"]["bias"].shape == (256,)
     kernel = shapes["params"]["kernel"]
@@ -113,7 +113,7 @@ def test_init_gives_the_structure_of_the_parameters_without_work():
 
 
 def test_init_makes_a_layer_that_runs():
-    layer = KashinDense(24, config=RotatedRTNConfig())
+    layer = QuantizedDense(24, config=RotatedRTNConfig())
     params = jax.jit(layer.init)(KEY, jnp.ones((1, 16)))
     dense = dequantize_params(params)
     x = activations((4, 16))
@@ -127,11 +127,11 @@ def test_layers_of_one_model_may_have_any_methods_and_dense_kernels(trained):
     mixed = {"params": packed["params"] | {"down": params["params"]["down"]}}
     x = activations((4, 16))
     expected = apply(Network(), dequantize_params(mixed), x)
-    assert_close(apply(Network(KashinDense), mixed, x), expected)
-    rounded = quantize_params(params, RTNConfig()).params
+    assert_close(apply(Network(QuantizedDense), mixed, x), expected)
+    rounded = quantize_params(params, RTN()).params
     mixed = {"params": packed["params"] | {"down": rounded["params"]["down"]}}
     expected = apply(Network(), dequantize_params(mixed), x)
-    assert_close(apply(Network(KashinDense), mixed, x), expected)
+    assert_close(apply(Network(QuantizedDense), mixed, x), expected)
 
 
 def test_layers_run_under_scan_vmap_and_grad():
@@ -168,13 +168,13 @@ def test_layers_run_under_scan_vmap_and_grad():
 
         return jax.jit(jax.vmap(jax.grad(loss)))(x)
 
-    assert_close(gradients(KashinDense, packed), gradients(nn.Dense, dense))
+    assert_close(gradients(QuantizedDense, packed), gradients(nn.Dense, dense))
 
 
 def test_a_kernel_of_another_shape_is_an_error_that_names_the_layer(trained):
     _, packed = trained
     with pytest.raises(UsageError, match=r"`up` needs a kernel of shape \(12, 24\)"):
-        Network(KashinDense).apply(packed, jnp.ones((1, 12)))
+        Network(QuantizedDense).apply(packed, jnp.ones((1, 12)))
 
 
 def test_a_product_of_its_own_is_an_error_that_names_the_layer(trained):
@@ -183,7 +183,7 @@ def test_a_product_of_its_own_is_an_error_that_names_the_layer(trained):
     class Own(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return KashinDense(24, dot_general=own_product, name="up")(x)
+            return QuantizedDense(24, dot_general=own_product, name="up")(x)
 
     only = {"params": {"up": packed["params"]["up"]}}
     with pytest.raises(UsageError, match="`up` has a `dot_general` of its own"):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from kashin_jax import KashinLinear, RTNConfig, quantize_model
+from kashin_jax import RTN, QuantizedLinear, quantize_model
 from kashin_jax.layers import PackedKernel
 
 KEY = jax.random.key(0)
@@ -28,7 +28,7 @@ def with_adapters(model, rank, rngs):
     """
 
     def wrap(path, node):
-        if not isinstance(node, KashinLinear):
+        if not isinstance(node, QuantizedLinear):
             return node
         return nnx.LoRA(
             node.in_features, rank, node.out_features, base_module=node, rngs=rngs
@@ -44,7 +44,7 @@ def stored(model):
 
 def test_adapters_learn_what_quantization_lost_while_the_codes_stay():
     teacher = Network(nnx.Rngs(0))
-    packed = quantize_model(teacher, RTNConfig(bits=2), KEY).model
+    packed = quantize_model(teacher, RTN(bits=2), KEY).model
     student = with_adapters(packed, 8, nnx.Rngs(1))
     x = np.random.default_rng(0).standard_normal((256, 16)).astype(np.float32)
     call = nnx.jit(lambda model, x: model(x))

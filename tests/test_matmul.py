@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_matrices import random_words
 
-from kashin_jax import BasisSpec, JointConfig, QuantizedTensor, dequantize, matmul
+from kashin_jax import BasisSpec, JointKashin, KashinTensor, dequantize, matmul
 from kashin_jax.tensors import derive_basis
 from kashin_jax.tensors.kashin import KashinLayout
 from kashin_jax.tensors.kernels.factors import factor_rows
@@ -28,7 +28,7 @@ def random_tensor(shape, *, block_shape=None, bits=4, basis="hadamard", seed=0):
     block_shape = block_shape or shape
     grid = shape[0] // block_shape[0], shape[1] // block_shape[1]
     size = math.ceil(math.prod(shape) * bits / 8)
-    return QuantizedTensor(
+    return KashinTensor(
         jnp.array(rng.integers(0, 256, size), jnp.uint8),
         jnp.array(rng.normal(size=(2**bits, 2)), jnp.float32),
         jnp.array(rng.uniform(0.5, 2, grid), jnp.float32),
@@ -110,7 +110,7 @@ def test_few_and_many_rows_agree_with_the_dense_product(rows, max_tile, block_sh
     ("bits",), slow_but([(2,), (2.5,)], [(2,), (2.5,), (3,), (3.5,), (5,)])
 )
 def test_joint_codes_of_any_width_multiply_like_their_matrix(rows, max_tile, bits):
-    q = random_words(JointConfig(bits=bits, block_shape=(16, 8)), (96, 24))
+    q = random_words(JointKashin(bits=bits, block_shape=(16, 8)), (96, 24))
     x = activations((rows, 96), seed=2)
     y = matmul(x, q, max_tile=max_tile, precision="highest")
     assert relative(y, dense_product(x, q)) < 1e-5

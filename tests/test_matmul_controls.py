@@ -14,32 +14,32 @@ from test_matmul import (
 )
 
 from kashin_jax import (
-    ChannelKMeansConfig,
-    HQQConfig,
-    KMeansConfig,
-    NF4Config,
+    HQQ,
+    NF4,
+    RTN,
+    ChannelKMeans,
+    KMeans,
     RotatedKMeansConfig,
-    RTNConfig,
-    UniformConfig,
+    Uniform,
     matmul,
 )
 from kashin_jax.methods import RotatedRTNConfig
 from kashin_jax.tensors.affine import control_basis
 
 CONFIGS = [
-    RTNConfig(),
-    RTNConfig(group_size=26, bits=3),
-    RTNConfig(group_size=16),  # the last group is shorter
-    RTNConfig(group_size=5, bits=2),
-    RTNConfig(group_size=None),
-    HQQConfig(group_size=4),
-    HQQConfig(group_size=26, bits=2),
-    NF4Config(group_size=32),
-    UniformConfig(bits=8),
-    KMeansConfig(bits=3),
-    KMeansConfig(bits=6),
-    ChannelKMeansConfig(bits=4),
-    ChannelKMeansConfig(bits=6),
+    RTN(),
+    RTN(group_size=26, bits=3),
+    RTN(group_size=16),  # the last group is shorter
+    RTN(group_size=5, bits=2),
+    RTN(group_size=None),
+    HQQ(group_size=4),
+    HQQ(group_size=26, bits=2),
+    NF4(group_size=32),
+    Uniform(bits=8),
+    KMeans(bits=3),
+    KMeans(bits=6),
+    ChannelKMeans(bits=4),
+    ChannelKMeans(bits=6),
     RotatedKMeansConfig(bits=1),
     RotatedRTNConfig(group_size=26),
 ]
@@ -82,12 +82,12 @@ def test_a_rotation_that_the_caller_keeps_gives_the_same_product():
 @pytest.mark.parametrize(
     "config, columns",
     [
-        (RTNConfig(), 256),
-        (RTNConfig(), 255),
-        (NF4Config(), 255),
-        (ChannelKMeansConfig(), 256),
+        (RTN(), 256),
+        (RTN(), 255),
+        (NF4(), 255),
+        (ChannelKMeans(), 256),
         (RotatedRTNConfig(), 256),
-        (UniformConfig(), 256),
+        (Uniform(), 256),
     ],
     ids=repr,
 )

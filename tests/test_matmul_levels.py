@@ -10,7 +10,7 @@ import pytest
 from packed_matrices import random_words
 from test_matmul import activations, dense_product, random_tensor, relative, slow_but
 
-from kashin_jax import BasisSpec, JointConfig, KashinConfig, matmul, quantize
+from kashin_jax import BasisSpec, GreedyKashin, JointKashin, matmul, quantize
 from kashin_jax.tensors.kernels.columns import most_columns
 from kashin_jax.tensors.kernels.factors import factor_rows
 from kashin_jax.tensors.kernels.planes import add_planes, scales_of_tiles
@@ -68,7 +68,7 @@ def test_codes_of_a_product_split_into_two_indices(v_bits):
     ("bits",), slow_but([(2.5,)], [(2,), (2.5,), (3,), (4.5,), (5,)])
 )
 def test_a_codebook_of_the_joint_coder_is_seen_to_be_a_product(bits):
-    config = JointConfig(bits=bits, block_shape=(16, 8), effort="fast")
+    config = JointKashin(bits=bits, block_shape=(16, 8), effort="fast")
     q, _ = quantize(activations((32, 24)), config, jax.random.key(0))
     assert q.layout.v_bits == config.split.v
     assert product_bits(q.centroids, q.layout.fine_bits) == q.layout.v_bits
@@ -76,7 +76,7 @@ def test_a_codebook_of_the_joint_coder_is_seen_to_be_a_product(bits):
 
 
 def test_codebooks_of_any_pairs_are_no_products():
-    config = KashinConfig(bits=3, num_restarts=1, sample=256)
+    config = GreedyKashin(bits=3, num_restarts=1, sample=256)
     q, _ = quantize(activations((32, 24)), config, jax.random.key(0))
     assert q.layout.v_bits is None
     assert product_bits(q.centroids, 3) is None
@@ -116,7 +116,7 @@ def test_a_single_row_multiplies_like_many(bits, basis, block_shape):
 @pytest.mark.parametrize(("bits",), slow_but([(2.5,)], [(2.5,), (3.5,)]))
 @pytest.mark.parametrize("rows", [1, 3])
 def test_half_widths_with_a_basis_on_one_side_multiply_like_their_matrix(bits, rows):
-    config = JointConfig(
+    config = JointKashin(
         bits=bits,
         block_shape=(16, 8),
         effort="fast",

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.methods import FULL_PRECISION, METHODS, choose_methods
 from experiments.published import published_perplexity
-from kashin_jax import BasisSpec, KashinConfig, quantize
+from kashin_jax import BasisSpec, GreedyKashin, quantize
 from kashin_jax.errors import UsageError
 from tests import problems
 
@@ -72,7 +72,7 @@ def test_only_joint_coding_takes_widths_between_its_own_as_budgets():
 
 def test_the_flags_reach_the_kashin_coder():
     for name in ("kashin", "kashin-authors"):
-        assert METHODS[name].make(3, HAAR, 1e-3, 9) == KashinConfig(
+        assert METHODS[name].make(3, HAAR, 1e-3, 9) == GreedyKashin(
             bits=3, basis=HAAR, rtol=1e-3, max_steps=9
         )
     assert METHODS["kashin-authors"].keeps_failures

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans as SklearnKMeans
 
 from kashin_jax import (
+    HQQ,
+    RTN,
     BasisSpec,
-    ChannelKMeansConfig,
-    HQQConfig,
+    ChannelKMeans,
     RotatedKMeansConfig,
     RotatedRTNConfig,
-    RTNConfig,
     dequantize,
     encode,
     quantize,
@@ -28,7 +28,7 @@ from kashin_jax.tensors.affine import group_rows
 from tests import problems
 
 KEY = jax.random.key(5)
-NEW = [HQQConfig(), RotatedRTNConfig(), ChannelKMeansConfig(num_restarts=1)]
+NEW = [HQQ(), RotatedRTNConfig(), ChannelKMeans(num_restarts=1)]
 WIDE = BasisSpec.parse("haar:sign-dct")
 
 
@@ -137,7 +137,7 @@ def test_hqq_agrees_with_its_solver_written_in_numpy(rows, bits, size):
 @pytest.mark.parametrize(("rows", "bits"), [(128, 4), (200, 3)])
 def test_hqq_stores_and_decodes_groups_of_64(rows, bits):
     w = weight((rows, 6))
-    q, report = quantize(w, HQQConfig(bits=bits), KEY)
+    q, report = quantize(w, HQQ(bits=bits), KEY)
     assert q.scale.dtype == q.zero.dtype == jnp.float16
     zero, step = (by_row(part, rows, 64) for part in (q.zero, q.scale))
     by_hand = step * (codes_of(q) - zero)
@@ -171,7 +171,7 @@ def test_rotated_round_to_nearest_is_that_of_the_rotated_matrix(group_size):
     w = weight((128, 24))
     q, _ = quantize(w, RotatedRTNConfig(bits=3, group_size=group_size), KEY)
     pair = make_pair(q.layout.basis, key_from_seed(q.seed), q.shape)
-    config = RTNConfig(bits=3, group_size=group_size)
+    config = RTN(bits=3, group_size=group_size)
     plain, _ = quantize(jax.jit(lambda p, x: p.analysis(x))(pair, w), config, KEY)
     assert plain.seed is None
     for name in ("packed_codes", "scale", "zero"):
@@ -189,7 +189,7 @@ def test_both_rotated_controls_have_the_rotation_of_the_seed():
 @pytest.mark.parametrize(("shape", "bits"), [((96, 24), 4), ((41, 7), 2)])
 def test_k_means_per_channel_decodes_as_in_numpy(shape, bits):
     w = weight(shape)
-    q, report = quantize(w, ChannelKMeansConfig(bits=bits, num_restarts=1), KEY)
+    q, report = quantize(w, ChannelKMeans(bits=bits, num_restarts=1), KEY)
     assert q.levels.dtype == jnp.float16 and q.levels.shape == (2**bits, shape[1])
     levels = np.asarray(q.levels, np.float64) * float(q.scale[0, 0, 0])
     by_hand = np.take_along_axis(levels, codes_of(q), axis=0)
@@ -210,17 +210,17 @@ def test_k_means_per_channel_decodes_as_in_numpy(shape, bits):
 )
 def test_every_channel_is_clustered_as_well_as_by_scikit_learn(bits):
     w = jax.random.t(jax.random.key(bits), 3.0, (512, 5), jnp.float32)
-    q, _ = quantize(w, ChannelKMeansConfig(bits=bits), KEY)
+    q, _ = quantize(w, ChannelKMeans(bits=bits), KEY)
     lost = np.sum(np.square(np.asarray(w - dequantize(q), np.float64)), axis=0)
     for j, column in enumerate(np.asarray(w, np.float64).T):
-        fitted = KMeans(2**bits, n_init=10, random_state=0).fit(column[:, None])
+        fitted = SklearnKMeans(2**bits, n_init=10, random_state=0).fit(column[:, None])
         assert lost[j] < 1.02 * fitted.inertia_
 
 
 def test_channels_of_different_size_lose_the_same_share():
     column = weight((256, 1))
     powers = np.exp2(np.arange(-6, 7)).astype(np.float32)
-    q, _ = quantize(column * powers[None, :], ChannelKMeansConfig(bits=3), KEY)
+    q, _ = quantize(column * powers[None, :], ChannelKMeans(bits=3), KEY)
     lost = np.linalg.norm(dequantize(q) / powers[None, :] - column, axis=0)
     assert lost.max() < 1.05 * lost.min()
 
@@ -241,13 +241,13 @@ def test_constant_groups_keep_their_value(config, value):
     found = dequantize(q)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[:, 3], value, rtol=0.03)
-    if isinstance(config, HQQConfig):
+    if isinstance(config, HQQ):
         np.testing.assert_allclose(found[64:128], value, rtol=1e-3, atol=3e-8)
 
 
 def test_nearly_equal_entries_far_from_zero_stay_near_them_under_hqq():
     w = 1000 + 1e-3 * weight((64, 4))
-    q, _ = quantize(w, HQQConfig(), KEY)
+    q, _ = quantize(w, HQQ(), KEY)
     assert np.abs(dequantize(q) - w).max() < 0.5
 
 
@@ -294,13 +294,13 @@ def test_half_precision_weights_are_quantized_as_their_float32_values():
         assert dequantize(q).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("config", [HQQConfig, RotatedRTNConfig])
+@pytest.mark.parametrize("config", [HQQ, RotatedRTNConfig])
 def test_groups_have_at_least_one_row(config):
     with pytest.raises(ValueError, match=r"`group_size` must be at least 1. Got 0"):
         config(group_size=0)
 
 
-@pytest.mark.parametrize("config", [HQQConfig, RotatedRTNConfig, ChannelKMeansConfig])
+@pytest.mark.parametrize("config", [HQQ, RotatedRTNConfig, ChannelKMeans])
 def test_bits_lie_between_one_and_eight(config):
     with pytest.raises(ValueError, match=r"`bits` must lie in \[1, 8\].*bits=9"):
         config(bits=9)

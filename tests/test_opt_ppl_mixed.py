@@ -20,7 +20,7 @@ from experiments.mixed_widths import probe
 from experiments.partial import PartialScores
 from experiments.quantized_layers import quantize_layers
 from experiments.sensitivity import layer_sensitivities, sampled_text
-from kashin_jax import BasisSpec, JointConfig, dequantize, quantize
+from kashin_jax import BasisSpec, JointKashin, dequantize, quantize
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
 from kashin_jax.pipeline.allocate import JOINT_ERRORS
@@ -93,7 +93,7 @@ def test_half_widths_are_rows_of_joint_coding_and_dashes_of_others(made):
 def test_joint_rows_agree_with_dense_weights(made, tiny, tmp_path, model, monkeypatch):
     with jax.default_matmul_precision("highest"):
         kernels = {
-            path: quantize(kernel, JointConfig(bits=3), path_key(KEY, path))[0].decode()
+            path: quantize(kernel, JointKashin(bits=3), path_key(KEY, path))[0].decode()
             for path, kernel in selected_kernels(model).items()
         }
         dense = replace_kernels(model, kernels)

@@ -20,7 +20,7 @@ from tiny_checkpoint import (
     tiny,
 )
 
-from kashin_jax import BasisSpec, KashinConfig, dequantize, quantize
+from kashin_jax import BasisSpec, GreedyKashin, dequantize, quantize
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
 
@@ -97,7 +97,7 @@ def test_perplexities_equal_those_of_dense_weights_scored_by_hand(finished, tiny
         model, windows = load_opt(tiny).model, hand_made_windows(tiny)
         full = finished.records[0]["perplexity"]
         assert hand_made_perplexity(model, windows) == pytest.approx(full, rel=1e-5)
-        config = KashinConfig(
+        config = GreedyKashin(
             bits=4, basis=BasisSpec.parse("hadamard"), rtol=1e-6, max_steps=200
         )
         kernels, errors = {}, []

@@ -19,7 +19,7 @@ from experiments.paper import (
 )
 from experiments.paper.setting import Setting, layer_basis, survey
 from experiments.paper.style import FAMILY_STYLES
-from kashin_jax import BasisSpec, KashinConfig, make_basis, make_pair
+from kashin_jax import BasisSpec, GreedyKashin, make_basis, make_pair
 from kashin_jax.bases import FAMILIES
 from kashin_jax.bases.basis import dense
 from kashin_jax.bases.butterfly import make_butterfly
@@ -198,7 +198,7 @@ def test_the_papers_factors_are_named_after_their_blocks():
 
 @pytest.fixture(scope="module")
 def clustering(kernels):
-    config = KashinConfig(bits=3, num_restarts=2, sample=128, max_steps=40)
+    config = GreedyKashin(bits=3, num_restarts=2, sample=128, max_steps=40)
     return clusters.cluster_layer(kernels, KEY, "plain", "haar", config)
 
 

@@ -13,10 +13,10 @@ from compilations import compiled_programs
 from flax import nnx
 
 from kashin_jax import (
+    RTN,
     BasisSpec,
-    KashinConfig,
-    KashinLinear,
-    RTNConfig,
+    GreedyKashin,
+    QuantizedLinear,
     dequantize,
     make_pair,
     quantize,
@@ -28,11 +28,11 @@ from kashin_jax.methods.kashin import _decompose_blocks
 from kashin_jax.methods.quantize import _relative_squared_error
 from kashin_jax.models import OPTConfig, OPTForCausalLM
 from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
-from kashin_jax.tensors import QuantizedTensor
+from kashin_jax.tensors import KashinTensor
 from kashin_jax.tensors.kashin import KashinLayout, pack_rows
 
 FAST = {"num_restarts": 1, "sample": 256, "codebook_steps": 10, "polish_steps": 2}
-CONFIG = KashinConfig(bits=1, **FAST)
+CONFIG = GreedyKashin(bits=1, **FAST)
 KEY = jax.random.key(0)
 
 
@@ -96,7 +96,7 @@ def dense_twin(model, result):
     kernels = {
         "/".join(map(str, path)): dequantize(node.kernel.get_value())
         for path, node in nnx.iter_graph(result.model)
-        if isinstance(node, KashinLinear)
+        if isinstance(node, QuantizedLinear)
     }
     assert kernels.keys() == result.reports.keys()
     return replace_kernels(model, kernels)
@@ -119,14 +119,14 @@ def test_a_sequential_model_is_quantized():
     )
     result = quantize_model(model, CONFIG, KEY)
     assert list(result.reports) == ["layers/0", "layers/2"]
-    assert [type(layer) for layer in result.model.layers][::2] == [KashinLinear] * 2
+    assert [type(layer) for layer in result.model.layers][::2] == [QuantizedLinear] * 2
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8)), jnp.float32)
     assert_close(run(result.model, x), run(dense_twin(model, result), x), 1e-5)
 
 
 def test_a_linear_alone_is_a_model_too():
-    result = quantize_model(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), RTNConfig(), KEY)
-    assert isinstance(result.model, KashinLinear)
+    result = quantize_model(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), RTN(), KEY)
+    assert isinstance(result.model, QuantizedLinear)
 
 
 def test_packed_model_equals_dense_model_on_dequantized_kernels(network):
@@ -170,7 +170,7 @@ def test_a_shared_linear_is_quantized_once_and_stays_shared(network):
     result = quantize_model(network, CONFIG, KEY, quantize_layer=layer)
     assert sorted(seen) == sorted(PATHS)
     first = result.model.first
-    assert isinstance(first, KashinLinear)
+    assert isinstance(first, QuantizedLinear)
     assert result.model.again.layers[0] is first
     assert result.model.again.layers[2] is first
 
@@ -179,7 +179,7 @@ def test_select_chooses_by_path(network):
     result = quantize_model(network, CONFIG, KEY, select=lambda path: "up" in path)
     assert list(result.reports) == ["blocks/0/up", "blocks/1/up"]
     assert type(result.model.blocks[0].down) is nnx.Linear
-    assert isinstance(result.model.blocks[0].up, KashinLinear)
+    assert isinstance(result.model.blocks[0].up, QuantizedLinear)
 
 
 def test_the_output_head_is_left_out_unless_it_is_selected(network):
@@ -247,7 +247,7 @@ def test_an_opt_computes_alike_through_packed_and_dense_layers(basis):
     )
     model = OPTForCausalLM(config, rngs=nnx.Rngs(0))
     model.eval()
-    method = KashinConfig(bits=1, basis=BasisSpec.parse(basis), **FAST)
+    method = GreedyKashin(bits=1, basis=BasisSpec.parse(basis), **FAST)
     result = quantize_model(model, method, KEY)
     assert len(result.reports) == 12
     tokens = jnp.arange(20).reshape(2, 10)
@@ -268,7 +268,7 @@ STAGES = {
 @pytest.mark.slow
 def test_each_stage_compiles_once_per_distinct_shape(caplog):
     shapes = [(12, 20), (20, 28)] * 3
-    config = KashinConfig(bits=1, **FAST)
+    config = GreedyKashin(bits=1, **FAST)
 
     def run():
         for seed, shape in enumerate(shapes):
@@ -288,7 +288,7 @@ def test_all_widths_share_the_compiled_decomposition(caplog):
 
     def run():
         for bits in (1, 2):
-            quantize(weight, KashinConfig(bits=bits, **FAST), KEY)
+            quantize(weight, GreedyKashin(bits=bits, **FAST), KEY)
 
     compiled = compiled_programs(caplog, run)
     assert compiled.count("_decompose_blocks") == 1
@@ -296,7 +296,7 @@ def test_all_widths_share_the_compiled_decomposition(caplog):
 
 def stage_memory(shape):
     """Bytes of every compiled stage of the default quantizer, by name."""
-    config = KashinConfig()
+    config = GreedyKashin()
     m, n = shape
     spec = jax.ShapeDtypeStruct
     matrix, flat = spec(shape, jnp.float32), spec((m * n,), jnp.float32)
@@ -311,7 +311,7 @@ def stage_memory(shape):
         basis=config.basis,
         dtype="float32",
     )
-    tensor = QuantizedTensor(
+    tensor = KashinTensor(
         spec((m * n * config.bits // 8,), jnp.uint8),
         pairs,
         spec((1, 1), jnp.float32),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kashin_jax import KashinLinear, NF4Config, RTNConfig, quantize, quantize_model
+from kashin_jax import NF4, RTN, QuantizedLinear, quantize, quantize_model
 from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.pipeline import path_key, selected_kernels
 
@@ -43,7 +43,7 @@ def watched(model, **options):
 
     def layer(path, kernel):
         seen.append(live_bytes() - start)
-        return quantize(kernel, RTNConfig(bits=4), path_key(KEY, path), path=path)
+        return quantize(kernel, RTN(bits=4), path_key(KEY, path), path=path)
 
     result = quantize_model(model, quantize_layer=layer, **options)
     return result, [*seen, live_bytes() - start]
@@ -67,22 +67,22 @@ def test_otherwise_the_dense_model_is_kept_beside_the_packed_layers():
     assert len(selected_kernels(model)) == DEPTH
 
 
-@pytest.mark.parametrize("method", [RTNConfig(), NF4Config()])
+@pytest.mark.parametrize("method", [RTN(), NF4()])
 def test_in_place_and_functional_runs_give_the_same_model(method):
     model, x = Stack(nnx.Rngs(0), 2, 16), jnp.ones((3, 16))
     expected = quantize_model(model, method, KEY)
     assert type(model.layers[0]) is nnx.Linear
     found = quantize_model(model, method, KEY, in_place=True)
     np.testing.assert_array_equal(found.model(x), expected.model(x))
-    assert type(model.layers[0]) is KashinLinear
+    assert type(model.layers[0]) is QuantizedLinear
     assert model.again["last"] is model.layers[1]
     assert found.reports.keys() == expected.reports.keys()
 
 
 def test_a_model_that_is_one_linear_is_replaced():
     linear = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
-    result = quantize_model(linear, RTNConfig(), in_place=True)
-    assert isinstance(result.model, KashinLinear)
+    result = quantize_model(linear, RTN(), in_place=True)
+    assert isinstance(result.model, QuantizedLinear)
 
 
 def test_after_an_error_the_model_works_and_the_rest_can_be_quantized():
@@ -91,12 +91,12 @@ def test_after_an_error_the_model_works_and_the_rest_can_be_quantized():
     good = kernel.get_value()
     kernel.set_value(good.at[0, 0].set(jnp.nan))
     with pytest.raises(NonFiniteError, match="`layers/1` holds 1 NaN"):
-        quantize_model(model, RTNConfig(), KEY, in_place=True)
+        quantize_model(model, RTN(), KEY, in_place=True)
     kinds = [type(each) for each in model.layers]
-    assert kinds == [KashinLinear, nnx.Linear, KashinLinear]
+    assert kinds == [QuantizedLinear, nnx.Linear, QuantizedLinear]
     kernel.set_value(good)
     assert np.isfinite(model(x)).all()
-    result = quantize_model(model, RTNConfig(), KEY, in_place=True)
+    result = quantize_model(model, RTN(), KEY, in_place=True)
     assert list(result.reports) == ["layers/1"]
 
 
@@ -105,13 +105,13 @@ def test_layers_in_plain_containers_are_replaced_too(container):
     model = nnx.Module()
     linear = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
     model.held = nnx.data([linear] if container is list else {"a": linear})
-    result = quantize_model(model, RTNConfig(), in_place=True)
+    result = quantize_model(model, RTN(), in_place=True)
     held = result.model.held
-    assert isinstance(held[0] if container is list else held["a"], KashinLinear)
+    assert isinstance(held[0] if container is list else held["a"], QuantizedLinear)
 
 
 def test_a_layer_in_a_tuple_is_an_error_that_names_it():
     model = nnx.Module()
     model.held = nnx.data((nnx.Linear(8, 8, rngs=nnx.Rngs(0)),))
     with pytest.raises(UsageError, match="`held/0` is held by a tuple"):
-        quantize_model(model, RTNConfig(), in_place=True)
+        quantize_model(model, RTN(), in_place=True)

@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 
 from kashin_jax import (
-    JointConfig,
-    KashinConfig,
-    KashinEmbed,
-    KashinLinear,
-    NF4Config,
-    RTNConfig,
+    NF4,
+    RTN,
+    GreedyKashin,
+    JointKashin,
+    QuantizedEmbed,
+    QuantizedLinear,
     Rule,
     Rules,
     dequantize,
@@ -70,7 +70,7 @@ def kinds(model):
     """Method of every packed layer, by path: the type and width of what it holds."""
     found = {}
     for parts, node in nnx.iter_graph(model):
-        if isinstance(node, KashinLinear | KashinEmbed):
+        if isinstance(node, QuantizedLinear | QuantizedEmbed):
             tensor = node.packed.kernel.get_value()
             name = type(tensor).__name__, tensor.layout.bits
             found["/".join(map(str, parts))] = name
@@ -79,11 +79,11 @@ def kinds(model):
 
 def test_the_first_rule_that_matches_gives_the_method(network):
     rules = Rules(
-        config=RTNConfig(bits=4),
+        config=RTN(bits=4),
         rules=[
             Rule(r"blocks/0/up", None),
-            Rule(r"/up$", RTNConfig(bits=3)),
-            Rule(r"blocks/1", NF4Config()),
+            Rule(r"/up$", RTN(bits=3)),
+            Rule(r"blocks/1", NF4()),
         ],
     )
     result = quantize_model(network, key=KEY, rules=rules)
@@ -93,37 +93,37 @@ def test_the_first_rule_that_matches_gives_the_method(network):
         "blocks/1/up": ("AffineTensor", 3),
     }
     assert {p: r.config for p, r in result.reports.items()} == {
-        "blocks/0/down": RTNConfig(bits=4),
-        "blocks/1/down": NF4Config(),
-        "blocks/1/up": RTNConfig(bits=3),
+        "blocks/0/down": RTN(bits=4),
+        "blocks/1/down": NF4(),
+        "blocks/1/up": RTN(bits=3),
     }
 
 
 def test_skips_add_to_those_there_are_by_default(network):
-    rules = Rules(config=RTNConfig(), skip=["blocks/0"])
+    rules = Rules(config=RTN(), skip=["blocks/0"])
     result = quantize_model(network, rules=rules)
     assert set(result.reports) == {"blocks/1/down", "blocks/1/up"}
 
 
 def test_select_and_rules_must_both_agree(network):
-    rules = Rules(config=RTNConfig(), skip=["blocks/0"])
+    rules = Rules(config=RTN(), skip=["blocks/0"])
     result = quantize_model(network, rules=rules, select=lambda p: "up" in p)
     assert set(result.reports) == {"blocks/1/up"}
 
 
 def test_a_rule_that_matches_nothing_is_an_error_that_names_it(network):
     with pytest.raises(UsageError, match=r"'decoder/fc1' matches none of 6 layers"):
-        quantize_model(network, rules=Rules(rules=[Rule("decoder/fc1", RTNConfig())]))
+        quantize_model(network, rules=Rules(rules=[Rule("decoder/fc1", RTN())]))
     with pytest.raises(UsageError, match=r"'attention' matches none"):
-        quantize_model(network, rules=Rules(rules=[Rule("attention", RTNConfig())]))
+        quantize_model(network, rules=Rules(rules=[Rule("attention", RTN())]))
 
 
 def test_the_method_may_stand_beside_rules_but_only_once(network):
     rules = Rules(rules=[Rule("down", None)])
-    result = quantize_model(network, RTNConfig(bits=2), rules=rules)
+    result = quantize_model(network, RTN(bits=2), rules=rules)
     assert set(kinds(result.model).values()) == {("AffineTensor", 2)}
     with pytest.raises(UsageError, match="differ; give one"):
-        quantize_model(network, RTNConfig(), rules=Rules(config=NF4Config()))
+        quantize_model(network, RTN(), rules=Rules(config=NF4()))
 
 
 def test_rules_that_leave_everything_are_an_error(network):
@@ -132,17 +132,17 @@ def test_rules_that_leave_everything_are_an_error(network):
 
 
 def test_heads_and_embeddings_are_packed_when_a_rule_names_them(network):
-    rules = Rules(config=RTNConfig(), rules=[Rule("embed|lm_head", RTNConfig(bits=8))])
+    rules = Rules(config=RTN(), rules=[Rule("embed|lm_head", RTN(bits=8))])
     result = quantize_model(network, key=KEY, rules=rules)
-    assert isinstance(result.model.embed, KashinEmbed)
-    assert isinstance(result.model.lm_head, KashinLinear)
+    assert isinstance(result.model.embed, QuantizedEmbed)
+    assert isinstance(result.model.lm_head, QuantizedLinear)
     kernel = dequantize(result.model.lm_head.kernel.get_value())
     dense = replace_kernels(network, {
         path: dequantize(node.kernel.get_value())
         for path, node in (
             ("/".join(map(str, parts)), node)
             for parts, node in nnx.iter_graph(result.model)
-            if isinstance(node, KashinLinear)
+            if isinstance(node, QuantizedLinear)
         )
     })  # fmt: skip
     np.testing.assert_array_equal(dense.lm_head.kernel.get_value(), kernel)
@@ -151,13 +151,13 @@ def test_heads_and_embeddings_are_packed_when_a_rule_names_them(network):
     run = nnx.jit(lambda model, tokens: model(tokens))
     found, expected = run(result.model, TOKENS), run(dense, TOKENS)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert type(quantize_model(network, RTNConfig()).model.embed) is nnx.Embed
+    assert type(quantize_model(network, RTN()).model.embed) is nnx.Embed
 
 
 def test_a_method_that_cannot_code_a_layer_is_an_error_before_any_work(network):
     rules = Rules(
-        config=RTNConfig(),
-        rules=[Rule("blocks/1/up", KashinConfig(block_shape=(7, 7)))],
+        config=RTN(),
+        rules=[Rule("blocks/1/up", GreedyKashin(block_shape=(7, 7)))],
     )
     seen = []
     with pytest.raises(UsageError, match=r"`blocks/1/up`: A matrix of shape \(16, 32"):
@@ -172,8 +172,8 @@ def own_product(*args, **kwargs):
 def test_a_product_of_its_own_is_an_error_that_names_the_layer(network):
     network.odd = nnx.Linear(16, 16, dot_general=own_product, rngs=nnx.Rngs(0))
     with pytest.raises(UsageError, match="`odd` has a `dot_general` of its own"):
-        quantize_model(network, RTNConfig())
-    result = quantize_model(network, RTNConfig(), select=lambda p: p != "odd")
+        quantize_model(network, RTN())
+    result = quantize_model(network, RTN(), select=lambda p: p != "odd")
     assert type(result.model.odd) is nnx.Linear
 
 
@@ -188,7 +188,7 @@ def test_linears_that_share_a_kernel_are_quantized_once_and_share_it(network):
 
     def layer(path, kernel):
         seen.append(path)
-        return quantize(kernel, RTNConfig(), path_key(KEY, path))
+        return quantize(kernel, RTN(), path_key(KEY, path))
 
     result = quantize_model(network, key=KEY, quantize_layer=layer, select=is_block)
     assert seen == ["blocks/0/down", "blocks/0/up", "blocks/1/down"]
@@ -206,7 +206,7 @@ def is_block(path):
 
 def test_what_shares_a_kernel_stays_with_what_has_to_stay(network):
     tie(network)
-    rules = Rules(config=RTNConfig(), skip=["blocks/1/up"])
+    rules = Rules(config=RTN(), skip=["blocks/1/up"])
     result = quantize_model(network, rules=rules)
     ups = [block.up for block in result.model.blocks]
     assert [type(up) for up in ups] == [nnx.Linear] * 2
@@ -218,7 +218,7 @@ def test_what_shares_a_kernel_stays_with_what_has_to_stay(network):
 
 def test_two_methods_for_one_kernel_are_an_error(network):
     tie(network)
-    rules = Rules(config=RTNConfig(), rules=[Rule("blocks/1/up", NF4Config())])
+    rules = Rules(config=RTN(), rules=[Rule("blocks/1/up", NF4())])
     with pytest.raises(UsageError, match="`blocks/0/up` and `blocks/1/up` share one"):
         quantize_model(network, rules=rules)
 
@@ -226,9 +226,9 @@ def test_two_methods_for_one_kernel_are_an_error(network):
 def test_an_embedding_whose_table_is_a_kernel_too_stays_tied(network):
     network.blocks[0].one_hot = nnx.Linear(12, 16, use_bias=False, rngs=nnx.Rngs(0))
     network.blocks[0].one_hot.kernel = network.embed.embedding
-    plain = quantize_model(network, RTNConfig()).model
+    plain = quantize_model(network, RTN()).model
     assert plain.blocks[0].one_hot.kernel is plain.embed.embedding
-    rules = Rules(config=RTNConfig(), rules=[Rule("embed|one_hot", RTNConfig(bits=6))])
+    rules = Rules(config=RTN(), rules=[Rule("embed|one_hot", RTN(bits=6))])
     packed = quantize_model(network, rules=rules).model
     assert packed.blocks[0].one_hot.kernel is packed.embed.table
     np.testing.assert_allclose(
@@ -242,7 +242,7 @@ def test_a_table_that_something_else_reads_stays(network):
             self.table = table
 
     network.head = Head(network.embed.embedding)
-    rules = Rules(config=RTNConfig(), rules=[Rule("blocks/0/up|embed", RTNConfig())])
+    rules = Rules(config=RTN(), rules=[Rule("blocks/0/up|embed", RTN())])
     result = quantize_model(network, rules=rules)
     assert type(result.model.embed) is nnx.Embed
     assert result.model.head.table is result.model.embed.embedding
@@ -253,9 +253,7 @@ def test_a_table_that_something_else_reads_stays(network):
 
 
 def test_a_dry_run_prints_the_plan_and_quantizes_nothing(network, capsys):
-    rules = Rules(
-        config=JointConfig(bits=2.5), rules=[Rule("down", NF4Config(group_size=8))]
-    )
+    rules = Rules(config=JointKashin(bits=2.5), rules=[Rule("down", NF4(group_size=8))])
     before = len(jax.live_arrays())
     result = quantize_model(network, rules=rules, dry_run=True)
     assert result.model is network and result.reports == {}
@@ -277,8 +275,8 @@ def test_a_dry_run_prints_the_plan_and_quantizes_nothing(network, capsys):
 
 def test_the_plan_says_what_will_be_stored(network):
     rules = Rules(
-        config=JointConfig(bits=2, effort="fast"),
-        rules=[Rule("down", NF4Config(group_size=8)), Rule("embed", RTNConfig())],
+        config=JointKashin(bits=2, effort="fast"),
+        rules=[Rule("down", NF4(group_size=8)), Rule("embed", RTN())],
     )
     plan = plan_model(network, rules=rules)
     result = quantize_model(network, rules=rules)
@@ -294,6 +292,4 @@ def test_the_plan_says_what_will_be_stored(network):
 
 def test_a_model_without_arrays_can_be_planned_for(network):
     abstract = nnx.eval_shape(lambda: Network(nnx.Rngs(0)))
-    assert str(plan_model(abstract, RTNConfig())) == str(
-        plan_model(network, RTNConfig())
-    )
+    assert str(plan_model(abstract, RTN())) == str(plan_model(network, RTN()))

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 from kashin_jax import (
+    RTN,
     BasisSpec,
-    JointConfig,
-    KashinConfig,
-    KashinLinear,
+    GreedyKashin,
+    JointKashin,
+    QuantizedLinear,
     RotatedRTNConfig,
-    RTNConfig,
     Rule,
     Rules,
     quantize,
@@ -30,8 +30,8 @@ from kashin_jax.pipeline import (
 
 KEY = jax.random.key(0)
 DEPTH, WIDTH = 3, 32
-JOINT = JointConfig(effort="fast", basis=BasisSpec("haar", "haar"))
-KASHIN = KashinConfig(bits=1, num_restarts=1, max_steps=5, sample=256)
+JOINT = JointKashin(effort="fast", basis=BasisSpec("haar", "haar"))
+KASHIN = GreedyKashin(bits=1, num_restarts=1, max_steps=5, sample=256)
 
 
 class Block(nnx.Module):
@@ -85,12 +85,14 @@ def alone(network, config, index):
         key = jax.random.fold_in(path_key(KEY, f"blocks/{name}"), index)
         bias = getattr(network.blocks, name).bias.get_value()[index]
         setattr(
-            block, name, KashinLinear(quantize(kernel, config, key)[0], nnx.Param(bias))
+            block,
+            name,
+            QuantizedLinear(quantize(kernel, config, key)[0], nnx.Param(bias)),
         )
     return block
 
 
-@pytest.mark.parametrize("config", [JOINT, KASHIN, RTNConfig(), RotatedRTNConfig()])
+@pytest.mark.parametrize("config", [JOINT, KASHIN, RTN(), RotatedRTNConfig()])
 def test_a_stack_gives_what_its_matrices_give_alone(network, config):
     x = activations()
     blocks = [alone(network, config, i) for i in range(DEPTH)]
@@ -107,8 +109,8 @@ def test_a_stack_gives_what_its_matrices_give_alone(network, config):
 
 
 def test_plan_and_report_count_all_matrices_of_a_stack(network):
-    (planned, _), _ = plan_model(network, RTNConfig(bits=4))
-    result = quantize_model(network, RTNConfig(bits=4), KEY)
+    (planned, _), _ = plan_model(network, RTN(bits=4))
+    result = quantize_model(network, RTN(bits=4), KEY)
     report = result.reports["blocks/k_proj"]
     assert report.shape == (DEPTH, WIDTH, WIDTH) == planned.choice.candidate.shape
     assert report.stored_bits == planned.stored_bits
@@ -116,7 +118,7 @@ def test_plan_and_report_count_all_matrices_of_a_stack(network):
     assert report.stored_bits == stored_bits(layer.kernel.get_value())
     assert report.bits_per_weight == layer.bits_per_weight
     errors = [
-        quantize(kernel, RTNConfig(bits=4))[1].relative_squared_error
+        quantize(kernel, RTN(bits=4))[1].relative_squared_error
         for kernel in network.blocks.k_proj.kernel.get_value()
     ]
     np.testing.assert_allclose(report.relative_squared_error, np.mean(errors), 1e-6)
@@ -141,7 +143,7 @@ def test_a_damaged_matrix_of_a_stack_is_named(network):
     kernel = network.blocks.k_proj.kernel
     kernel.set_value(kernel.get_value().at[2, 0, 0].set(jnp.inf))
     with pytest.raises(NonFiniteError, match=r"`blocks/k_proj\[2\]` holds 1 NaN"):
-        quantize_model(network, RTNConfig(), KEY)
+        quantize_model(network, RTN(), KEY)
 
 
 def test_a_stack_along_another_axis_is_an_error_that_names_it():
@@ -149,14 +151,14 @@ def test_a_stack_along_another_axis_is_an_error_that_names_it():
     make = nnx.vmap(lambda rngs: nnx.Linear(8, 16, rngs=rngs), out_axes=1)
     model.stack = make(nnx.Rngs(0).split(3))
     with pytest.raises(UsageError, match=r"`stack/kernel` has shape \(8, 3, 16\)"):
-        quantize_model(model, RTNConfig())
+        quantize_model(model, RTN())
 
 
 def test_a_stack_of_embeddings_is_an_error_that_names_it():
     model = nnx.Module()
     make = nnx.vmap(lambda rngs: nnx.Embed(8, 16, rngs=rngs))
     model.stack = make(nnx.Rngs(0).split(3))
-    rules = Rules(config=RTNConfig(), rules=[Rule("stack", RTNConfig())])
+    rules = Rules(config=RTN(), rules=[Rule("stack", RTN())])
     with pytest.raises(UsageError, match=r"`stack/embedding` has shape \(3, 8, 16\)"):
         quantize_model(model, rules=rules)
 

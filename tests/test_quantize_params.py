@@ -8,13 +8,13 @@ from flax import linen as nn
 from flax.core import freeze
 
 from kashin_jax import (
-    HQQConfig,
-    JointConfig,
-    KashinConfig,
-    NF4Config,
-    QuantizedTensor,
+    HQQ,
+    NF4,
+    RTN,
+    GreedyKashin,
+    JointKashin,
+    KashinTensor,
     RotatedRTNConfig,
-    RTNConfig,
     Rule,
     Rules,
     dequantize,
@@ -59,14 +59,14 @@ def packed_paths(params):
 
 
 def test_kernels_are_packed_and_everything_else_is_shared(params):
-    result = quantize_params(params, RTNConfig(), KEY)
+    result = quantize_params(params, RTN(), KEY)
     assert list(result.reports) == ["layers_0", "layers_1"]
     assert packed_paths(result.params) == {
         "params/layers_0/kernel",
         "params/layers_1/kernel",
     }
     tensor, _ = quantize(
-        params["params"]["layers_1"]["kernel"], RTNConfig(), path_key(KEY, "layers_1")
+        params["params"]["layers_1"]["kernel"], RTN(), path_key(KEY, "layers_1")
     )
     found = result.params["params"]["layers_1"]["kernel"]
     np.testing.assert_array_equal(found.packed_codes, tensor.packed_codes)
@@ -81,7 +81,7 @@ def test_kernels_are_packed_and_everything_else_is_shared(params):
 
 def test_dequantizing_gives_dense_kernels_of_the_type_they_had(params):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    packed = quantize_params(half, RTNConfig(bits=8)).params
+    packed = quantize_params(half, RTN(bits=8)).params
     found = dequantize_params(packed)
     assert jax.tree.structure(found) == jax.tree.structure(half)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(half), strict=True):
@@ -92,28 +92,28 @@ def test_dequantizing_gives_dense_kernels_of_the_type_they_had(params):
 
 def test_the_first_rule_that_matches_gives_the_method(params):
     rules = Rules(
-        config=RTNConfig(),
+        config=RTN(),
         rules=[
-            Rule("layers_1", NF4Config()),
-            Rule("Embed_0/embedding", JointConfig(bits=2, effort="fast")),
-            Rule("lm_head", RTNConfig(bits=8)),
+            Rule("layers_1", NF4()),
+            Rule("Embed_0/embedding", JointKashin(bits=2, effort="fast")),
+            Rule("lm_head", RTN(bits=8)),
         ],
     )
     result = quantize_params(params, rules=rules, key=KEY)
     assert {p: type(r.config) for p, r in result.reports.items()} == {
-        "Embed_0/embedding": JointConfig,
-        "layers_0": RTNConfig,
-        "layers_1": NF4Config,
-        "lm_head": RTNConfig,
+        "Embed_0/embedding": JointKashin,
+        "layers_0": RTN,
+        "layers_1": NF4,
+        "lm_head": RTN,
     }
     table = result.params["params"]["Embed_0"]["embedding"]
-    assert isinstance(table, QuantizedTensor)
+    assert isinstance(table, KashinTensor)
 
 
 def test_kernels_that_are_no_matrices_stay_and_the_plan_says_why(params, capsys):
-    result = quantize_params(params, RTNConfig(), dry_run=True)
+    result = quantize_params(params, RTN(), dry_run=True)
     assert result.params is params and result.reports == {}
-    plan = plan_params(params, RTNConfig())
+    plan = plan_params(params, RTN())
     assert capsys.readouterr().out == f"{plan}\n"
     reasons = {each.choice.path: each.choice.reason for each in plan.layers}
     attention = "MultiHeadDotProductAttention_0"
@@ -128,13 +128,13 @@ def test_kernels_that_are_no_matrices_stay_and_the_plan_says_why(params, capsys)
         "layers_1": None,
         "lm_head": "not selected",
     }
-    rules = Rules(config=RTNConfig(), rules=[Rule("query", RTNConfig())])
+    rules = Rules(config=RTN(), rules=[Rule("query", RTN())])
     with pytest.raises(UsageError, match="'query' matches none of 4 layers"):
         quantize_params(params, rules=rules)
 
 
 def test_the_plan_says_what_will_be_stored_and_needs_no_arrays(params):
-    rules = Rules(config=HQQConfig(bits=3), skip=["layers_0"])
+    rules = Rules(config=HQQ(bits=3), skip=["layers_0"])
     abstract = jax.eval_shape(lambda: params)
     plan = plan_params(abstract, rules=rules)
     result = quantize_params(params, rules=rules)
@@ -150,7 +150,7 @@ def test_the_plan_says_what_will_be_stored_and_needs_no_arrays(params):
 @pytest.mark.parametrize("make", [freeze, lambda tree: [tree, (jnp.ones(3),)]])
 def test_any_tree_keeps_its_structure(params, make):
     tree = make(params)
-    packed = quantize_params(tree, RTNConfig()).params
+    packed = quantize_params(tree, RTN()).params
     assert type(packed) is type(tree)
     assert jax.tree.structure(dequantize_params(packed)) == jax.tree.structure(tree)
 
@@ -158,8 +158,8 @@ def test_any_tree_keeps_its_structure(params, make):
 def test_matrices_of_other_names_need_a_rule():
     tree = {"w1": jnp.ones((16, 8)), "b1": jnp.zeros(8), "w2": np.ones((8, 8))}
     with pytest.raises(UsageError, match="has 0 kernels"):
-        quantize_params(tree, RTNConfig())
-    rules = Rules(config=RTNConfig(), rules=[Rule("^w", RTNConfig(bits=2))])
+        quantize_params(tree, RTN())
+    rules = Rules(config=RTN(), rules=[Rule("^w", RTN(bits=2))])
     result = quantize_params(tree, rules=rules)
     assert packed_paths(result.params) == {"w1", "w2"}
     np.testing.assert_allclose(dequantize(result.params["w1"]), 1.0, rtol=1e-3)
@@ -168,16 +168,16 @@ def test_matrices_of_other_names_need_a_rule():
 def test_a_matrix_that_occurs_twice_is_quantized_once_and_stays_tied():
     kernel = jax.random.normal(KEY, (16, 8))
     tree = {"a": {"kernel": kernel}, "b": {"kernel": kernel}, "c": {"kernel": kernel.T}}
-    result = quantize_params(tree, RTNConfig())
+    result = quantize_params(tree, RTN())
     assert result.params["a"]["kernel"] is result.params["b"]["kernel"]
     assert list(result.reports) == ["a", "c"]
-    left = quantize_params(tree, RTNConfig(), select=lambda p: p != "b").params
+    left = quantize_params(tree, RTN(), select=lambda p: p != "b").params
     assert left["a"]["kernel"] is left["b"]["kernel"] is kernel
 
 
 def test_packed_leaves_are_left_as_they_are(params):
-    first = quantize_params(params, RTNConfig(), select=lambda p: p == "layers_0")
-    both = quantize_params(first.params, NF4Config())
+    first = quantize_params(params, RTN(), select=lambda p: p == "layers_0")
+    both = quantize_params(first.params, NF4())
     assert list(both.reports) == ["layers_1"]
     kernel = both.params["params"]["layers_0"]["kernel"]
     assert kernel is first.params["params"]["layers_0"]["kernel"]
@@ -188,9 +188,9 @@ def test_errors_name_the_layer(params):
     kernel = broken["params"]["layers_1"]["kernel"]
     broken["params"]["layers_1"]["kernel"] = kernel.at[0, 0].set(jnp.nan)
     with pytest.raises(NonFiniteError, match="`layers_1` holds 1 NaN"):
-        quantize_params(broken, RTNConfig())
+        quantize_params(broken, RTN())
     with pytest.raises(UsageError, match=r"`layers_0`: A matrix of shape \(16, 16\)"):
-        quantize_params(params, KashinConfig(block_shape=(5, 5)))
+        quantize_params(params, GreedyKashin(block_shape=(5, 5)))
     with pytest.raises(UsageError, match="'mlp' matches none"):
         quantize_params(params, rules=Rules(rules=[Rule("mlp", None)]))
 

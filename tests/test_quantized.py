@@ -1,4 +1,4 @@
-"""`quantize`, `QuantizedTensor` and the controls' tensors, against plain NumPy."""
+"""`quantize`, `KashinTensor` and the controls' tensors, against plain NumPy."""
 
 import dataclasses
 import inspect
@@ -17,14 +17,14 @@ import pytest
 import safetensors.numpy
 
 from kashin_jax import (
+    NF4,
+    RTN,
     BasisSpec,
-    KashinConfig,
-    KMeansConfig,
-    NF4Config,
-    QuantizedTensor,
+    GreedyKashin,
+    KashinTensor,
+    KMeans,
     RotatedKMeansConfig,
-    RTNConfig,
-    UniformConfig,
+    Uniform,
     bits_per_weight,
     dequantize,
     encode,
@@ -42,7 +42,7 @@ GOLDEN = Path(__file__).parent / "golden" / "quantized" / "golden.json"
 KEY = jax.random.key(5)
 FAST = {"num_restarts": 1, "sample": 256, "codebook_steps": 10, "polish_steps": 2}
 # One bit: two centroids compile quickest.
-SMALL = KashinConfig(bits=1, **FAST)
+SMALL = GreedyKashin(bits=1, **FAST)
 # Odd shapes, single rows and columns, blocks, one-sided pairs.
 CASES = [
     ((16, 24), (8, 12), 2, "hadamard:identity"),
@@ -60,7 +60,7 @@ def weight(shape, seed=0):
 
 @lru_cache
 def quantized(shape, block_shape, bits, basis):
-    config = KashinConfig(
+    config = GreedyKashin(
         bits=bits, basis=BasisSpec.parse(basis), block_shape=block_shape, **FAST
     )
     return quantize(weight(shape), config, KEY)
@@ -106,7 +106,7 @@ def stored(packed, centroids, scale, seed, **layout):
     layout["basis"] = BasisSpec.parse(layout["basis"])
     for name in ("shape", "block_shape"):
         layout[name] = tuple(layout[name])
-    return QuantizedTensor(
+    return KashinTensor(
         jnp.array(packed, jnp.uint8),
         jnp.array(centroids, jnp.float32),
         jnp.array(scale, jnp.float32),
@@ -209,7 +209,7 @@ def test_tensors_can_be_donated():
 
 @pytest.mark.parametrize(
     "config",
-    [SMALL, RTNConfig()],
+    [SMALL, RTN()],
 )
 def test_eval_shape_has_the_structure_of_a_real_call(config):
     def run(w):
@@ -224,7 +224,7 @@ def test_eval_shape_has_the_structure_of_a_real_call(config):
     assert kinds(abstract) == kinds(real)
 
 
-@pytest.mark.parametrize("config", [SMALL, RTNConfig(), NF4Config()])
+@pytest.mark.parametrize("config", [SMALL, RTN(), NF4()])
 def test_bits_per_weight_equals_bytes_on_disk(config, tmp_path):
     q, _ = quantize(weight((16, 24)), config, KEY)
     named = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(q))}
@@ -237,7 +237,7 @@ def test_bits_per_weight_equals_bytes_on_disk(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [RTNConfig(), dataclasses.replace(SMALL, block_shape=(4, 8))]
+    "config", [RTN(), dataclasses.replace(SMALL, block_shape=(4, 8))]
 )
 def test_a_second_matrix_of_a_shape_compiles_nothing(config, caplog):
     def use(seed):
@@ -267,7 +267,7 @@ def test_a_matrix_that_does_not_converge_is_still_packed():
     w = np.zeros((16, 24), np.float32)
     w[2] = images(basis.right, jnp.eye(24))[:, 4]
     q, report = quantize(w, config, KEY)
-    assert isinstance(q, QuantizedTensor)
+    assert isinstance(q, KashinTensor)
     assert not report.decomposition["converged"].any()
     assert int(report.decomposition["num_steps"].max()) == 3
     assert report.decomposition["residual"].min() > config.rtol
@@ -276,7 +276,7 @@ def test_a_matrix_that_does_not_converge_is_still_packed():
     np.testing.assert_allclose(report.relative_squared_error, error, rtol=1e-4)
 
 
-METHODS = [SMALL, RTNConfig(), NF4Config(), UniformConfig(), KMeansConfig(bits=1)]
+METHODS = [SMALL, RTN(), NF4(), Uniform(), KMeans(bits=1)]
 
 
 @pytest.mark.parametrize("config", [*METHODS, RotatedKMeansConfig(bits=1)])
@@ -299,7 +299,7 @@ def test_a_constant_matrix_is_decoded_to_finite_numbers(config):
 
 
 @pytest.mark.parametrize("power", [-100, 100])
-@pytest.mark.parametrize("config", [SMALL, UniformConfig(), KMeansConfig(bits=1)])
+@pytest.mark.parametrize("config", [SMALL, Uniform(), KMeans(bits=1)])
 def test_scaling_the_matrix_leaves_its_codes_alone(config, power):
     w = weight((16, 24))
     q, report = quantize(w, config, KEY)
@@ -325,7 +325,7 @@ def test_huge_and_tiny_weights_keep_their_relative_error(size):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("config", [SMALL, RTNConfig(), NF4Config()])
+@pytest.mark.parametrize("config", [SMALL, RTN(), NF4()])
 def test_half_precision_is_quantized_as_its_float32_values(config, dtype):
     w = weight((16, 24)).astype(dtype)
     q, _ = quantize(w, config, KEY)
@@ -337,7 +337,7 @@ def test_half_precision_is_quantized_as_its_float32_values(config, dtype):
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-@pytest.mark.parametrize("config", [SMALL, NF4Config()])
+@pytest.mark.parametrize("config", [SMALL, NF4()])
 def test_nan_and_infinity_are_refused_before_tracing(config, bad, monkeypatch):
     def traced(*args):
         raise AssertionError("traced")
@@ -353,7 +353,7 @@ def test_integers_are_refused():
         quantize(jnp.ones((4, 4), jnp.int32), SMALL, KEY, path="fc1")
 
 
-@pytest.mark.parametrize("config", [SMALL, RTNConfig()])
+@pytest.mark.parametrize("config", [SMALL, RTN()])
 @pytest.mark.parametrize("shape", [(8,), (2, 3, 4), (0, 4), (4, 0)])
 def test_only_non_empty_matrices_are_accepted(config, shape):
     # Without the run-time checker of the tests, as users call it.
@@ -368,16 +368,14 @@ def test_blocks_must_divide_the_matrix():
         quantize(weight((16, 24)), config, KEY, path="fc1")
 
 
-@pytest.mark.parametrize("config", [RTNConfig(), NF4Config()])
+@pytest.mark.parametrize("config", [RTN(), NF4()])
 def test_weights_too_large_for_half_precision_scales_are_refused(config):
     with pytest.raises(NonFiniteError, match=r"`fc1` reaches \S+e\+30.* Rescale it"):
         quantize(weight((16, 24)) * 1e30, config, KEY, path="fc1")
 
 
 @pytest.mark.parametrize("bits", [0, 9])
-@pytest.mark.parametrize(
-    "config", [KashinConfig, RTNConfig, UniformConfig, KMeansConfig]
-)
+@pytest.mark.parametrize("config", [GreedyKashin, RTN, Uniform, KMeans])
 def test_bits_lie_between_one_and_eight(config, bits):
     with pytest.raises(ValueError, match=rf"`bits` must lie in \[1, 8\].*bits={bits}"):
         config(bits=bits)
@@ -385,7 +383,7 @@ def test_bits_lie_between_one_and_eight(config, bits):
 
 def test_nf4_exists_at_four_bits_only():
     with pytest.raises(ValueError, match=r"NF4 exists at 4 bits only. Got bits=3"):
-        NF4Config(bits=3)
+        NF4(bits=3)
 
 
 def ungrouped(scale, rows, size):
@@ -400,7 +398,7 @@ def codes_by_hand(q):
 @pytest.mark.parametrize(("rows", "bits"), [(256, 4), (200, 3)])
 def test_rtn_stores_and_decodes_groups_of_128(rows, bits):
     w = weight((rows, 6))
-    q, report = quantize(w, RTNConfig(bits=bits, group_size=128), KEY)
+    q, report = quantize(w, RTN(bits=bits, group_size=128), KEY)
     zero = unpack(q.zero, bits, q.scale.size).reshape(q.scale.shape)
     steps = ungrouped(q.scale, rows, 128)
     by_hand = steps * (codes_by_hand(q) - ungrouped(zero, rows, 128))
@@ -417,15 +415,15 @@ def test_rtn_stores_and_decodes_groups_of_128(rows, bits):
 
 def test_published_sizes_of_rtn_and_nf4():
     w = weight((256, 8))
-    rtn, _ = quantize(w, RTNConfig(bits=4, group_size=128), KEY)
-    nf4, _ = quantize(w, NF4Config(group_size=64), KEY)
+    rtn, _ = quantize(w, RTN(bits=4, group_size=128), KEY)
+    nf4, _ = quantize(w, NF4(group_size=64), KEY)
     assert bits_per_weight(rtn) == 4 + 20 / 128
     assert bits_per_weight(nf4) == 4.25
 
 
 @pytest.mark.parametrize("rows", [128, 70])
 def test_nf4_stores_and_decodes_groups_of_64(rows):
-    q, _ = quantize(weight((rows, 6)), NF4Config(), KEY)
+    q, _ = quantize(weight((rows, 6)), NF4(), KEY)
     by_hand = NF4_LEVELS.astype(np.float64)[codes_by_hand(q)]
     by_hand *= ungrouped(q.scale, rows, 64)
     assert relative(dequantize(q), by_hand) < 1e-6
@@ -434,8 +432,8 @@ def test_nf4_stores_and_decodes_groups_of_64(rows):
 
 def test_one_scale_per_tensor_is_stored_in_single_precision():
     w = weight((16, 24))
-    uniform, _ = quantize(w, UniformConfig(bits=3), KEY)
-    kmeans, _ = quantize(w, KMeansConfig(bits=1), KEY)
+    uniform, _ = quantize(w, Uniform(bits=3), KEY)
+    kmeans, _ = quantize(w, KMeans(bits=1), KEY)
     rotated, _ = quantize(w, RotatedKMeansConfig(bits=1), KEY)
     assert stored_bits(uniform) == 16 * 24 * 3 + 64
     assert stored_bits(kmeans) == 16 * 24 + 2 * 32 + 32
@@ -444,12 +442,12 @@ def test_one_scale_per_tensor_is_stored_in_single_precision():
 
 def test_the_controls_per_tensor_decode_as_in_numpy():
     w = weight((16, 24))
-    uniform, _ = quantize(w, UniformConfig(bits=3), KEY)
+    uniform, _ = quantize(w, Uniform(bits=3), KEY)
     by_hand = float(uniform.scale[0, 0, 0]) * (
         codes_by_hand(uniform) - float(uniform.zero[0, 0, 0])
     )
     assert relative(dequantize(uniform), by_hand) < 1e-6
-    for config in (KMeansConfig(bits=1), RotatedKMeansConfig(bits=1)):
+    for config in (KMeans(bits=1), RotatedKMeansConfig(bits=1)):
         q, _ = quantize(w, config, KEY)
         by_hand = np.asarray(q.levels, np.float64)[codes_by_hand(q)] * float(
             q.scale[0, 0, 0]

@@ -16,13 +16,13 @@ from experiments.quantized_layers import (
     stored_width,
     unconverged,
 )
-from kashin_jax import BasisSpec, KashinConfig, UniformConfig, quantize
+from kashin_jax import BasisSpec, GreedyKashin, Uniform, quantize
 from kashin_jax.pipeline import path_key
 
 KEY = jax.random.key(5)
 # One step is far too little for a Gaussian matrix, and enough for one of equal signs.
-KASHIN = KashinConfig(bits=4, basis=BasisSpec.parse("identity"), max_steps=2)
-UNIFORM = UniformConfig(bits=4)
+KASHIN = GreedyKashin(bits=4, basis=BasisSpec.parse("identity"), max_steps=2)
+UNIFORM = Uniform(bits=4)
 
 
 @pytest.fixture(scope="module")

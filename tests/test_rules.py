@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kashin_jax import BasisSpec, JointConfig, KashinConfig, NF4Config, RTNConfig
+from kashin_jax import NF4, RTN, BasisSpec, GreedyKashin, JointKashin
 from kashin_jax.errors import UsageError
 from kashin_jax.methods import METHOD_NAMES, config_from_json, config_to_json
 from kashin_jax.pipeline import (
@@ -35,7 +35,7 @@ def chosen(rules):
 def test_without_rules_everything_but_heads_and_embeddings_has_the_one_method():
     kept = {path for path, config in chosen(Rules()).items() if config is None}
     assert kept == {"decoder/embed_tokens", "lm_head"}
-    assert Rules().config_for(PATHS[1]) == JointConfig()
+    assert Rules().config_for(PATHS[1]) == JointKashin()
 
 
 @pytest.mark.parametrize(
@@ -65,23 +65,23 @@ def test_names_that_only_resemble_them_do_not(path):
 
 def test_the_first_rule_that_matches_decides():
     rules = Rules(
-        config=JointConfig(bits=3),
+        config=JointKashin(bits=3),
         rules=(
-            Rule(r"layers/1/", RTNConfig(bits=8)),
-            Rule(r"fc1$", NF4Config()),
+            Rule(r"layers/1/", RTN(bits=8)),
+            Rule(r"fc1$", NF4()),
             Rule(r"q_proj", None),
         ),
     )
     found = chosen(rules)
-    assert found["decoder/layers/1/fc1"] == RTNConfig(bits=8)
-    assert found["decoder/layers/10/fc1"] == NF4Config()
+    assert found["decoder/layers/1/fc1"] == RTN(bits=8)
+    assert found["decoder/layers/10/fc1"] == NF4()
     assert found["decoder/layers/0/self_attn/q_proj"] is None
     rules.check(PATHS)
 
 
 def test_a_rule_may_name_what_is_skipped_by_default_and_skip_beats_it():
-    head = Rule("lm_head", NF4Config())
-    assert Rules(rules=(head,)).config_for("lm_head") == NF4Config()
+    head = Rule("lm_head", NF4())
+    assert Rules(rules=(head,)).config_for("lm_head") == NF4()
     both = Rules(rules=(head,), skip=("lm_head",))
     assert both.config_for("lm_head") is None
     # Skips are added to the default ones, which stay.
@@ -120,14 +120,14 @@ def test_every_method_survives_json(method):
     st.none() | st.tuples(st.integers(1, 99), st.integers(1, 99)),
 )
 def test_fields_survive_json(bits, effort, balance, block_shape):
-    config = JointConfig(
+    config = JointKashin(
         bits=bits,
         effort=effort,
         balance=balance,
         block_shape=block_shape,
         basis=BasisSpec("haar", "dct"),
     )
-    rules = Rules(config=config, rules=(Rule("a", None), Rule("b", NF4Config())))
+    rules = Rules(config=config, rules=(Rule("a", None), Rule("b", NF4())))
     written = json.loads(json.dumps(rules_to_json(rules)))
     assert rules_from_json(written) == rules
 
@@ -179,7 +179,7 @@ def test_a_pattern_by_which_nothing_is_shared_is_an_error(share, named):
 
 
 def test_a_rule_takes_from_the_default_what_it_does_not_say():
-    default = KashinConfig(bits=4, max_steps=50)
+    default = GreedyKashin(bits=4, max_steps=50)
     rules = rules_from_json(
         [
             {"pattern": "a", "bits": 3},
@@ -190,7 +190,7 @@ def test_a_rule_takes_from_the_default_what_it_does_not_say():
     )
     assert rules.config == default
     assert rules.rules[0].config == dataclasses.replace(default, bits=3)
-    assert rules.rules[1].config == RTNConfig(group_size=32)
+    assert rules.rules[1].config == RTN(group_size=32)
     assert rules.rules[2].config is None
 
 

@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 
 from kashin_jax import (
+    RTN,
     BasisSpec,
-    JointConfig,
-    KashinConfig,
+    GreedyKashin,
+    JointKashin,
     RotatedRTNConfig,
-    RTNConfig,
     Rule,
     Rules,
     matmul,
@@ -31,11 +31,11 @@ from kashin_jax.pipeline import SHARED_INPUTS, path_key
 
 KEY = jax.random.key(0)
 # Blocks of 32 inputs and 16 outputs: nothing else in the products below is 32 long.
-CONFIG = JointConfig(
+CONFIG = JointKashin(
     effort="fast", basis=BasisSpec("haar", "haar"), block_shape=(32, 16)
 )
 # What need not be joint coding is rounded, which compiles sooner.
-APART = Rules(config=CONFIG, rules=(Rule("out_proj", RTNConfig()),))
+APART = Rules(config=CONFIG, rules=(Rule("out_proj", RTN()),))
 SHARED = dataclasses.replace(APART, share=SHARED_INPUTS)
 NAMES = ("q_proj", "k_proj", "v_proj")
 
@@ -152,7 +152,7 @@ def test_without_share_codes_are_those_of_the_path_alone(dense, apart):
     "config",
     [
         dataclasses.replace(CONFIG, balance=0.0, rotation=False),
-        KashinConfig(
+        GreedyKashin(
             bits=1, num_restarts=1, block_shape=(32, 16), max_steps=5, sample=256
         ),
     ],

@@ -9,7 +9,7 @@ from flax import nnx
 from experiments import sizes
 from experiments.results import read_jsonl
 from experiments.sizes import SizesConfig, main
-from kashin_jax import RTNConfig, Rules
+from kashin_jax import RTN, Rules
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.saving import save_classifier, save_opt
@@ -77,7 +77,7 @@ def test_sizes_are_those_of_the_files_that_kashin_quantize_writes(
     records, _ = table
     for source in models:
         target = tmp_path / source.name
-        quantize_checkpoint(source, target, Rules(config=RTNConfig(bits=4)))
+        quantize_checkpoint(source, target, Rules(config=RTN(bits=4)))
         (row,) = [
             r
             for r in records
@@ -154,7 +154,7 @@ def test_a_size_that_is_not_as_claimed_is_an_error(tmp_path, capsys):
 
 
 def test_a_quantized_model_is_refused(models, tmp_path, capsys):
-    quantize_checkpoint(models[0], tmp_path / "q", Rules(config=RTNConfig(bits=4)))
+    quantize_checkpoint(models[0], tmp_path / "q", Rules(config=RTN(bits=4)))
     assert job([tmp_path / "q"], tmp_path / "out") == 2
     assert "is quantized already" in capsys.readouterr().err
 

@@ -86,7 +86,7 @@ def test_what_no_reader_would_accept_is_not_described():
 
 MISSING = object()
 DESCRIPTIONS = {
-    "an unknown type": ("kashin", "type", "QuantizedTensor"),
+    "an unknown type": ("kashin", "type", "KashinTensor"),
     "a type that is a list": ("kashin", "type", ["kashin"]),
     "no type": ("kashin", "type", MISSING),
     "an unknown field": ("kashin", "more", 1),

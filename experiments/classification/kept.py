@@ -14,7 +14,7 @@ from experiments.results import atomic_path, to_json
 from experiments.tables import Record
 from kashin_jax import Rules
 from kashin_jax.models.classifier_loading import LoadedClassifier
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["remembered", "save_row", "saved_name"]
 
@@ -64,7 +64,7 @@ def save_row(
     task: Task,
     loaded: LoadedClassifier,
     order: tuple[int, ...],
-    tensors: Mapping[str, Quantized],
+    tensors: Mapping[str, QuantizedTensor],
     row: Record,
     rules: Rules,
 ) -> None:

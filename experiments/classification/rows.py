@@ -19,7 +19,7 @@ from experiments.classification.kept import remembered, save_row
 from experiments.classification.metrics import flip_rate, log_loss
 from experiments.classification.tasks import Task
 from experiments.layer_store import LayerStore
-from experiments.methods import AS_STORED, FULL_PRECISION, Method, Width
+from experiments.methods import AS_STORED, FULL_PRECISION, RowKind, Width
 from experiments.published import published_glue
 from experiments.quantized_layers import (
     decoded_kernels,
@@ -32,11 +32,11 @@ from experiments.quantized_layers import (
 from experiments.tables import Record
 from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods import Method
 from kashin_jax.models.classifier import SequenceClassifier
 from kashin_jax.models.classifier_loading import LoadedClassifier
 from kashin_jax.pipeline import replace_kernels, selected_kernels
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["GlueBench", "TaskBench", "quantized_records", "unchanged_records"]
 
@@ -170,7 +170,7 @@ class _Prepared(NamedTuple):
     # and what they were made by.
     fields: Record
     kernels: dict[str, Array]
-    tensors: dict[str, Quantized]
+    tensors: dict[str, QuantizedTensor]
     rules: Rules
 
 
@@ -203,7 +203,7 @@ def _itself(one: TaskBench) -> Record:
 def quantized_records(
     bench: GlueBench,
     name: str,
-    method: Method,
+    method: RowKind,
     *,
     bits: Width,
     basis: BasisSpec,
@@ -269,9 +269,9 @@ def _scored(
 
 
 def _prepared(
-    bench: GlueBench, config: QuantizerConfig, seed: int, label: str, keeps: bool
+    bench: GlueBench, config: Method, seed: int, label: str, keeps: bool
 ) -> dict[str, _Prepared]:
-    """Every checkpoint quantized, by its hash; `keeps` as `Method.keeps_failures`."""
+    """Every checkpoint quantized, by its hash; `keeps` as `RowKind.keeps_failures`."""
     prepared: dict[str, _Prepared] = {}
     for one in bench.tasks:
         if one.weights_sha256 in prepared:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from experiments.convergence.sweep import stack_bases
 from experiments.timing import median_seconds
-from kashin_jax import KashinConfig, KroneckerBasis, kashin_decompose
+from kashin_jax import GreedyKashin, KroneckerBasis, kashin_decompose
 from kashin_jax.bases import cost, key_from_seed, seed_from_key
 from kashin_jax.methods.kashin import KashinCode, kashin_code
 
@@ -56,7 +56,7 @@ def seeded_bases(
 
 
 def ablate(
-    kernel: Float[Array, "m n"], seeded: SeededBases, config: KashinConfig
+    kernel: Float[Array, "m n"], seeded: SeededBases, config: GreedyKashin
 ) -> Ablation:
     """Decomposes and quantizes one layer in every basis of the stack, by one `vmap`.
 

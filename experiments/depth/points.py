@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from experiments.methods import METHODS
 from kashin_jax import BasisSpec
-from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods import Method
 
 __all__ = ["METHOD", "RTOL", "STEPS", "Point", "grid"]
 
@@ -42,7 +42,7 @@ class Point(NamedTuple):
         return self.max_steps if self.axis == STEPS else self.rtol
 
     @property
-    def config(self) -> QuantizerConfig:
+    def config(self) -> Method:
         """The configuration of every layer."""
         make = METHODS[METHOD].make
         return make(self.bits, self.basis, self.rtol, self.max_steps)

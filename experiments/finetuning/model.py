@@ -20,7 +20,7 @@ from experiments.training.step import LossFn, Params
 from kashin_jax import Rules
 from kashin_jax.models.classifier import ClassifierConfig
 from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["Packed", "Start", "load_start", "make_loss"]
 
@@ -36,7 +36,7 @@ class Packed(NamedTuple):
       described: Method, bits and so on, for records.
     """
 
-    tensors: Callable[[Params, PyTree[Array]], dict[str, Quantized]]
+    tensors: Callable[[Params, PyTree[Array]], dict[str, QuantizedTensor]]
     rules: Rules
     seed: int
     described: dict[str, Any]

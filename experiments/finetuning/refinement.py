@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from experiments.training.step import Params
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["Build", "Refinable", "abstract_classifier", "take_apart"]
 
@@ -54,7 +54,9 @@ class Refinable:
     frozen: PyTree[Array]
     structures: Mapping[str, _Structure]
 
-    def tensors(self, params: Params, frozen: PyTree[Array]) -> dict[str, Quantized]:
+    def tensors(
+        self, params: Params, frozen: PyTree[Array]
+    ) -> dict[str, QuantizedTensor]:
         """The packed tensors that `(params, frozen)` mean, types as stored."""
         return {
             path: _joined(structure, params["packed"][path], frozen["packed"][path])
@@ -88,12 +90,13 @@ class Refinable:
 
 
 def take_apart(
-    model: SequenceClassifier, tensors: Mapping[str, Quantized]
+    model: SequenceClassifier, tensors: Mapping[str, QuantizedTensor]
 ) -> Refinable:
     """Separates what is trained from what is not.
 
     Args:
-      model: Gives the parameters that are not packed; those layers are `KashinLinear`.
+      model: Gives the parameters that are not packed; those layers are
+        `QuantizedLinear`.
       tensors: Packed kernels by path of their layer.
     """
     dense = {
@@ -133,7 +136,7 @@ def _unit(values: Float[Array, "..."]) -> Float[Array, ""]:
     return jnp.where(rms > 0, rms, 1.0)
 
 
-def _joined(structure: _Structure, trained: Leaves, kept: Leaves) -> Quantized:
+def _joined(structure: _Structure, trained: Leaves, kept: Leaves) -> QuantizedTensor:
     new = iter(trained)
     # Cast to the stored type in every step, so that what is trained is what is stored.
     leaves = [

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from experiments.paper.setting import layer_basis
-from kashin_jax import BasisSpec, KashinConfig
+from kashin_jax import BasisSpec, GreedyKashin
 from kashin_jax.methods.kashin import cluster_factors, decompose_blocks
 from kashin_jax.pipeline import path_key
 
@@ -37,7 +37,7 @@ def cluster_layer(
     key: Key[Array, ""],
     layer: str,
     family: str,
-    config: KashinConfig | None = None,
+    config: GreedyKashin | None = None,
 ) -> Clustering:
     """Decomposes a layer and clusters its pairs, as the library does.
 
@@ -48,7 +48,7 @@ def cluster_layer(
       family: Of both bases.
       config: How; by default 16 centroids and the library's other defaults.
     """
-    config = config or KashinConfig(bits=BITS, basis=BasisSpec(family, family))
+    config = config or GreedyKashin(bits=BITS, basis=BasisSpec(family, family))
     kernel = kernels[layer]
     basis = layer_basis(key, layer, family, kernel)
     shape = kernel.shape[0], kernel.shape[1]

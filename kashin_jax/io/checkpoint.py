@@ -21,7 +21,7 @@ from kashin_jax.io.safetensors import (
     read_tensor,
 )
 from kashin_jax.io.schema import METADATA_KEY, check_schema
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["Checkpoint", "join_files", "open_checkpoint", "read_config"]
 
@@ -87,7 +87,7 @@ class Checkpoint:
         """The shard of a tensor, for `read_rows` and `copy_bytes`."""
         return self.files[self._place(name)]
 
-    def load(self, name: str) -> Shaped[np.ndarray, "..."] | Quantized:
+    def load(self, name: str) -> Shaped[np.ndarray, "..."] | QuantizedTensor:
         """One tensor; a packed one as it is, `[in, out]` whatever the original was.
 
         Raises:

@@ -16,14 +16,14 @@ from kashin_jax.errors import CheckpointError
 from kashin_jax.io.dtypes import TensorSpec
 from kashin_jax.io.files import shown
 from kashin_jax.packing import packed_size
-from kashin_jax.tensors import AffineTensor, CodebookTensor, QuantizedTensor
+from kashin_jax.tensors import AffineTensor, CodebookTensor, KashinTensor
 from kashin_jax.tensors.affine import GroupLayout
 from kashin_jax.tensors.kashin import KashinLayout
 
 __all__ = ["TYPES", "Described", "Stream", "layout_to_json", "parse_description"]
 
 TYPES: Mapping[str, Any] = MappingProxyType(
-    {"kashin": QuantizedTensor, "affine": AffineTensor, "codebook": CodebookTensor}
+    {"kashin": KashinTensor, "affine": AffineTensor, "codebook": CodebookTensor}
 )
 """Packed tensors by the name that files give their type."""
 

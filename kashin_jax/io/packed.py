@@ -18,7 +18,7 @@ from kashin_jax.io.format import (
     layout_to_json,
     parse_description,
 )
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 from kashin_jax.tensors.kashin import KashinLayout
 from kashin_jax.tensors.levels import product_bits
 
@@ -43,7 +43,7 @@ def leaf_specs(tensor: Any) -> dict[str, TensorSpec]:
     }
 
 
-def to_leaves(tensor: Quantized) -> dict[str, Shaped[np.ndarray, "..."]]:
+def to_leaves(tensor: QuantizedTensor) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The arrays that are stored, by the name of their field.
 
     Raises:
@@ -93,7 +93,7 @@ def from_leaves(
     leaves: Mapping[str, Shaped[np.ndarray, "..."]],
     *,
     name: str = "tensor",
-) -> Quantized:
+) -> QuantizedTensor:
     """Rebuilds a packed tensor, trusting neither argument.
 
     Args:
@@ -124,7 +124,7 @@ def from_leaves(
     fields = dict.fromkeys(cls._fields) | {
         leaf: jax.device_put(np.asarray(value)) for leaf, value in leaves.items()
     }
-    tensor: Quantized = cls(**fields | {"layout": layout})
+    tensor: QuantizedTensor = cls(**fields | {"layout": layout})
     return tensor
 
 

@@ -18,7 +18,7 @@ from kashin_jax.io.packed import describe, leaf_specs, to_leaves
 from kashin_jax.io.safetensors import hash_file, read_header
 from kashin_jax.io.schema import METADATA_KEY, SCHEMA_VERSION
 from kashin_jax.io.writer import FileRecord, TensorWriter, open_writer
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -140,7 +140,7 @@ def open_shard(
 
 
 def write_stored(
-    writer: TensorWriter, name: str, value: Shaped[np.ndarray, "..."] | Quantized
+    writer: TensorWriter, name: str, value: Shaped[np.ndarray, "..."] | QuantizedTensor
 ) -> None:
     """Writes a tensor that was planned, packed or as it is.
 
@@ -209,7 +209,7 @@ def write_config(
 
 def save_checkpoint(
     directory: str | Path,
-    tensors: Mapping[str, Shaped[np.ndarray, "..."] | Quantized],
+    tensors: Mapping[str, Shaped[np.ndarray, "..."] | QuantizedTensor],
     config: Mapping[str, Any],
     *,
     transposed: Collection[str] = (),

@@ -1,4 +1,4 @@
-"""`KashinEmbed`: the drop-in for `nnx.Embed` whose table stays packed."""
+"""`QuantizedEmbed`: the drop-in for `nnx.Embed` whose table stays packed."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,21 +13,21 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from kashin_jax.layers.linear import quantized_of_shape
 from kashin_jax.layers.packed import Packed, pack
-from kashin_jax.methods import QuantizerConfig
-from kashin_jax.tensors import Quantized, bits_per_weight, dequantize
+from kashin_jax.methods import Method
+from kashin_jax.tensors import QuantizedTensor, bits_per_weight, dequantize
 from kashin_jax.tensors.kernels.rows import take_rows, times_transpose
 
-__all__ = ["KashinEmbed"]
+__all__ = ["QuantizedEmbed"]
 
 
-class KashinEmbed(nnx.Module):
+class QuantizedEmbed(nnx.Module):
     """Rows of a packed table; called like an `nnx.Embed`.
 
     A look-up decodes the bands of blocks that its rows lie in, a token at a time beyond
     a bounded tile, and `attend` the table in bands. Methods that code or rotate the
-    matrix as a whole (`KashinConfig` without `block_shape`, `RotatedRTNConfig`,
-    `RotatedKMeansConfig`) need all of it for every look-up: choose `JointConfig`, or
-    blocks. Groups of `RTNConfig` and its like run along a feature, over many tokens.
+    matrix as a whole (`GreedyKashin` without `block_shape`, `RotatedRTNConfig`,
+    `RotatedKMeansConfig`) need all of it for every look-up: choose `JointKashin`, or
+    blocks. Groups of `RTN` and its like run along a feature, over many tokens.
 
     Attributes:
       table: The packed matrix, a row for every token.
@@ -37,7 +37,7 @@ class KashinEmbed(nnx.Module):
 
     def __init__(
         self,
-        tensor: Quantized | Packed,
+        tensor: QuantizedTensor | Packed,
         *,
         dtype: DTypeLike | None = None,
         promote_dtype: Callable[..., Any] = default_promote_dtype,
@@ -64,11 +64,11 @@ class KashinEmbed(nnx.Module):
     def from_embed(
         cls,
         embed: nnx.Embed,
-        tensor: Quantized | Packed | QuantizerConfig,
+        tensor: QuantizedTensor | Packed | Method,
         key: Key[Array, ""] | None = None,
         *,
         path: str = "embed",
-    ) -> "KashinEmbed":
+    ) -> "QuantizedEmbed":
         """The packed layer in place of a dense one, with its options.
 
         Args:

@@ -1,4 +1,4 @@
-"""`KashinLinear`: the drop-in for `nnx.Linear` whose kernel stays packed."""
+"""`QuantizedLinear`: the drop-in for `nnx.Linear` whose kernel stays packed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,22 +12,22 @@ from jaxtyping import Array, Float, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.layers.packed import Packed, pack
-from kashin_jax.methods import QuantizerConfig
+from kashin_jax.methods import Method
 from kashin_jax.methods.stacks import full_shape, quantize_stack
-from kashin_jax.tensors import Quantized, bits_per_weight, matmul
+from kashin_jax.tensors import QuantizedTensor, bits_per_weight, matmul
 
 __all__ = [
-    "KashinLinear",
+    "QuantizedLinear",
     "product_options",
     "quantized_of_shape",
     "require_plain_product",
 ]
 
 
-class KashinLinear(nnx.Module):
+class QuantizedLinear(nnx.Module):
     """`y = x W + b` with W packed; called like an `nnx.Linear`.
 
-    Holds any quantized matrix. For a `QuantizedTensor` the product never forms more
+    Holds any quantized matrix. For a `KashinTensor` the product never forms more
     than a bounded tile of W, see `matmul`.
 
     Attributes:
@@ -40,7 +40,7 @@ class KashinLinear(nnx.Module):
 
     def __init__(
         self,
-        tensor: Quantized | Packed,
+        tensor: QuantizedTensor | Packed,
         bias: nnx.Param[Array] | None = None,
         *,
         dtype: DTypeLike | None = None,
@@ -80,11 +80,11 @@ class KashinLinear(nnx.Module):
     def from_linear(
         cls,
         linear: nnx.Linear,
-        tensor: Quantized | Packed | QuantizerConfig,
+        tensor: QuantizedTensor | Packed | Method,
         key: Key[Array, ""] | None = None,
         *,
         path: str = "linear",
-    ) -> "KashinLinear":
+    ) -> "QuantizedLinear":
         """The packed layer in place of a dense one, with its bias and its options.
 
         Metadata of the kernel, such as names of sharded axes, describe a matrix that
@@ -192,13 +192,13 @@ def product_options(precision: Any) -> Any:
 
 def quantized_of_shape(
     tensor: Any, dense: nnx.Param[Array], key: Key[Array, ""] | None, path: str
-) -> Quantized | Packed:
+) -> QuantizedTensor | Packed:
     """What `tensor` stands for: itself, or the dense matrix quantized by it.
 
     Raises:
       UsageError: If its shape is not that of the dense matrix.
     """
-    if isinstance(tensor, QuantizerConfig):
+    if isinstance(tensor, Method):
         root = jax.random.key(0) if key is None else key
         return quantize_stack(dense.get_value(), tensor, root, path=path)[0]
     found = tensor.kernel.get_value() if isinstance(tensor, Packed) else tensor

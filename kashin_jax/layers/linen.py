@@ -1,4 +1,4 @@
-"""`KashinDense`: the Linen drop-in for `nn.Dense` whose kernel stays packed."""
+"""`QuantizedDense`: the Linen drop-in for `nn.Dense` whose kernel stays packed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.layers.linear import product_options, require_plain_product
-from kashin_jax.methods import DEFAULT_CONFIG, QuantizerConfig, encode
-from kashin_jax.tensors import Quantized, matmul
+from kashin_jax.methods import DEFAULT_CONFIG, Method, encode
+from kashin_jax.tensors import QuantizedTensor, matmul
 
-__all__ = ["KashinDense", "packed_dense"]
+__all__ = ["QuantizedDense", "packed_dense"]
 
 
-class KashinDense(nn.Module):
+class QuantizedDense(nn.Module):
     """`y = x W + b` with W packed; has the fields and parameters of `nn.Dense`.
 
     The parameter `kernel` is whatever it is given: a packed matrix of any method, as
@@ -52,7 +52,7 @@ class KashinDense(nn.Module):
     promote_dtype: Callable[..., Any] = default_promote_dtype
     dot_general: Any = None
     dot_general_cls: Any = None
-    config: QuantizerConfig = DEFAULT_CONFIG
+    config: Method = DEFAULT_CONFIG
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*b m"]) -> Float[Array, "*b n"]:
@@ -91,7 +91,7 @@ def packed_dense(
 ) -> Any:
     """Lets every `nn.Dense` of a Linen model run on packed parameters.
 
-    For models whose source does not ask for `KashinDense`:
+    For models whose source does not ask for `QuantizedDense`:
     `with nn.intercept_methods(packed_dense): model.apply(params, x)`. Layers with dense
     parameters, and everything that is not exactly an `nn.Dense`, run as they do.
 
@@ -105,7 +105,7 @@ def packed_dense(
     if type(module) is not nn.Dense or context.method_name != "__call__":
         return next_fun(*args, **kwargs)
     kernel = nn.meta.unbox(module.variables.get("params", {}).get("kernel"))
-    if not isinstance(kernel, Quantized):
+    if not isinstance(kernel, QuantizedTensor):
         return next_fun(*args, **kwargs)
     bias = module.get_variable("params", "bias") if module.use_bias else None
     (inputs,) = (*args, *kwargs.values())
@@ -116,7 +116,7 @@ def _dense(
     module: Any, inputs: Float[Array, "*b m"], kernel: Any, bias: Any
 ) -> Float[Array, "*b n"]:
     path = "/".join(module.path) or type(module).__name__
-    packed = isinstance(kernel, Quantized)
+    packed = isinstance(kernel, QuantizedTensor)
     if kernel.shape != (inputs.shape[-1], module.features):
         raise UsageError(
             f"`{path}` needs a kernel of shape "

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kashin_jax.bases import Basis, KroneckerBasis
-from kashin_jax.tensors import Quantized, QuantizedTensor
+from kashin_jax.tensors import KashinTensor, QuantizedTensor
 from kashin_jax.tensors.kernels.product import derive_bases
 
 __all__ = [
@@ -34,7 +34,7 @@ class DerivedBasis(nnx.Variable[Any]):
 
 
 class InputSide(NamedTuple):
-    """What a product does to its input, of a `QuantizedTensor` or a rotated control.
+    """What a product does to its input, of a `KashinTensor` or a rotated control.
 
     Attributes:
       basis: Q1, or of a control the rotation.
@@ -94,7 +94,7 @@ Inputs = dict[Hashable, DerivedBasis]
 """Input sides that were packed, by value."""
 
 
-def pack(tensor: Quantized | Packed, known: Inputs | None = None) -> Packed:
+def pack(tensor: QuantizedTensor | Packed, known: Inputs | None = None) -> Packed:
     """Variables of a matrix, the bases derived from its seed.
 
     Args:
@@ -108,7 +108,7 @@ def pack(tensor: Quantized | Packed, known: Inputs | None = None) -> Packed:
     if sides is None:
         return Packed(PackedKernel(tensor), None, None)
     left, right = sides
-    if known is None or not isinstance(tensor, QuantizedTensor):
+    if known is None or not isinstance(tensor, KashinTensor):
         inputs = DerivedBasis(left)
     elif (found := known.get(name := _input_name(tensor))) is None:
         inputs = known[name] = DerivedBasis(left)
@@ -138,7 +138,7 @@ def _sides(tensor: Any) -> tuple[InputSide, OutputSide] | None:
     )
 
 
-def _input_name(tensor: QuantizedTensor) -> Hashable:
+def _input_name(tensor: KashinTensor) -> Hashable:
     layout, scale = tensor.layout, tensor.in_scale
     return (
         (tensor.seed.shape, np.asarray(tensor.seed).tobytes()),

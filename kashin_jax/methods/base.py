@@ -10,31 +10,31 @@ from typing import Any
 from kashin_jax.bases import BasisSpec
 from kashin_jax.errors import UsageError
 from kashin_jax.methods.configs import (
-    ChannelKMeansConfig,
-    HQQConfig,
-    KMeansConfig,
-    NF4Config,
-    QuantizerConfig,
+    HQQ,
+    NF4,
+    RTN,
+    ChannelKMeans,
+    KMeans,
+    Method,
     RotatedKMeansConfig,
     RotatedRTNConfig,
-    RTNConfig,
-    UniformConfig,
+    Uniform,
 )
-from kashin_jax.methods.joint.coder import JointConfig
-from kashin_jax.methods.kashin import KashinConfig
+from kashin_jax.methods.joint.coder import JointKashin
+from kashin_jax.methods.kashin import GreedyKashin
 
 __all__ = ["METHOD_NAMES", "config_from_json", "config_to_json"]
 
-_CLASSES: Mapping[str, type[QuantizerConfig]] = MappingProxyType(
+_CLASSES: Mapping[str, type[Method]] = MappingProxyType(
     {
-        "kashin-joint": JointConfig,
-        "kashin": KashinConfig,
-        "uniform": UniformConfig,
-        "k-means": KMeansConfig,
-        "k-means-channel": ChannelKMeansConfig,
-        "rtn": RTNConfig,
-        "nf4": NF4Config,
-        "hqq": HQQConfig,
+        "kashin-joint": JointKashin,
+        "kashin": GreedyKashin,
+        "uniform": Uniform,
+        "k-means": KMeans,
+        "k-means-channel": ChannelKMeans,
+        "rtn": RTN,
+        "nf4": NF4,
+        "hqq": HQQ,
         "rotate-rtn": RotatedRTNConfig,
         "rotate-k-means": RotatedKMeansConfig,
     }
@@ -44,7 +44,7 @@ _NAMES = {cls: name for name, cls in _CLASSES.items()}
 METHOD_NAMES: tuple[str, ...] = tuple(_CLASSES)
 
 
-def config_to_json(config: QuantizerConfig) -> dict[str, Any]:
+def config_to_json(config: Method) -> dict[str, Any]:
     """`{"method": ..., "bits": ..., ...}`, every field written out."""
     fields = {
         field.name: _plain(getattr(config, field.name))
@@ -54,8 +54,8 @@ def config_to_json(config: QuantizerConfig) -> dict[str, Any]:
 
 
 def config_from_json(
-    content: Mapping[str, Any], default: QuantizerConfig | None = None
-) -> QuantizerConfig:
+    content: Mapping[str, Any], default: Method | None = None
+) -> Method:
     """Inverts `config_to_json`; fields that are not there have their defaults.
 
     Args:

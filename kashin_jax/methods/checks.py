@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Int, Num
 
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.methods.configs import QuantizerConfig
-from kashin_jax.methods.joint.coder import JointConfig
+from kashin_jax.methods.configs import Method
+from kashin_jax.methods.joint.coder import JointKashin
 
 __all__ = ["checked_importance", "checked_in_scale", "require_finite"]
 
@@ -31,13 +31,13 @@ def _check_per_input(
     name: str,
     numbers: Num[Array | np.ndarray, " k"],
     inputs: int,
-    config: QuantizerConfig,
+    config: Method,
     path: str,
 ) -> None:
-    if not isinstance(config, JointConfig):
+    if not isinstance(config, JointKashin):
         raise TypeError(
             f"`{path}`: {type(config).__name__} has no use for `{name}`; leave it "
-            "out, or take JointConfig."
+            "out, or take JointKashin."
         )
     if numbers.shape != (inputs,):
         raise ValueError(
@@ -49,7 +49,7 @@ def _check_per_input(
 def checked_in_scale(
     in_scale: Num[Array | np.ndarray, " k"] | None,
     inputs: int,
-    config: QuantizerConfig,
+    config: Method,
     path: str,
 ) -> Float16[Array, " m"] | None:
     if in_scale is None:
@@ -68,7 +68,7 @@ def checked_in_scale(
 def checked_importance(
     importance: Num[Array | np.ndarray, " k"] | None,
     inputs: int,
-    config: QuantizerConfig,
+    config: Method,
     path: str,
 ) -> Float[Array, " m"] | None:
     if importance is None:

@@ -1,6 +1,6 @@
 """Static choices of the controls, one frozen dataclass each.
 
-`KashinConfig` stands beside its coder in `coding.kashin`.
+`GreedyKashin` stands beside its coder in `coding.kashin`.
 """
 
 import dataclasses
@@ -8,20 +8,20 @@ import dataclasses
 import jax
 
 from kashin_jax.bases import BasisSpec
-from kashin_jax.methods.joint.coder import JointConfig
-from kashin_jax.methods.kashin import KashinConfig
+from kashin_jax.methods.joint.coder import JointKashin
+from kashin_jax.methods.kashin import GreedyKashin
 
 __all__ = [
     "DEFAULT_CONFIG",
-    "ChannelKMeansConfig",
-    "HQQConfig",
-    "KMeansConfig",
-    "NF4Config",
-    "QuantizerConfig",
-    "RTNConfig",
+    "HQQ",
+    "NF4",
+    "RTN",
+    "ChannelKMeans",
+    "KMeans",
+    "Method",
     "RotatedKMeansConfig",
     "RotatedRTNConfig",
-    "UniformConfig",
+    "Uniform",
 ]
 
 
@@ -39,7 +39,7 @@ class _BitsConfig:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UniformConfig(_BitsConfig):
+class Uniform(_BitsConfig):
     """Min-max grid per tensor, float32 step and offset (the 2024 paper's "uniform").
 
     Attributes:
@@ -49,7 +49,7 @@ class UniformConfig(_BitsConfig):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RTNConfig(_BitsConfig):
+class RTN(_BitsConfig):
     """Asymmetric round-to-nearest, fp16 step and whole zero point per group.
 
     Attributes:
@@ -63,7 +63,7 @@ class RTNConfig(_BitsConfig):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RotatedRTNConfig(RTNConfig):
+class RotatedRTNConfig(RTN):
     """`Q1^T W Q2`, then round-to-nearest: what rotations alone bring to plain grids.
 
     Attributes:
@@ -78,7 +78,7 @@ class RotatedRTNConfig(RTNConfig):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HQQConfig(_BitsConfig):
+class HQQ(_BitsConfig):
     """Half-quadratic quantization: fp16 step and fitted fp16 zero point per group.
 
     Attributes:
@@ -91,7 +91,7 @@ class HQQConfig(_BitsConfig):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NF4Config(_BitsConfig):
+class NF4(_BitsConfig):
     """NF4 with fp16 scales and no double quantization.
 
     Attributes:
@@ -109,7 +109,7 @@ class NF4Config(_BitsConfig):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KMeansConfig(_BitsConfig):
+class KMeans(_BitsConfig):
     """One codebook of `2**bits` float32 levels per tensor (the paper's "k-means").
 
     Attributes:
@@ -122,7 +122,7 @@ class KMeansConfig(_BitsConfig):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RotatedKMeansConfig(KMeansConfig):
+class RotatedKMeansConfig(KMeans):
     """`Q1^T W Q2`, then k-means per tensor: the control no published table has.
 
     Attributes:
@@ -136,7 +136,7 @@ class RotatedKMeansConfig(KMeansConfig):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChannelKMeansConfig(_BitsConfig):
+class ChannelKMeans(_BitsConfig):
     """A codebook of `2**bits` fp16 levels per output channel, one float32 scale.
 
     Attributes:
@@ -147,18 +147,18 @@ class ChannelKMeansConfig(_BitsConfig):
     num_restarts: int = 4
 
 
-QuantizerConfig = (
-    KashinConfig
-    | JointConfig
-    | UniformConfig
-    | RTNConfig
+Method = (
+    GreedyKashin
+    | JointKashin
+    | Uniform
+    | RTN
     | RotatedRTNConfig
-    | HQQConfig
-    | NF4Config
-    | KMeansConfig
+    | HQQ
+    | NF4
+    | KMeans
     | RotatedKMeansConfig
-    | ChannelKMeansConfig
+    | ChannelKMeans
 )
 
-DEFAULT_CONFIG = JointConfig()
-"""Joint coding at 4 bits; the 2024 paper's method is `KashinConfig`."""
+DEFAULT_CONFIG = JointKashin()
+"""Joint coding at 4 bits; the 2024 paper's method is `GreedyKashin`."""

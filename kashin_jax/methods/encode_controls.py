@@ -9,15 +9,15 @@ from jaxtyping import Array, Float, Key, UInt32
 from kashin_jax.bases import KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.methods.affine import minmax_code, rtn_code
 from kashin_jax.methods.configs import (
-    ChannelKMeansConfig,
-    HQQConfig,
-    KMeansConfig,
-    NF4Config,
-    QuantizerConfig,
+    HQQ,
+    NF4,
+    RTN,
+    ChannelKMeans,
+    KMeans,
+    Method,
     RotatedKMeansConfig,
     RotatedRTNConfig,
-    RTNConfig,
-    UniformConfig,
+    Uniform,
 )
 from kashin_jax.methods.hqq import hqq_code
 from kashin_jax.methods.kmeans import channel_kmeans_code, kmeans_code, nf4_code
@@ -37,7 +37,7 @@ def encode_control(
     x: Float[Array, "m n"],
     seed: UInt32[Array, "2"],
     codebook_key: Key[Array, ""],
-    config: QuantizerConfig,
+    config: Method,
     dtype: str,
 ) -> AffineTensor | CodebookTensor:
     """Codes a float32 matrix that had type `dtype`; `seed` gives the rotation.
@@ -51,11 +51,11 @@ def encode_control(
         shape = x.shape[0], x.shape[1]
         x = _rotate(x, make_pair(basis, key_from_seed(seed), shape))
     match config:
-        case RTNConfig():
+        case RTN():
             size: int | None = config.group_size or x.shape[0]
-        case HQQConfig() | NF4Config():
+        case HQQ() | NF4():
             size = config.group_size
-        case UniformConfig() | KMeansConfig() | ChannelKMeansConfig():
+        case Uniform() | KMeans() | ChannelKMeans():
             size = None
         case _:
             raise TypeError(f"`config` is no quantizer's: {type(config).__name__}.")
@@ -66,9 +66,9 @@ def encode_control(
         basis=basis,
         dtype=dtype,
     )
-    if isinstance(config, RTNConfig | HQQConfig | UniformConfig):
+    if isinstance(config, RTN | HQQ | Uniform):
         return _encode_affine(x, stored, config, layout)
-    if isinstance(config, NF4Config):
+    if isinstance(config, NF4):
         return _encode_nf4(x, layout)
     return _encode_kmeans(x, stored, codebook_key, config, layout)
 
@@ -77,20 +77,20 @@ def encode_control(
 def _encode_affine(
     x: Float[Array, "m n"],
     seed: UInt32[Array, "2"] | None,
-    config: RTNConfig | HQQConfig | UniformConfig,
+    config: RTN | HQQ | Uniform,
     layout: GroupLayout,
 ) -> AffineTensor:
     bits = config.bits
     groups = group_rows(x, layout.group_size or x.shape[0])
     match config:
-        case RTNConfig():
+        case RTN():
             code = rtn_code(groups, bits)
             zero = pack_codes(code.zero.astype(jnp.uint8).reshape(-1), bits=bits)
             scale = code.scale.astype(jnp.float16)
-        case HQQConfig():
+        case HQQ():
             code = hqq_code(x, bits=bits, group_size=config.group_size)
             scale, zero = (part.astype(jnp.float16) for part in (code.scale, code.zero))
-        case UniformConfig():
+        case Uniform():
             code = minmax_code(groups, bits)
             scale, zero = code.scale, code.zero
     return AffineTensor(_pack(code.codes, layout), scale, zero, layout, seed)
@@ -107,16 +107,16 @@ def _encode_kmeans(
     x: Float[Array, "m n"],
     seed: UInt32[Array, "2"] | None,
     key: Key[Array, ""],
-    config: KMeansConfig | ChannelKMeansConfig,
+    config: KMeans | ChannelKMeans,
     layout: GroupLayout,
 ) -> CodebookTensor:
     match config:
-        case KMeansConfig():
+        case KMeans():
             code = kmeans_code(
                 x, key, bits=config.bits, num_restarts=config.num_restarts
             )
             levels = code.levels
-        case ChannelKMeansConfig():
+        case ChannelKMeans():
             code = channel_kmeans_code(
                 x, key, bits=config.bits, num_restarts=config.num_restarts
             )

@@ -14,8 +14,8 @@ from kashin_jax.decomposition import KashinDecomposition, kashin_decompose
 from kashin_jax.tensors.blocks import from_blocks, to_blocks
 
 __all__ = [
+    "GreedyKashin",
     "KashinCode",
-    "KashinConfig",
     "cluster_factors",
     "decompose_blocks",
     "kashin_code",
@@ -24,7 +24,7 @@ __all__ = [
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KashinConfig:
+class GreedyKashin:
     """Static choices of the 2024 paper's quantizer; defaults are its OPT protocol.
 
     Attributes:
@@ -99,7 +99,7 @@ def kashin_code(
     weight: Float[Array, "m n"],
     basis: KroneckerBasis,
     key: Key[Array, ""],
-    config: KashinConfig,
+    config: GreedyKashin,
     block_shape: tuple[int, int],
 ) -> KashinCode:
     """Decomposes every block and clusters all pairs of the matrix together.
@@ -160,7 +160,7 @@ def _in_matrix(
 def decompose_blocks(
     weight: Float[Array, "m n"],
     basis: KroneckerBasis,
-    config: KashinConfig,
+    config: GreedyKashin,
     block_shape: tuple[int, int],
 ) -> KashinDecomposition:
     """`kashin_decompose` of every block; leaves gain the axes of the grid in front.
@@ -192,7 +192,7 @@ def cluster_factors(
     u: Float[Array, "r c bm bn"],
     v: Float[Array, "r c bm bn"],
     key: Key[Array, ""],
-    config: KashinConfig,
+    config: GreedyKashin,
 ) -> tuple[UInt8[Array, "m n"], Float[Array, "k 2"]]:
     """Codes of all weights in the order of the matrix, and the codebook."""
     codes, centroids = _cluster_points(u.reshape(-1), v.reshape(-1), key, config)
@@ -203,7 +203,7 @@ def _cluster_points(
     u: Float[Array, " p"],
     v: Float[Array, " p"],
     key: Key[Array, ""],
-    config: KashinConfig,
+    config: GreedyKashin,
 ) -> tuple[UInt8[Array, " p"], Float[Array, "k 2"]]:
     book = fit_pairs(
         key,

@@ -20,10 +20,10 @@ from kashin_jax.methods.checks import (
     checked_in_scale,
     require_finite,
 )
-from kashin_jax.methods.configs import DEFAULT_CONFIG, QuantizerConfig
+from kashin_jax.methods.configs import DEFAULT_CONFIG, Method
 from kashin_jax.methods.encode_controls import encode_control
-from kashin_jax.methods.joint.coder import JointConfig, joint_block_shape, joint_code
-from kashin_jax.methods.kashin import KashinCode, KashinConfig, kashin_code
+from kashin_jax.methods.joint.coder import JointKashin, joint_block_shape, joint_code
+from kashin_jax.methods.kashin import GreedyKashin, KashinCode, kashin_code
 from kashin_jax.tensors.affine import (
     AffineTensor,
     CodebookTensor,
@@ -32,7 +32,7 @@ from kashin_jax.tensors.affine import (
 from kashin_jax.tensors.blocks import resolve_block_shape
 from kashin_jax.tensors.kashin import (
     KashinLayout,
-    QuantizedTensor,
+    KashinTensor,
     band_count,
     cut_rows,
     decode_with,
@@ -63,7 +63,7 @@ class QuantizationReport(NamedTuple):
 
 def quantize(
     weight: Num[Array | np.ndarray, "m n"],
-    config: QuantizerConfig = DEFAULT_CONFIG,
+    config: Method = DEFAULT_CONFIG,
     key: Key[Array, ""] | None = None,
     *,
     path: str = "weight",
@@ -80,13 +80,13 @@ def quantize(
       config: The method and its static choices.
       key: Seeds the bases and the codebook; `jax.random.key(0)` when None.
       path: Name of the matrix in error messages.
-      importance: Weight of every input in the error that a `JointConfig` lowers, say
+      importance: Weight of every input in the error that a `JointKashin` lowers, say
         the mean square of what the input takes; None takes no side.
-      in_scale: Of a `JointConfig`: stored as the scale of inputs, in place of what its
+      in_scale: Of a `JointKashin`: stored as the scale of inputs, in place of what its
         `balance` gives, for matrices that share one (`common_input_scale`).
 
     Returns:
-      The packed matrix (a `QuantizedTensor` for a `KashinConfig`) and the report.
+      The packed matrix (a `KashinTensor` for a `GreedyKashin`) and the report.
 
     Raises:
       TypeError: If `weight` is not floating point, or the method has no use for
@@ -110,11 +110,11 @@ def quantize(
     key = jax.random.key(0) if key is None else key
     tensor, report = encode(weight, key, config, weights, scale)
     if not math.isfinite(report.relative_squared_error):
-        is_kashin = isinstance(config, KashinConfig | JointConfig)
+        is_kashin = isinstance(config, GreedyKashin | JointKashin)
         raise NonFiniteError(
             f"`{path}` reaches {float(jnp.max(jnp.abs(weight))):.3g}, too large for "
             f"what {type(config).__name__} stores. Rescale it"
-            + ("." if is_kashin else ", or use KashinConfig, whose scales are float32.")
+            + ("." if is_kashin else ", or use GreedyKashin, whose scales are float32.")
         )
     return tensor, report
 
@@ -122,7 +122,7 @@ def quantize(
 def encode(
     weight: Float[Array, "m n"],
     key: Key[Array, ""],
-    config: QuantizerConfig,
+    config: Method,
     importance: Float[Array, " m"] | None = None,
     in_scale: Float16[Array, " m"] | None = None,
 ) -> tuple[Any, QuantizationReport]:
@@ -131,13 +131,13 @@ def encode(
     Its stages are compiled one by one, so that each has the memory to itself.
     """
     decomposition = None
-    tensor: QuantizedTensor | AffineTensor | CodebookTensor
+    tensor: KashinTensor | AffineTensor | CodebookTensor
     match config:
-        case KashinConfig():
+        case GreedyKashin():
             tensor, code = _encode_kashin(weight, key, config)
             decomposition = code._asdict()
             del decomposition["codes"], decomposition["centroids"]
-        case JointConfig():
+        case JointKashin():
             tensor = _encode_joint(weight, key, config, importance, in_scale)
         case _:
             x = weight.astype(jnp.float32)
@@ -149,8 +149,8 @@ def encode(
 
 
 def _encode_kashin(
-    weight: Float[Array, "m n"], key: Key[Array, ""], config: KashinConfig
-) -> tuple[QuantizedTensor, KashinCode]:
+    weight: Float[Array, "m n"], key: Key[Array, ""], config: GreedyKashin
+) -> tuple[KashinTensor, KashinCode]:
     block_shape = resolve_block_shape(weight.shape, config.block_shape)
     seed, codebook_key = _split(key)
     basis = make_pair(config.basis, key_from_seed(seed), block_shape)
@@ -163,16 +163,16 @@ def _encode_kashin(
         dtype=weight.dtype.name,
     )
     packed, _ = pack_rows(code.codes, layout)
-    return QuantizedTensor(packed, code.centroids, code.scale, seed, layout), code
+    return KashinTensor(packed, code.centroids, code.scale, seed, layout), code
 
 
 def _encode_joint(
     weight: Float[Array, "m n"],
     key: Key[Array, ""],
-    config: JointConfig,
+    config: JointKashin,
     importance: Float[Array, " m"] | None,
     in_scale: Float16[Array, " m"] | None,
-) -> QuantizedTensor:
+) -> KashinTensor:
     shape = _shape(weight)
     block_shape = resolve_block_shape(shape, joint_block_shape(shape, config))
     seed, _ = _split(key)
@@ -192,7 +192,7 @@ def _encode_joint(
         v_bits=config.split.v,
     )
     packed, coarse = pack_rows(code.codes, layout)
-    return QuantizedTensor(
+    return KashinTensor(
         packed, code.centroids, code.scale, seed, layout,
         code.in_scale, code.out_scale, coarse,
     )  # fmt: skip
@@ -205,12 +205,10 @@ def _split(key: Key[Array, ""]) -> tuple[UInt32[Array, "2"], Key[Array, ""]]:
     return seed_from_key(seed_key), codebook_key
 
 
-def _block_shape(
-    shape: tuple[int, ...], config: QuantizerConfig
-) -> tuple[int, int] | None:
-    if isinstance(config, JointConfig) and len(shape) == 2:
+def _block_shape(shape: tuple[int, ...], config: Method) -> tuple[int, int] | None:
+    if isinstance(config, JointKashin) and len(shape) == 2:
         return joint_block_shape((shape[0], shape[1]), config)
-    return config.block_shape if isinstance(config, KashinConfig) else None
+    return config.block_shape if isinstance(config, GreedyKashin) else None
 
 
 def _shape(x: Float[Array, "m n"]) -> tuple[int, int]:
@@ -220,7 +218,7 @@ def _shape(x: Float[Array, "m n"]) -> tuple[int, int]:
 @jax.jit
 def _relative_squared_error(
     weight: Float[Array, "m n"],
-    tensor: QuantizedTensor | AffineTensor | CodebookTensor,
+    tensor: KashinTensor | AffineTensor | CodebookTensor,
     basis: KroneckerBasis | None,
     rotation: KroneckerBasis | None,
 ) -> Float[Array, ""]:
@@ -235,16 +233,16 @@ def _relative_squared_error(
     def stacked(x: Array, count: int) -> Array:
         return x.reshape(count, -1, x.shape[1])
 
-    def decoded(part: QuantizedTensor | AffineTensor | CodebookTensor) -> Array:
-        if not isinstance(part, QuantizedTensor):
+    def decoded(part: KashinTensor | AffineTensor | CodebookTensor) -> Array:
+        if not isinstance(part, KashinTensor):
             return decode_control(part, basis)
         assert basis is not None, "derived by the caller"
         return decode_with(part, basis, rotation)
 
     bands = None
-    if isinstance(tensor, QuantizedTensor):
+    if isinstance(tensor, KashinTensor):
         bands = band_count(tensor.layout, _BAND)
-    if bands is None or bands == 1 or not isinstance(tensor, QuantizedTensor):
+    if bands is None or bands == 1 or not isinstance(tensor, KashinTensor):
         # XLA copies what is reduced, here a slice at a time: 3.5 times the float32 size
         # of a matrix that is one block, 7 times without.
         count = math.gcd(weight.shape[0], 16)

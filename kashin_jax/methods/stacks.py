@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Key
 
-from kashin_jax.methods.configs import QuantizerConfig
+from kashin_jax.methods.configs import Method
 from kashin_jax.methods.quantize import QuantizationReport, quantize
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["full_shape", "quantize_stack"]
 
 
 def quantize_stack(
     weight: Float[Array, "*stack m n"],
-    config: QuantizerConfig,
+    config: Method,
     key: Key[Array, ""],
     *,
     path: str,
@@ -47,7 +47,7 @@ def quantize_stack(
     return stacked
 
 
-def full_shape(tensor: Quantized) -> tuple[int, ...]:
+def full_shape(tensor: QuantizedTensor) -> tuple[int, ...]:
     """The shape of a packed matrix, or of a stack of them with its leading axes."""
     # The layout knows the shape of one matrix only; codes of one are a single row.
     return (*tensor.packed_codes.shape[:-1], *tensor.shape)

@@ -15,7 +15,7 @@ from kashin_jax.io import (
     plan_packed,
     plan_plain,
 )
-from kashin_jax.methods import QuantizerConfig, encode
+from kashin_jax.methods import Method, encode
 from kashin_jax.pipeline.names import LayerName, layer_names
 from kashin_jax.pipeline.rules import Rules
 from kashin_jax.pipeline.sharing import Group, Reader, find_groups
@@ -36,7 +36,7 @@ class LayerPlan(NamedTuple):
 
     path: str
     is_transposed: bool
-    config: QuantizerConfig
+    config: Method
 
 
 class Plan(NamedTuple):
@@ -129,7 +129,7 @@ def _planned(source: Checkpoint, name: str, plan: LayerPlan | None) -> PlannedTe
 
 
 @functools.lru_cache(maxsize=256)
-def _packed_shape(shape: tuple[int, int], dtype: str, config: QuantizerConfig) -> Any:
+def _packed_shape(shape: tuple[int, int], dtype: str, config: Method) -> Any:
     matrix = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(lambda w, k: encode(w, k, config)[0], matrix, key)

@@ -13,13 +13,13 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import Checkpoint
 from kashin_jax.io.hub import checkpoint_directory
 from kashin_jax.io.sources import open_source
-from kashin_jax.layers import KashinEmbed, KashinLinear
+from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
 from kashin_jax.models.loading import LoadedModel, load_opt
 from kashin_jax.pipeline.checkpoint_plan import refuse_foreign
 from kashin_jax.pipeline.names import layer_names
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["load_quantized", "packed_layers"]
 
@@ -32,8 +32,9 @@ def load_quantized(
 ) -> LoadedModel | LoadedClassifier:
     """Loads OPT, BERT, RoBERTa or DistilBERT, quantized or not.
 
-    Packed matrices become `KashinLinear` and `KashinEmbed` layers and are never decoded
-    as a whole; with the same rules and seed the model is that of `quantize_model`.
+    Packed matrices become `QuantizedLinear` and `QuantizedEmbed` layers and are never
+    decoded as a whole; with the same rules and seed the model is that of
+    `quantize_model`.
 
     Args:
       path_or_id: A directory, or a hub id, which is downloaded.
@@ -62,7 +63,7 @@ def load_quantized(
     return loaded._replace(model=_with_packed(loaded.model, tensors, directory))
 
 
-def packed_layers(checkpoint: Checkpoint) -> dict[str, Quantized]:
+def packed_layers(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
     """The packed matrices of a checkpoint by path of their layer.
 
     Raises:
@@ -70,7 +71,7 @@ def packed_layers(checkpoint: Checkpoint) -> dict[str, Quantized]:
     """
     where = str(checkpoint.directory / "config.json")
     named = layer_names(list(checkpoint.descriptions), checkpoint.config, where)
-    tensors: dict[str, Quantized] = {}
+    tensors: dict[str, QuantizedTensor] = {}
     for name in checkpoint.descriptions:
         if name not in named or (
             named[name].is_transposed != checkpoint.described(name).is_transposed
@@ -84,14 +85,16 @@ def packed_layers(checkpoint: Checkpoint) -> dict[str, Quantized]:
     return tensors
 
 
-def _of_type(tensor: Any, dtype: DTypeLike) -> Quantized:
+def _of_type(tensor: Any, dtype: DTypeLike) -> QuantizedTensor:
     """The packed matrix, decoded to the type that a dense one would be loaded in."""
     layout = dataclasses.replace(tensor.layout, dtype=jnp.dtype(dtype).name)
-    cast: Quantized = tensor._replace(layout=layout)
+    cast: QuantizedTensor = tensor._replace(layout=layout)
     return cast
 
 
-def _with_packed(model: Any, tensors: Mapping[str, Quantized], directory: Path) -> Any:
+def _with_packed(
+    model: Any, tensors: Mapping[str, QuantizedTensor], directory: Path
+) -> Any:
     found, known = set(), Inputs()
 
     def swap(parts: tuple[Any, ...], node: Any) -> Any:
@@ -101,8 +104,8 @@ def _with_packed(model: Any, tensors: Mapping[str, Quantized], directory: Path) 
         found.add(path)
         packed = pack(tensors[path], known)
         if type(node) is nnx.Embed:
-            return KashinEmbed.from_embed(node, packed, path=path)
-        return KashinLinear.from_linear(node, packed, path=path)
+            return QuantizedEmbed.from_embed(node, packed, path=path)
+        return QuantizedLinear.from_linear(node, packed, path=path)
 
     try:
         swapped = nnx.recursive_map(swap, model)

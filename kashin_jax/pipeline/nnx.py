@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from kashin_jax.errors import UsageError
 from kashin_jax.layers.packed import Inputs, pack
-from kashin_jax.methods import QuantizationReport, QuantizerConfig
+from kashin_jax.methods import Method, QuantizationReport
 from kashin_jax.methods.stacks import quantize_stack
 from kashin_jax.pipeline.paths import join
 from kashin_jax.pipeline.plan import Plan, make_plan
@@ -27,7 +27,7 @@ from kashin_jax.pipeline.report import LayerReport, run_layer, warn_of_outliers
 from kashin_jax.pipeline.rules import Rules
 from kashin_jax.pipeline.sharing import InputScales, chosen_groups, layer_key
 from kashin_jax.pipeline.targets import Target, find_targets, other_bytes, put
-from kashin_jax.tensors import Quantized
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
     "QuantizedModel",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Model = TypeVar("Model", bound=nnx.Module)
-QuantizeLayer = Callable[[str, Array], tuple[Quantized, QuantizationReport]]
+QuantizeLayer = Callable[[str, Array], tuple[QuantizedTensor, QuantizationReport]]
 
 
 class QuantizedModel(NamedTuple):
@@ -55,7 +55,7 @@ class QuantizedModel(NamedTuple):
 
 def quantize_model(
     model: Model,
-    config: QuantizerConfig | None = None,
+    config: Method | None = None,
     key: Key[Array, ""] | None = None,
     *,
     rules: Rules | None = None,
@@ -66,8 +66,9 @@ def quantize_model(
 ) -> QuantizedModel:
     """Replaces layers of any NNX model by packed ones.
 
-    Every `nnx.Linear` becomes a `KashinLinear`, output heads apart; with rules, those
-    that they say, and an `nnx.Embed` that one of them names becomes a `KashinEmbed`.
+    Every `nnx.Linear` becomes a `QuantizedLinear`, output heads apart; with rules,
+    those that they say, and an `nnx.Embed` that one of them names becomes a
+    `QuantizedEmbed`.
     Norms and everything that is not exactly of these types stay as they are. Of a stack
     of kernels, as `nnx.vmap` and `nnx.scan` make them, every matrix is quantized alone,
     with a key folded from its index too, and the layer holds a stack again. Each
@@ -169,7 +170,7 @@ def _replace_each(
 
 def plan_model(
     model: nnx.Module,
-    config: QuantizerConfig | None = None,
+    config: Method | None = None,
     *,
     rules: Rules | None = None,
     select: Select | None = None,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 from tqdm import tqdm
 
-from kashin_jax.methods import QuantizerConfig, quantize
+from kashin_jax.methods import Method, quantize
 from kashin_jax.pipeline.paths import join, natural
 from kashin_jax.pipeline.plan import Plan, make_plan
 from kashin_jax.pipeline.policy import (
@@ -21,7 +21,7 @@ from kashin_jax.pipeline.policy import (
 from kashin_jax.pipeline.report import LayerReport, run_layer, warn_of_outliers
 from kashin_jax.pipeline.rules import Rules
 from kashin_jax.pipeline.sharing import InputScales, chosen_groups, layer_key
-from kashin_jax.tensors import Quantized, dequantize
+from kashin_jax.tensors import QuantizedTensor, dequantize
 
 __all__ = ["QuantizedParams", "dequantize_params", "plan_params", "quantize_params"]
 
@@ -52,7 +52,7 @@ class _Leaf(NamedTuple):
 
 def quantize_params(
     params: PyTree[Any],
-    config: QuantizerConfig | None = None,
+    config: Method | None = None,
     key: Key[Array, ""] | None = None,
     *,
     rules: Rules | None = None,
@@ -66,8 +66,8 @@ def quantize_params(
     are quantized, output heads apart; with rules, those that they say. A matrix of
     another name, such as `Embed_0/embedding`, needs a rule that names it. Kernels of
     more than two axes (`nn.DenseGeneral`, `nn.Conv`) stay: how they are to be read as a
-    matrix is not in the tree. `KashinDense` takes what comes out; `packed_dense` lets a
-    model that knows only `nn.Dense` take it.
+    matrix is not in the tree. `QuantizedDense` takes what comes out; `packed_dense`
+    lets a model that knows only `nn.Dense` take it.
 
     Args:
       params: Not changed.
@@ -75,7 +75,7 @@ def quantize_params(
       key: Root key, folded with each path; `jax.random.key(0)` when None.
       rules: A method for each layer. The layers of a group of `share` have a seed and a
         scale of inputs in common, equal arrays in every matrix; their products each
-        transform the input, unless `KashinLinear` layers are made of them.
+        transform the input, unless `QuantizedLinear` layers are made of them.
       select: Called with paths; false leaves a layer out. None takes every kernel but
         those of the output head, or what the rules say.
       dry_run: Whether to print the plan, see `plan_params`, and stop there.
@@ -120,7 +120,7 @@ def quantize_params(
 
 def plan_params(
     params: PyTree[Any],
-    config: QuantizerConfig | None = None,
+    config: Method | None = None,
     *,
     rules: Rules | None = None,
     select: Select | None = None,
@@ -155,7 +155,7 @@ def dequantize_params(params: PyTree[Any]) -> PyTree[Any]:
 
 def _coded(
     weight: Any,
-    config: QuantizerConfig,
+    config: Method,
     key: Key[Array, ""],
     path: str,
     scales: InputScales,
@@ -167,7 +167,7 @@ def _coded(
 
 def _choices(
     known: Sequence[_Leaf],
-    config: QuantizerConfig | None,
+    config: Method | None,
     rules: Rules | None,
     select: Select | None,
 ) -> list[Choice]:
@@ -213,4 +213,4 @@ def _path(path: str) -> str:
 
 
 def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, Quantized)
+    return isinstance(leaf, QuantizedTensor)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kashin_jax.errors import UsageError
-from kashin_jax.methods import QuantizerConfig, config_to_json, encode
+from kashin_jax.methods import Method, config_to_json, encode
 from kashin_jax.pipeline.policy import Candidate, Choice
 from kashin_jax.pipeline.table import aligned
 
@@ -93,7 +93,7 @@ def make_plan(choices: Iterable[Choice], other_bytes: int) -> Plan:
     Raises:
       UsageError: If a method cannot code a matrix; names its path.
     """
-    sizes: dict[tuple[tuple[int, ...], str, QuantizerConfig], int] = {}
+    sizes: dict[tuple[tuple[int, ...], str, Method], int] = {}
 
     def planned(choice: Choice) -> LayerPlan:
         candidate, config = choice.candidate, choice.config
@@ -108,7 +108,7 @@ def make_plan(choices: Iterable[Choice], other_bytes: int) -> Plan:
     return Plan(tuple(map(planned, choices)), other_bytes)
 
 
-def method_name(config: QuantizerConfig) -> str:
+def method_name(config: Method) -> str:
     """`kashin-joint 4`: the method and its width."""
     return f"{config_to_json(config)['method']} {config.bits}"
 
@@ -117,9 +117,7 @@ def _dense_bits(each: Candidate) -> int:
     return 8 * math.prod(each.shape) * jnp.dtype(each.dtype).itemsize
 
 
-def _coded_bits(
-    shape: tuple[int, ...], dtype: str, config: QuantizerConfig, path: str
-) -> int:
+def _coded_bits(shape: tuple[int, ...], dtype: str, config: Method, path: str) -> int:
     # NumPy's float64 becomes float32 on its way into JAX.
     weight = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
     try:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from kashin_jax.errors import UsageError
-from kashin_jax.methods import DEFAULT_CONFIG, QuantizerConfig
+from kashin_jax.methods import DEFAULT_CONFIG, Method
 from kashin_jax.pipeline.rules import Rules
 
 __all__ = [
@@ -54,7 +54,7 @@ class Choice(NamedTuple):
     """
 
     candidate: Candidate
-    config: QuantizerConfig | None
+    config: Method | None
     reason: str | None
 
     @property
@@ -73,13 +73,11 @@ class Policy:
       select: Layers to leave out where it is false.
     """
 
-    config: QuantizerConfig
+    config: Method
     rules: Rules | None
     select: Select
 
-    def choice(
-        self, path: str, only_by_rule: bool
-    ) -> tuple[QuantizerConfig | None, str]:
+    def choice(self, path: str, only_by_rule: bool) -> tuple[Method | None, str]:
         """The method for a layer, or None and the reason."""
         named = self.rules is not None and any(
             rule.matches(path) for rule in self.rules.rules
@@ -99,7 +97,7 @@ def default_select(path: str) -> bool:
 
 
 def make_policy(
-    config: QuantizerConfig | None, rules: Rules | None, select: Select | None
+    config: Method | None, rules: Rules | None, select: Select | None
 ) -> Policy:
     """What a caller asked for; `config` is that of the rules if both are given.
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kashin_jax.methods import QuantizationReport, QuantizerConfig
+from kashin_jax.methods import Method, QuantizationReport
 from kashin_jax.methods.stacks import full_shape
 from kashin_jax.pipeline.plan import method_name
 from kashin_jax.pipeline.table import aligned
-from kashin_jax.tensors import Quantized, stored_bits
+from kashin_jax.tensors import QuantizedTensor, stored_bits
 
 __all__ = ["LayerReport", "outliers", "report_table", "run_layer", "warn_of_outliers"]
 
@@ -48,7 +48,7 @@ class LayerReport(NamedTuple):
     relative_squared_error: Float[Array, ""]
     decomposition: dict[str, Array] | None
     shape: tuple[int, ...]
-    config: QuantizerConfig | None
+    config: Method | None
     stored_bits: int
     seconds: float
     worst_squared_error: Float[Array, ""] | None = None
@@ -80,8 +80,8 @@ class LayerReport(NamedTuple):
 
 
 def run_layer(
-    quantizer: Callable[[], tuple[Quantized, QuantizationReport]],
-    config: QuantizerConfig | None,
+    quantizer: Callable[[], tuple[QuantizedTensor, QuantizationReport]],
+    config: Method | None,
 ) -> tuple[Any, LayerReport]:
     """The packed matrix that a function returns, and what it took."""
     start = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 from kashin_jax.errors import UsageError
 from kashin_jax.methods.base import config_from_json, config_to_json
-from kashin_jax.methods.configs import DEFAULT_CONFIG, QuantizerConfig
+from kashin_jax.methods.configs import DEFAULT_CONFIG, Method
 
 __all__ = [
     "DEFAULT_SKIPS",
@@ -46,7 +46,7 @@ class Rule:
     """
 
     pattern: str
-    config: QuantizerConfig | None
+    config: Method | None
 
     def __post_init__(self) -> None:
         _compiled(self.pattern)
@@ -76,7 +76,7 @@ class Rules:
         bits, 25.18 and 25.16 at 4 (4,096 tokens, two seeds).
     """
 
-    config: QuantizerConfig = DEFAULT_CONFIG
+    config: Method = DEFAULT_CONFIG
     rules: Sequence[Rule] = ()
     skip: Sequence[str] = ()
     share: Sequence[str] = ()
@@ -85,7 +85,7 @@ class Rules:
         for pattern in (*self.skip, *self.share):
             _compiled(pattern)
 
-    def config_for(self, path: str) -> QuantizerConfig | None:
+    def config_for(self, path: str) -> Method | None:
         """The method of a layer; None leaves it in full precision."""
         if any(_compiled(pattern).search(path) for pattern in self.skip):
             return None
@@ -165,7 +165,7 @@ def rules_to_json(rules: Rules) -> dict[str, Any]:
     } | share
 
 
-def rules_from_json(content: Any, default: QuantizerConfig = DEFAULT_CONFIG) -> Rules:
+def rules_from_json(content: Any, default: Method = DEFAULT_CONFIG) -> Rules:
     """Inverts `rules_to_json`; also reads a bare list of rules.
 
     A rule has a `pattern` and either `"skip": true` or some of `method`, `bits` and the
@@ -204,7 +204,7 @@ def _patterns(content: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _rule(content: dict[str, Any], default: QuantizerConfig) -> Rule:
+def _rule(content: dict[str, Any], default: Method) -> Rule:
     pattern = content.pop("pattern", None)
     if not isinstance(pattern, str):
         raise UsageError(f"A rule needs a `pattern`. Got {content!r}.")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float16, Key
 
-from kashin_jax.methods import JointConfig, QuantizerConfig, require_finite
+from kashin_jax.methods import JointKashin, Method, require_finite
 from kashin_jax.methods.joint.scales import common_input_scale
 from kashin_jax.pipeline.paths import path_key
 from kashin_jax.pipeline.policy import Choice
@@ -32,7 +32,7 @@ class Reader(NamedTuple):
     """
 
     path: str
-    config: QuantizerConfig
+    config: Method
     inputs: tuple[int, ...]
 
 
@@ -47,7 +47,7 @@ class Group(NamedTuple):
 
     name: str
     paths: tuple[str, ...]
-    config: QuantizerConfig
+    config: Method
 
 
 def find_groups(layers: Iterable[Reader], rules: Rules | None) -> dict[str, Group]:
@@ -55,7 +55,7 @@ def find_groups(layers: Iterable[Reader], rules: Rules | None) -> dict[str, Grou
 
     One layer alone is none: it keeps the key of its path.
     """
-    found: dict[tuple[Any, QuantizerConfig, tuple[int, ...]], list[str]] = {}
+    found: dict[tuple[Any, Method, tuple[int, ...]], list[str]] = {}
     for path, config, inputs in layers:
         name = None if rules is None else rules.shared_name(path)
         if name is not None:
@@ -108,7 +108,7 @@ class InputScales:
           NonFiniteError: If a kernel of its group holds NaN or infinity.
         """
         group = self._groups.get(path)
-        if group is None or not isinstance(group.config, JointConfig):
+        if group is None or not isinstance(group.config, JointKashin):
             return None
         if group.config.balance == 0:
             return None

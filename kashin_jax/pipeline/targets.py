@@ -7,8 +7,8 @@ from flax import nnx
 from jaxtyping import Array
 
 from kashin_jax.errors import UsageError
-from kashin_jax.layers.embed import KashinEmbed
-from kashin_jax.layers.linear import KashinLinear, require_plain_product
+from kashin_jax.layers.embed import QuantizedEmbed
+from kashin_jax.layers.linear import QuantizedLinear, require_plain_product
 from kashin_jax.layers.packed import Packed
 from kashin_jax.pipeline.paths import join, natural
 from kashin_jax.pipeline.policy import Candidate
@@ -66,17 +66,17 @@ def find_targets(model: nnx.Module) -> list[Target]:
     ]
 
 
-def put(layer: Layer, packed: Packed) -> KashinLinear | KashinEmbed:
+def put(layer: Layer, packed: Packed) -> QuantizedLinear | QuantizedEmbed:
     """Puts a packed layer wherever the dense one hangs, and returns it.
 
     Raises:
       UsageError: If that is in something that cannot be changed.
     """
-    new: KashinLinear | KashinEmbed
+    new: QuantizedLinear | QuantizedEmbed
     if type(layer.node) is nnx.Embed:
-        new = KashinEmbed.from_embed(layer.node, packed, path=layer.path)
+        new = QuantizedEmbed.from_embed(layer.node, packed, path=layer.path)
     else:
-        new = KashinLinear.from_linear(layer.node, packed, path=layer.path)
+        new = QuantizedLinear.from_linear(layer.node, packed, path=layer.path)
     for holder, name in layer.holders:
         if isinstance(holder, nnx.Pytree):
             setattr(holder, name, new)

@@ -1,6 +1,6 @@
 """The controls as packed tensors: uniform grids and scalar codebooks.
 
-They share the size count and the interface of `QuantizedTensor`, so a table compares
+They share the size count and the interface of `KashinTensor`, so a table compares
 methods, not bookkeeping.
 """
 

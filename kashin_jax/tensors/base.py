@@ -6,11 +6,11 @@ from typing import Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, Float, PyTree, UInt8
 
-__all__ = ["Quantized", "bits_per_weight", "stored_bits"]
+__all__ = ["QuantizedTensor", "bits_per_weight", "stored_bits"]
 
 
 @runtime_checkable
-class Quantized(Protocol):
+class QuantizedTensor(Protocol):
     """A matrix stored as packed codes: a PyTree whose leaves are all it stores."""
 
     @property
@@ -42,7 +42,7 @@ def stored_bits(tensor: PyTree[Array | jax.ShapeDtypeStruct]) -> int:
     return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensor))
 
 
-def bits_per_weight(tensor: Quantized) -> float:
+def bits_per_weight(tensor: QuantizedTensor) -> float:
     """`stored_bits` over the number of weights, of a stack under `vmap` too."""
     # The layout knows the shape of one matrix only; codes of one are a single row.
     count = math.prod(tensor.packed_codes.shape[:-1])

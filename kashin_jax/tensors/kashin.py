@@ -1,4 +1,4 @@
-"""`QuantizedTensor`: a matrix as packed Kashin codes, and how it is decoded."""
+"""`KashinTensor`: a matrix as packed Kashin codes, and how it is decoded."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from kashin_jax.tensors.levels import factor_codes, factor_levels, select_levels
 
 __all__ = [
     "KashinLayout",
-    "QuantizedTensor",
+    "KashinTensor",
     "band_count",
     "cut_rows",
     "decode_pairs",
@@ -31,7 +31,7 @@ __all__ = [
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KashinLayout:
-    """Static part of a `QuantizedTensor`.
+    """Static part of a `KashinTensor`.
 
     Attributes:
       shape: Of the matrix, `[in, out]` for a Flax kernel.
@@ -66,7 +66,7 @@ class KashinLayout:
         return None if self.bits == self.fine_bits else self.fine_bits - 1
 
 
-class QuantizedTensor(NamedTuple):
+class KashinTensor(NamedTuple):
     """`W = U + Q1 V Q2^T` with `(U, V) = scale * centroids[code]`, block by block.
 
     Blocks that were rotated before coding are rotated back, and where there are scales
@@ -124,7 +124,7 @@ def band_count(layout: KashinLayout, most: int) -> int | None:
     return None
 
 
-def cut_rows(tensor: QuantizedTensor, bands: int) -> QuantizedTensor:
+def cut_rows(tensor: KashinTensor, bands: int) -> KashinTensor:
     """The same matrix as a stack of bands of equal height, for `vmap` or `lax.map`.
 
     Args:
@@ -141,20 +141,20 @@ def cut_rows(tensor: QuantizedTensor, bands: int) -> QuantizedTensor:
     def shared(leaf: Any) -> Any:
         return None if leaf is None else jnp.broadcast_to(leaf, (bands, *leaf.shape))
 
-    return QuantizedTensor(
+    return KashinTensor(
         rows(tensor.packed_codes), shared(tensor.centroids), rows(tensor.scale),
         shared(tensor.seed), dataclasses.replace(layout, shape=(m // bands, n)),
         rows(tensor.in_scale), shared(tensor.out_scale), rows(tensor.packed_coarse),
     )  # fmt: skip
 
 
-def derive_basis(tensor: QuantizedTensor) -> KroneckerBasis:
+def derive_basis(tensor: KashinTensor) -> KroneckerBasis:
     """The pair (Q1, Q2) of one block, from the seed. Never counted as stored."""
     layout = tensor.layout
     return make_pair(layout.basis, key_from_seed(tensor.seed), layout.block_shape)
 
 
-def derive_rotation(tensor: QuantizedTensor) -> KroneckerBasis | None:
+def derive_rotation(tensor: KashinTensor) -> KroneckerBasis | None:
     """The bases in which every block was coded; None for the standard ones."""
     layout = tensor.layout
     if layout.rotation is None:
@@ -171,7 +171,7 @@ def make_rotation(
 
 
 def decode_with(
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     basis: KroneckerBasis,
     rotation: KroneckerBasis | None = None,
 ) -> Float[Array, "m n"]:
@@ -187,7 +187,7 @@ def decode_with(
 # others. The bases come from programs that quantizing and products share.
 @partial(jax.jit, inline=True)
 def _decoded(
-    tensor: QuantizedTensor, basis: KroneckerBasis, rotation: KroneckerBasis | None
+    tensor: KashinTensor, basis: KroneckerBasis, rotation: KroneckerBasis | None
 ) -> Float[Array, "m n"]:
     layout = tensor.layout
     m = layout.shape[0]
@@ -244,7 +244,7 @@ def unpack_rows(
 
 
 def decode_pairs(
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     codes: UInt8[Array, "r n"],
     scale: Float[Array, "r c"],
 ) -> tuple[Float[Array, "r n"], Float[Array, "r n"]]:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kashin_jax import RTNConfig, Rules
+from kashin_jax import RTN, Rules
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import dequantize_checkpoint, quantize_checkpoint
 
@@ -26,7 +26,7 @@ def oracle():
 def test_hugging_face_loads_what_was_quantized_and_undone(oracle, tmp_path):
     theirs = oracle.random_model("prenorm", seed=30)
     theirs.save_pretrained(tmp_path / "theirs", safe_serialization=True)
-    rules = Rules(config=RTNConfig(bits=3, group_size=16))
+    rules = Rules(config=RTN(bits=3, group_size=16))
     quantize_checkpoint(tmp_path / "theirs", tmp_path / "q", rules)
     dequantize_checkpoint(tmp_path / "q", tmp_path / "undone", max_shard_bytes=10**5)
     loaded = oracle.pretrained_model(tmp_path / "undone")

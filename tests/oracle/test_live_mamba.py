@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from kashin_jax import (
-    JointConfig,
-    KashinEmbed,
-    KashinLinear,
-    NF4Config,
+    NF4,
+    JointKashin,
+    QuantizedEmbed,
+    QuantizedLinear,
     Rule,
     Rules,
     dequantize,
@@ -21,10 +21,10 @@ from kashin_jax.pipeline import plan_model, replace_kernels
 pytestmark = [pytest.mark.oracle]
 
 RULES = Rules(
-    config=NF4Config(),
+    config=NF4(),
     rules=[
-        Rule(r"/embedder$", JointConfig(bits=4, effort="fast")),
-        Rule(r"/in_proj$", JointConfig(bits=3, effort="fast")),
+        Rule(r"/embedder$", JointKashin(bits=4, effort="fast")),
+        Rule(r"/in_proj$", JointKashin(bits=3, effort="fast")),
     ],
 )
 TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 1000)
@@ -48,8 +48,8 @@ def logits(model):
 def test_a_mamba_computes_alike_through_packed_and_dense_layers(mamba):
     result = quantize_model(mamba, key=jax.random.key(0), rules=RULES)
     packed = result.model.backbone
-    assert isinstance(packed.embedder, KashinEmbed)
-    assert isinstance(packed.layers[1].mixer.in_proj, KashinLinear)
+    assert isinstance(packed.embedder, QuantizedEmbed)
+    assert isinstance(packed.layers[1].mixer.in_proj, QuantizedLinear)
     assert list(result.reports) == ["backbone/embedder"] + [
         f"backbone/layers/{i}/mixer/{name}"
         for i in range(2)
@@ -58,7 +58,7 @@ def test_a_mamba_computes_alike_through_packed_and_dense_layers(mamba):
     kernels = {
         "/".join(map(str, parts)): dequantize(node.kernel.get_value())
         for parts, node in nnx.iter_graph(result.model)
-        if isinstance(node, KashinLinear)
+        if isinstance(node, QuantizedLinear)
     }
     dense = replace_kernels(nnx.clone(mamba), kernels)
     # Its head is the table, which it reads by itself.

@@ -21,7 +21,7 @@ from kashin_jax.methods.joint.schedules import SPLITS, Split
 from kashin_jax.methods.joint.words import Levels, Words, coarse_rows, decode_words
 from kashin_jax.tensors.blocks import from_blocks, to_blocks
 
-__all__ = ["EFFORTS", "JointCode", "JointConfig", "joint_block_shape", "joint_code"]
+__all__ = ["EFFORTS", "JointCode", "JointKashin", "joint_block_shape", "joint_code"]
 
 EFFORTS = {"fast": 50, "default": 200, "max": 1600}
 """Steps of the annealing; the error falls little from `default` on."""
@@ -35,7 +35,7 @@ _PART, _SAMPLE = 2**24, 2**22
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JointConfig:
+class JointKashin:
     """Static choices of the joint coder.
 
     Attributes:
@@ -114,7 +114,7 @@ class JointCode(NamedTuple):
 
 
 def joint_block_shape(
-    shape: tuple[int, int], config: JointConfig
+    shape: tuple[int, int], config: JointKashin
 ) -> tuple[int, int] | None:
     """The block shape to use for a matrix: the given one, or near 64 x 64.
 
@@ -154,7 +154,7 @@ def joint_code(
     weight: Float[Array, "m n"],
     basis: KroneckerBasis,
     rotation: KroneckerBasis | None,
-    config: JointConfig,
+    config: JointKashin,
     block_shape: tuple[int, int],
     importance: Float[Array, " m"] | None = None,
     in_scale: Float16[Array, " m"] | None = None,
@@ -233,7 +233,7 @@ def _code_part(
     x: Float[Array, "m p"],
     basis: KroneckerBasis,
     rotation: KroneckerBasis | None,
-    config: JointConfig,
+    config: JointKashin,
     block_shape: tuple[int, int],
     in_scale: Float[Array, " m"] | None,
     out_scale: Float[Array, " p"],

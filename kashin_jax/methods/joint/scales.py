@@ -50,7 +50,7 @@ def common_input_scale(
     Args:
       weights: Must be finite. Taken one at a time, so that an iterator need not hold
         more than one. Matrices of a stack have a scale each.
-      balance: As in `JointConfig`.
+      balance: As in `JointKashin`.
     """
     logs = [jnp.log(scale) for scale in map(partial(_own_scale, balance), weights)]
     return as_half(jnp.exp(sum(logs) / len(logs))).astype(jnp.float16)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kashin_jax.bases import Basis
-from kashin_jax.tensors.kashin import KashinLayout, QuantizedTensor
+from kashin_jax.tensors.kashin import KashinLayout, KashinTensor
 from kashin_jax.tensors.kernels.planes import dot, plane_count, unpacked
 from kashin_jax.tensors.levels import factor_codes, factor_levels, select_levels
 
@@ -35,7 +35,7 @@ def most_columns(layout: KashinLayout, most: int) -> int | None:
 
 def columns_product(
     x: Float[Array, "r m"],
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     left: Basis,
     columns: int,
     precision: str | None,

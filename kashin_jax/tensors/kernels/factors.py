@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from kashin_jax.tensors.kashin import KashinLayout, QuantizedTensor
+from kashin_jax.tensors.kashin import KashinLayout, KashinTensor
 from kashin_jax.tensors.kernels.planes import (
     Scaling,
     add_planes,
@@ -51,7 +51,7 @@ def factor_rows(layout: KashinLayout, most: int, rows_of_x: int = 1) -> int | No
 def factor_products(
     x: Float[Array, "r m"],
     rotated: Float[Array, "r m"],
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     rows: int,
     precision: str | None,
 ) -> tuple[Float[Array, "r n"], Float[Array, "r n"]]:
@@ -85,7 +85,7 @@ def factor_products(
 def row_product(
     x: Float[Array, "1 m"],
     rotated: Float[Array, "1 m"],
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     rows: int,
 ) -> Float[Array, "1 n"] | None:
     """`x @ U + rotated @ V` of one row, each weight selected once.
@@ -140,7 +140,7 @@ def _over_streams(
     start: tuple[Array, ...],
     x: Float[Array, "r m"],
     rotated: Float[Array, "r m"],
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     rows: int,
     product: Callable[[_Levels, dict[str, Array], Array, Scaling], tuple[Array, ...]],
 ) -> tuple[Array, ...]:
@@ -168,7 +168,7 @@ def _over_streams(
     return sums
 
 
-def _streams(tensor: QuantizedTensor) -> list[_Stream]:
+def _streams(tensor: KashinTensor) -> list[_Stream]:
     layout = tensor.layout
     fine, coarse = layout.fine_bits, layout.coarse_bits
 

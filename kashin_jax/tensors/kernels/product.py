@@ -13,9 +13,9 @@ from kashin_jax.bases import KroneckerBasis
 from kashin_jax.bases.identity import IdentityBasis
 from kashin_jax.packing import packed_size
 from kashin_jax.tensors.affine import AffineTensor, CodebookTensor, control_basis
-from kashin_jax.tensors.base import Quantized
+from kashin_jax.tensors.base import QuantizedTensor
 from kashin_jax.tensors.kashin import (
-    QuantizedTensor,
+    KashinTensor,
     band_count,
     cut_rows,
     decode_pairs,
@@ -59,10 +59,10 @@ def many_rows_of_backend() -> int:
 
 
 def derive_bases(
-    tensor: Quantized,
+    tensor: QuantizedTensor,
 ) -> tuple[KroneckerBasis | None, KroneckerBasis | None]:
     """`basis` and `rotation` of `matmul`, for callers that keep them."""
-    if isinstance(tensor, QuantizedTensor):
+    if isinstance(tensor, KashinTensor):
         return derive_basis(tensor), derive_rotation(tensor)
     if isinstance(tensor, AffineTensor | CodebookTensor):
         return control_basis(tensor), None
@@ -71,7 +71,7 @@ def derive_bases(
 
 def matmul(
     x: Float[Array, "*b m"],
-    tensor: Quantized,
+    tensor: QuantizedTensor,
     *,
     basis: KroneckerBasis | None = None,
     rotation: KroneckerBasis | None = None,
@@ -81,7 +81,7 @@ def matmul(
 ) -> Float[Array, "*b n"]:
     """`x @ W` in the type of `x`, accumulated in float32.
 
-    For a `QuantizedTensor` this is x U + ((x Q1) V) Q2^T: the transforms act on the
+    For a `KashinTensor` this is x U + ((x Q1) V) Q2^T: the transforms act on the
     activations, and U and V are decoded a bounded part at a time; for many rows of x
     parts of W are, where blocks are smaller than a part. The controls are decoded in
     parts too, and those that were rotated rotate activations. Matrices of other types
@@ -109,11 +109,11 @@ def matmul(
             f"`x` has {x.shape[-1]} features, but the quantized matrix has shape "
             f"{tensor.shape} [in, out]."
         )
-    if not isinstance(tensor, QuantizedTensor | AffineTensor | CodebookTensor):
+    if not isinstance(tensor, KashinTensor | AffineTensor | CodebookTensor):
         rows = x.reshape(-1, x.shape[-1])
         y = dot(rows, tensor.decode(), precision).astype(x.dtype)
         return y.reshape(*x.shape[:-1], tensor.shape[1])
-    if isinstance(tensor, QuantizedTensor):
+    if isinstance(tensor, KashinTensor):
         basis = derive_basis(tensor) if basis is None else basis
         rotation = derive_rotation(tensor) if rotation is None else rotation
     else:
@@ -125,7 +125,7 @@ def matmul(
 @partial(jax.jit, static_argnames=("max_tile", "precision", "many"), inline=True)
 def _product(
     x: Float[Array, "*b m"],
-    tensor: QuantizedTensor | AffineTensor | CodebookTensor,
+    tensor: KashinTensor | AffineTensor | CodebookTensor,
     basis: KroneckerBasis | None,
     rotation: KroneckerBasis | None,
     max_tile: int,
@@ -133,7 +133,7 @@ def _product(
     many: int,
 ) -> Float[Array, "*b n"]:
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(tensor, QuantizedTensor):
+    if isinstance(tensor, KashinTensor):
         assert basis is not None, "derived by the caller"
         y = _prepared(rows, tensor, rotation)
         y = _block_product(y, tensor, basis, max_tile, precision, len(y) >= many)
@@ -145,7 +145,7 @@ def _product(
 
 def _block_product(
     x: Float[Array, "r m"],
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     basis: KroneckerBasis,
     max_tile: int,
     precision: str | None,
@@ -192,7 +192,7 @@ def _grouped(
     return y if basis is None else _by_blocks(basis.right.synthesis, y, n)
 
 
-def _plain(tensor: QuantizedTensor) -> QuantizedTensor:
+def _plain(tensor: KashinTensor) -> KashinTensor:
     """The matrix U + Q V without scales of inputs and outputs, and not rotated back."""
     layout = dataclasses.replace(tensor.layout, rotation=None)
     return tensor._replace(layout=layout, in_scale=None, out_scale=None)
@@ -200,7 +200,7 @@ def _plain(tensor: QuantizedTensor) -> QuantizedTensor:
 
 def _by_bands(
     x: Float[Array, "r m"],
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     basis: KroneckerBasis,
     bands: int,
     precision: str | None,
@@ -210,7 +210,7 @@ def _by_bands(
         return dot(x, decode_with(tensor, basis), precision)
 
     def add(
-        y: Float[Array, "r n"], part: tuple[Array, QuantizedTensor]
+        y: Float[Array, "r n"], part: tuple[Array, KashinTensor]
     ) -> tuple[Float[Array, "r n"], None]:
         x_band, band = part
         return y + dot(x_band, decode_with(band, basis), precision), None
@@ -224,7 +224,7 @@ def _by_bands(
 def _by_tiles(
     x: Float[Array, "r m"],
     rotated: Float[Array, "r m"],
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     max_tile: int,
     precision: str | None,
 ) -> tuple[Float[Array, "r n"], Float[Array, "r n"]]:
@@ -272,7 +272,7 @@ def _by_tiles(
 
 
 def _prepared(
-    x: Float[Array, "r m"], tensor: QuantizedTensor, rotation: KroneckerBasis | None
+    x: Float[Array, "r m"], tensor: KashinTensor, rotation: KroneckerBasis | None
 ) -> Float[Array, "r m"]:
     """Inputs as the blocks of U and V take them."""
     if tensor.in_scale is not None:
@@ -283,7 +283,7 @@ def _prepared(
 
 
 def _finished(
-    y: Float[Array, "r n"], tensor: QuantizedTensor, rotation: KroneckerBasis | None
+    y: Float[Array, "r n"], tensor: KashinTensor, rotation: KroneckerBasis | None
 ) -> Float[Array, "r n"]:
     """Outputs of the matrix, given those of its blocks."""
     if rotation is not None:

@@ -17,10 +17,10 @@ from kashin_jax.tensors.affine import (
     float_levels,
     unpacked_zero,
 )
-from kashin_jax.tensors.base import Quantized
+from kashin_jax.tensors.base import QuantizedTensor
 from kashin_jax.tensors.kashin import (
     KashinLayout,
-    QuantizedTensor,
+    KashinTensor,
     decode_with,
     derive_basis,
     derive_rotation,
@@ -31,14 +31,14 @@ __all__ = ["bands_of_rows", "take_rows", "times_transpose"]
 
 
 def take_rows(
-    tensor: Quantized,
+    tensor: QuantizedTensor,
     rows: Int[Array, " t"],
     basis: KroneckerBasis | None = None,
     rotation: KroneckerBasis | None = None,
 ) -> Float[Array, "t n"]:
     """Rows of a packed matrix in float32, decoding no more than they need.
 
-    Of a `QuantizedTensor` the band of blocks that a row lies in is decoded; of grouped
+    Of a `KashinTensor` the band of blocks that a row lies in is decoded; of grouped
     codes without rotation the row alone. The whole matrix is decoded where one block
     spans all rows, where the matrix was rotated as a whole, and where bands would not
     end between bytes (which needs a width that is no multiple of 8).
@@ -49,7 +49,7 @@ def take_rows(
       basis: `derive_basis(tensor)` where the caller keeps it.
       rotation: `derive_rotation(tensor)`, in the same way.
     """
-    if isinstance(tensor, QuantizedTensor):
+    if isinstance(tensor, KashinTensor):
         basis = derive_basis(tensor) if basis is None else basis
         rotation = derive_rotation(tensor) if rotation is None else rotation
         return _rows_of_blocks(tensor, rows, basis, rotation)
@@ -61,16 +61,16 @@ def take_rows(
 
 def times_transpose(
     x: Float[Array, "r n"],
-    tensor: Quantized,
+    tensor: QuantizedTensor,
     basis: KroneckerBasis | None = None,
     rotation: KroneckerBasis | None = None,
 ) -> Float[Array, "r m"]:
     """`x @ W.T` in the type of `x`, accumulated in float32.
 
-    A `QuantizedTensor` is decoded in bands of rows of a bounded size, where its blocks
+    A `KashinTensor` is decoded in bands of rows of a bounded size, where its blocks
     allow; other matrices are decoded whole, as by `matmul`.
     """
-    if not isinstance(tensor, QuantizedTensor):
+    if not isinstance(tensor, KashinTensor):
         return _product(x, tensor.decode())
     basis = derive_basis(tensor) if basis is None else basis
     rotation = derive_rotation(tensor) if rotation is None else rotation
@@ -82,7 +82,7 @@ def times_transpose(
 @partial(jax.jit, inline=True)
 def _times_transpose(
     x: Float[Array, "r n"],
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     basis: KroneckerBasis,
     rotation: KroneckerBasis | None,
 ) -> Float[Array, "r m"]:
@@ -115,7 +115,7 @@ def bands_of_rows(layout: KashinLayout) -> list[int]:
     return [k for k in divisors if k == 1 or fits(m // k)]
 
 
-def _band(tensor: QuantizedTensor, bands: int, index: Array) -> QuantizedTensor:
+def _band(tensor: KashinTensor, bands: int, index: Array) -> KashinTensor:
     m, n = tensor.layout.shape
 
     def rows(leaf: Any) -> Any:
@@ -134,7 +134,7 @@ def _band(tensor: QuantizedTensor, bands: int, index: Array) -> QuantizedTensor:
 
 @partial(jax.jit, inline=True)
 def _rows_of_blocks(
-    tensor: QuantizedTensor,
+    tensor: KashinTensor,
     rows: Int[Array, " t"],
     basis: KroneckerBasis,
     rotation: KroneckerBasis | None,
