@@ -1,22 +1,21 @@
 """Blocks of transformers for timing: their matrices, dense or packed, in one chain."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from kashin_jax.bases import KroneckerBasis
 from kashin_jax.methods import Method, encode
-from kashin_jax.tensors import KashinTensor, QuantizedTensor
-from kashin_jax.tensors.kernels.product import derive_bases
+from kashin_jax.tensors import KashinTensor, Prepared, QuantizedTensor
 
-__all__ = ["BLOCKS", "Layer", "chain", "random_layers", "random_tensor"]
+__all__ = ["BLOCKS", "chain", "random_layers", "random_tensor"]
 
 Shape = tuple[int, int]
 
@@ -28,14 +27,6 @@ BLOCKS: Mapping[str, tuple[Shape, ...]] = MappingProxyType(
     }
 )
 """Shapes [in, out]: attention's q, k, v and output, then those of the other half."""
-
-
-class Layer(NamedTuple):
-    """A packed matrix and what is derived from its seed, which layers keep."""
-
-    tensor: Any
-    basis: KroneckerBasis | None
-    rotation: KroneckerBasis | None
 
 
 def chain(
@@ -61,12 +52,12 @@ def _normed(x: Float[Array, "r m"]) -> Float[Array, "r m"]:
     return x / (jnp.max(jnp.abs(x)) + 1)
 
 
-def random_layers(shapes: tuple[Shape, ...], config: Method) -> list[Layer]:
+def random_layers(shapes: tuple[Shape, ...], config: Method) -> list[Prepared]:
     """Layers of random codes: times do not depend on what is coded."""
     tensors = [random_tensor(s, config, seed) for seed, s in enumerate(shapes)]
     # Haar matrices take minutes; equal shapes may have the same.
-    bases = {t.shape: derive_bases(t) for t in reversed(tensors)}
-    return [Layer(tensor, *bases[tensor.shape]) for tensor in tensors]
+    bases = {t.shape: t.derive_bases() for t in reversed(tensors)}
+    return [Prepared(tensor, bases[tensor.shape]) for tensor in tensors]
 
 
 def random_tensor(shape: Shape, config: Method, seed: int) -> QuantizedTensor:
@@ -74,16 +65,16 @@ def random_tensor(shape: Shape, config: Method, seed: int) -> QuantizedTensor:
     tensor = _abstract(shape, config)
     rng = np.random.default_rng(seed)
     leaves: dict[str, Any] = {
-        name: _random_leaf(rng, name, spec)
-        for name, spec in tensor._asdict().items()
-        if name != "layout" and spec is not None
+        field.name: _random_leaf(rng, field.name, getattr(tensor, field.name))
+        for field in dataclasses.fields(tensor)
+        if field.name != "layout" and getattr(tensor, field.name) is not None
     }
     v_bits = tensor.layout.v_bits if isinstance(tensor, KashinTensor) else None
     if v_bits is not None:
         grid = np.array(leaves["centroids"]).reshape(-1, 2**v_bits, 2)
         grid[..., 0], grid[..., 1] = grid[:, :1, 0], grid[:1, :, 1]
         leaves["centroids"] = jnp.asarray(grid.reshape(-1, 2))
-    return tensor._replace(**leaves)
+    return tensor.replace(**leaves)
 
 
 @functools.lru_cache(maxsize=64)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from benchmarks.blocks import BLOCKS, Layer, chain, random_layers
+from benchmarks.blocks import BLOCKS, chain, random_layers
 from benchmarks.methods import TIMED, method_config
 from experiments.cli import check_flags, flag, run_program
 from experiments.flag_values import chosen_names, parse_numbers, parse_widths
@@ -43,8 +43,8 @@ from kashin_jax import matmul, stored_bits
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.bases.identity import IdentityBasis
 from kashin_jax.methods import Method
-from kashin_jax.tensors import KashinTensor
-from kashin_jax.tensors.kernels.product import many_rows_of_backend
+from kashin_jax.tensors import Bases, KashinTensor, Prepared
+from kashin_jax.tensors.products import MANY_ROWS
 
 __all__ = ["main"]
 
@@ -199,13 +199,13 @@ def _packed(
     layers = random_layers(BLOCKS[block], quantizer)
     size = sum(stored_bits(layer.tensor) for layer in layers) // 8
 
-    def timed(r: int, layers: list[Layer], many_rows: int) -> float:
+    def timed(r: int, layers: list[Prepared], many_rows: int) -> float:
         product = functools.partial(_product, many_rows=many_rows)
         run = jax.jit(functools.partial(chain, product=product))
         x = _activations(r, BLOCKS[block][0][0])
         return _seconds(functools.partial(run, x, layers), config)
 
-    many = many_rows_of_backend()
+    many = MANY_ROWS
     for r in rows:
         seconds = timed(r, layers, many)
         record = _measured(r, seconds, size, config)
@@ -222,29 +222,28 @@ def _packed(
 
 
 def _product(
-    x: Float[Array, "r m"], layer: Layer, many_rows: int
+    x: Float[Array, "r m"], layer: Prepared, many_rows: int
 ) -> Float[Array, "r n"]:
-    tensor, basis, rotation = layer
-    return matmul(x, tensor, basis=basis, rotation=rotation, many_rows=many_rows)
+    return matmul(x, layer, many_rows=many_rows)
 
 
-def _without_transforms(layer: Layer, shortcut: bool) -> Layer:
+def _without_transforms(layer: Prepared, shortcut: bool) -> Prepared:
     """The layer with bases that do nothing, multiplied in the way it was.
 
     Args:
       layer: With its bases.
       shortcut: Whether a basis on the side of the inputs alone has ways of its own.
     """
-    tensor, basis, _ = layer
+    tensor, basis = layer.tensor, layer.bases.basis
     if not isinstance(tensor, KashinTensor):
         bare = dataclasses.replace(tensor.layout, basis=None)
-        return Layer(tensor._replace(layout=bare, seed=None), None, None)
+        return Prepared(tensor.replace(layout=bare, seed=None), Bases())
     bare = dataclasses.replace(tensor.layout, rotation=None)
     is_left = basis is not None and isinstance(basis.right, IdentityBasis)
     right = IdentityBasis() if is_left and shortcut else _Through()
     through = KroneckerBasis(_Through(), right)
-    tensor = tensor._replace(layout=bare, in_scale=None, out_scale=None)
-    return Layer(tensor, through, None)
+    tensor = tensor.replace(layout=bare, in_scale=None, out_scale=None)
+    return Prepared(tensor, Bases(through))
 
 
 COLUMNS = (

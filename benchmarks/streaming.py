@@ -41,7 +41,7 @@ from kashin_jax.io import (
     write_config,
     write_index,
 )
-from kashin_jax.methods import METHOD_NAMES
+from kashin_jax.methods import method_names
 from kashin_jax.methods.joint.coder import EFFORTS
 from kashin_jax.pipeline import inspect_checkpoint
 
@@ -71,8 +71,8 @@ class StreamingConfig:
     )
     method: str = flag(
         "rtn",
-        f"One of {', '.join(METHOD_NAMES)}.",
-        (METHOD_NAMES.__contains__, "known"),
+        f"One of {', '.join(method_names())}.",
+        (method_names().__contains__, "known"),
     )
     bits: float = flag(4.0, "Code width.")
     effort: str = flag(

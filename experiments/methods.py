@@ -14,8 +14,7 @@ from kashin_jax import (
     GreedyKashin,
     JointKashin,
     KMeans,
-    RotatedKMeansConfig,
-    RotatedRTNConfig,
+    Rotated,
     Uniform,
 )
 from kashin_jax.errors import UsageError
@@ -150,7 +149,9 @@ METHODS: Mapping[str, RowKind] = {
         "zero point per group of 64.",
     ),
     "rotate-rtn-g64": RowKind(
-        make=lambda bits, basis, *_: RotatedRTNConfig(bits=_whole(bits), basis=basis),
+        make=lambda bits, basis, *_: Rotated(
+            RTN(bits=_whole(bits), group_size=64), basis
+        ),
         note="The Kashin row's bases as a rotation, then round-to-nearest, asymmetric "
         "(RTN + Hadamard): fp16 step and b-bit zero point per group of 64, a 64-bit "
         "seed per matrix.",
@@ -164,9 +165,7 @@ METHODS: Mapping[str, RowKind] = {
         is_random=True,
     ),
     "rotate-k-means": RowKind(
-        make=lambda bits, basis, *_: RotatedKMeansConfig(
-            bits=_whole(bits), basis=basis
-        ),
+        make=lambda bits, basis, *_: Rotated(KMeans(bits=_whole(bits)), basis),
         note="The Kashin row's bases as a rotation, then per-tensor 1-D k-means: "
         "2^b float32 levels, one float32 scale and a 64-bit seed per matrix.",
         has_basis=True,

@@ -1,8 +1,8 @@
 """Kashin quantization of neural-network weights in JAX.
 
-Layers of the library, imported downwards only: `bases`, `decomposition`, `theory`,
-`codebooks`, `coding`, `packing`, `quantized`, `layers`, `models`. This module has the
-public names that need no model.
+Packages, imported downwards only: `bases`, `decomposition`, `theory`, `codebooks`,
+`packing`, `tensors`, `methods`, `layers`, `io`, `models`, `pipeline`. This module has
+the public names that need no model.
 
 Nothing is imported before it is asked for: `kashin --help` need not wait for JAX.
 """
@@ -29,21 +29,26 @@ if TYPE_CHECKING:
     from kashin_jax.methods import GreedyKashin as GreedyKashin
     from kashin_jax.methods import JointKashin as JointKashin
     from kashin_jax.methods import KMeans as KMeans
+    from kashin_jax.methods import Method as Method
     from kashin_jax.methods import QuantizationReport as QuantizationReport
-    from kashin_jax.methods import RotatedKMeansConfig as RotatedKMeansConfig
-    from kashin_jax.methods import RotatedRTNConfig as RotatedRTNConfig
+    from kashin_jax.methods import Rotated as Rotated
     from kashin_jax.methods import Uniform as Uniform
     from kashin_jax.methods import encode as encode
     from kashin_jax.methods import quantize as quantize
+    from kashin_jax.methods import register as register
     from kashin_jax.pipeline import Rule as Rule
     from kashin_jax.pipeline import Rules as Rules
     from kashin_jax.pipeline import dequantize_params as dequantize_params
     from kashin_jax.pipeline import quantize_model as quantize_model
     from kashin_jax.pipeline import quantize_params as quantize_params
+    from kashin_jax.tensors import AffineTensor as AffineTensor
+    from kashin_jax.tensors import CodebookTensor as CodebookTensor
     from kashin_jax.tensors import KashinTensor as KashinTensor
+    from kashin_jax.tensors import QuantizedTensor as QuantizedTensor
     from kashin_jax.tensors import bits_per_weight as bits_per_weight
     from kashin_jax.tensors import dequantize as dequantize
     from kashin_jax.tensors import matmul as matmul
+    from kashin_jax.tensors import prepare as prepare
     from kashin_jax.tensors import stored_bits as stored_bits
 
     __version__: str
@@ -52,20 +57,23 @@ __all__ = [
     "HQQ",
     "NF4",
     "RTN",
+    "AffineTensor",
     "BasisSpec",
     "ChannelKMeans",
+    "CodebookTensor",
     "GreedyKashin",
     "JointKashin",
     "KMeans",
     "KashinDecomposition",
     "KashinTensor",
     "KroneckerBasis",
+    "Method",
     "QuantizationReport",
     "QuantizedDense",
     "QuantizedEmbed",
     "QuantizedLinear",
-    "RotatedKMeansConfig",
-    "RotatedRTNConfig",
+    "QuantizedTensor",
+    "Rotated",
     "Rule",
     "Rules",
     "Uniform",
@@ -77,9 +85,11 @@ __all__ = [
     "make_basis",
     "make_pair",
     "matmul",
+    "prepare",
     "quantize",
     "quantize_model",
     "quantize_params",
+    "register",
     "stored_bits",
 ]
 
@@ -96,7 +106,8 @@ def __getattr__(name: str) -> Any:
         return _part(name)
     if name == "__version__":
         return importlib.metadata.version("kashin_jax")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    deprecated = _part("deprecated")
+    return deprecated.forwarding(__name__, deprecated.TOP)(name)
 
 
 def __dir__() -> list[str]:

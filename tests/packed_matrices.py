@@ -34,4 +34,4 @@ def random_words(config, shape):
     tables = [rng.normal(size=2 ** (split.u - half)) for half in halves]
     levels_v = rng.normal(size=2**split.v)
     pairs = [(u, v) for table in tables for u in table for v in levels_v]
-    return tensor._replace(centroids=jnp.asarray(pairs, jnp.float32))
+    return tensor.replace(centroids=jnp.asarray(pairs, jnp.float32))

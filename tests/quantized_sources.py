@@ -5,7 +5,7 @@ import json
 from tiny_checkpoint import make_checkpoint
 
 from kashin_jax import RTN, Rule, Rules
-from kashin_jax.methods import METHOD_NAMES, config_from_json
+from kashin_jax.methods import config_from_json, method_names
 from kashin_jax.models.loading import load_opt, save_opt
 
 # What a test asks of a method beyond its defaults, to be quick on 64 x 64.
@@ -33,7 +33,7 @@ FEW = Rules(
 
 def every_method(paths):
     """A method of its own for each of the first layers; 3.5 bits for the next."""
-    configs = [method(name) for name in METHOD_NAMES]
+    configs = [method(name) for name in method_names()]
     configs.append(method("kashin-joint", bits=3.5))
     rules = [
         Rule(f"^{path}$", config) for path, config in zip(paths, configs, strict=False)

@@ -20,8 +20,7 @@ from kashin_jax.methods import (
     GreedyKashin,
     JointKashin,
     KMeans,
-    RotatedKMeansConfig,
-    RotatedRTNConfig,
+    Rotated,
     Uniform,
     quantize,
 )
@@ -43,8 +42,10 @@ CONFIGS = {
     "nf4": NF4(group_size=8),
     "k-means": KMeans(bits=3, num_restarts=1),
     "k-means-channel": ChannelKMeans(bits=2, num_restarts=1),
-    "rotate-rtn": RotatedRTNConfig(bits=5, basis=BasisSpec.parse("hadamard:identity")),
-    "rotate-k-means": RotatedKMeansConfig(bits=1, num_restarts=1),
+    "rotate-rtn": Rotated(
+        RTN(bits=5, group_size=64), BasisSpec.parse("hadamard:identity")
+    ),
+    "rotate-k-means": Rotated(KMeans(bits=1, num_restarts=1)),
 }
 
 
@@ -55,7 +56,7 @@ def packed(name, dtype="float32"):
         # Another program to compile, for the same codes and fewer leaves.
         tensor = packed("joint")
         layout = dataclasses.replace(tensor.layout, rotation=None)
-        return tensor._replace(in_scale=None, layout=layout)
+        return tensor.replace(in_scale=None, layout=layout)
     weight = jax.random.normal(jax.random.key(1), SHAPE).astype(dtype)
     return quantize(weight, CONFIGS[name], jax.random.key(2))[0]
 

@@ -93,5 +93,5 @@ def test_layers_of_a_block_wait_for_each_other():
     whole = run(tensors)
     assert whole.shape == (2, 64) and jnp.isfinite(whole).all()
     for i, tensor in enumerate(tensors):
-        changed = [*tensors[:i], tensor._replace(scale=-2 * tensor.scale)]
+        changed = [*tensors[:i], tensor.replace(scale=-2 * tensor.scale)]
         assert (run([*changed, *tensors[i + 1 :]]) != whole).any()

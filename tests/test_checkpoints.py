@@ -15,7 +15,7 @@ from tiny_classifier import make_classifier
 from kashin_jax import Rule, Rules, quantize_model
 from kashin_jax.io import open_checkpoint, save_checkpoint
 from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
-from kashin_jax.methods import METHOD_NAMES
+from kashin_jax.methods import method_names
 from kashin_jax.models.classifier_loading import load_classifier
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import (
@@ -84,7 +84,7 @@ def opt(tmp_path_factory):
 
 def test_every_method_finds_the_codes_on_disk_that_it_finds_in_memory(opt):
     used = {record["method"] for record in opt.result.reports}
-    assert used == set(METHOD_NAMES)
+    assert used == set(method_names())
     found = packed_layers(open_checkpoint(opt.target))
     assert len(found) == 12
     assert_same_layers(found, packed_in(opt.in_memory))
@@ -201,7 +201,7 @@ def test_the_configuration_says_how_it_was_quantized(opt):
     assert described["seed"] == SEED
     packed = packed_layers(open_checkpoint(opt.target)).values()
     assert described["tensors"]["packed_bits"] == sum(map(stored_bits, packed))
-    assert len(described["rules"]["rules"]) == len(METHOD_NAMES) + 1
+    assert len(described["rules"]["rules"]) == len(method_names()) + 1
 
 
 def test_the_plan_has_the_sizes_that_are_written(opt):

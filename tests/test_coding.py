@@ -11,16 +11,19 @@ from scipy.stats import norm
 
 from kashin_jax.bases import BasisSpec, make_pair
 from kashin_jax.decomposition import kashin_decompose
-from kashin_jax.methods.affine import minmax_code, rtn_code
 from kashin_jax.methods.kashin import (
     GreedyKashin,
     cluster_factors,
     decompose_blocks,
     kashin_code,
 )
-from kashin_jax.methods.kmeans import kmeans_code, nf4_code
-from kashin_jax.tensors.affine import NF4_LEVELS, group_rows, ungroup_rows
+from kashin_jax.methods.kmeans import kmeans_code
+from kashin_jax.methods.nf4 import nf4_code
+from kashin_jax.methods.rtn import rtn_code
+from kashin_jax.methods.uniform import minmax_code
 from kashin_jax.tensors.blocks import from_blocks, resolve_block_shape, to_blocks
+from kashin_jax.tensors.codebook import NF4_LEVELS
+from kashin_jax.tensors.grouped import group_rows, ungroup_rows
 from tests import problems
 
 QUICK = {"num_restarts": 4, "sample": 4096, "polish_steps": 5}

@@ -17,14 +17,13 @@ from kashin_jax import (
     JointKashin,
     KMeans,
     QuantizedEmbed,
-    RotatedRTNConfig,
+    Rotated,
     Uniform,
     dequantize,
 )
 from kashin_jax.errors import UsageError
-from kashin_jax.pipeline import rows
-from kashin_jax.tensors.kashin import KashinLayout
-from kashin_jax.tensors.kernels.rows import bands_of_rows, take_rows, times_transpose
+from kashin_jax.tensors import kashin
+from kashin_jax.tensors.kashin import KashinLayout, bands_of_rows
 
 JOINT = JointKashin(bits=2, block_shape=(12, 8))
 KEY = jax.random.key(0)
@@ -39,7 +38,7 @@ METHODS = [
     NF4(group_size=20),
     KMeans(bits=2, num_restarts=1),
     ChannelKMeans(bits=2, num_restarts=1),
-    RotatedRTNConfig(bits=4),
+    Rotated(RTN(bits=4, group_size=64)),
 ]
 VOCABULARY, FEATURES = 48, 24
 
@@ -160,6 +159,14 @@ def test_bands_are_whole_blocks_that_end_between_bytes():
     assert bands((24, 8), 3, (24, 8)) == [1]
 
 
+def rows_of(tensor, tokens):
+    return tensor.rows(tokens)
+
+
+def logits_of(query, tensor):
+    return tensor.transposed_product(query)
+
+
 def decoded_sizes(function, *args):
     """Sizes of all float arrays that a function makes, inside loops too."""
     sizes = []
@@ -186,17 +193,17 @@ def decoded_sizes(function, *args):
 def test_a_look_up_decodes_a_small_part_of_the_table(config):
     tensor = random_tensor(config, (2048, 64))
     tokens = jnp.array([3, 2000])
-    assert max(decoded_sizes(take_rows, tensor, tokens)) <= 2048 * 64 // 8
-    assert_close(take_rows(tensor, tokens), dequantize(tensor)[tokens])
+    assert max(decoded_sizes(rows_of, tensor, tokens)) <= 2048 * 64 // 8
+    assert_close(tensor.rows(tokens), dequantize(tensor)[tokens])
 
 
 def test_many_tokens_and_logits_need_no_more_than_a_tile(monkeypatch):
-    monkeypatch.setattr(rows, "MAX_TILE", 2**13)
+    monkeypatch.setattr(kashin, "MAX_TILE", 2**13)
     tensor = random_tensor(JointKashin(bits=4), (2048, 64))
     tokens = jax.random.randint(KEY, (500,), 0, 2048)
-    sizes = decoded_sizes(take_rows, tensor, tokens)
+    sizes = decoded_sizes(rows_of, tensor, tokens)
     assert max(size for size in sizes if size != 500 * 64) <= 2**13
-    assert_close(take_rows(tensor, tokens), dequantize(tensor)[tokens])
+    assert_close(tensor.rows(tokens), dequantize(tensor)[tokens])
     query = table((2, 64))
-    assert max(decoded_sizes(times_transpose, query, tensor)) <= 2**13
-    assert_close(times_transpose(query, tensor), query @ dequantize(tensor).T)
+    assert max(decoded_sizes(logits_of, query, tensor)) <= 2**13
+    assert_close(tensor.transposed_product(query), query @ dequantize(tensor).T)

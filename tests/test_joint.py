@@ -19,7 +19,8 @@ from kashin_jax import (
     RTN,
     BasisSpec,
     JointKashin,
-    RotatedKMeansConfig,
+    KMeans,
+    Rotated,
     bits_per_weight,
     encode,
     matmul,
@@ -34,8 +35,6 @@ from kashin_jax.methods.joint.coder import joint_block_shape
 from kashin_jax.methods.joint.schedules import LONG, SHORT, SPLITS, Schedule, Split
 from kashin_jax.methods.joint.words import coarse_rows
 from kashin_jax.methods.joint.words import decode_words as decode_eagerly
-from kashin_jax.tensors import derive_basis
-from kashin_jax.tensors.kashin import derive_rotation
 
 KEY = jax.random.key(3)
 HADAMARD = BasisSpec.parse("hadamard")
@@ -254,7 +253,7 @@ def test_it_loses_less_than_the_controls_of_at_least_as_many_bits(name, bits):
     assert bits < bits_per_weight(tensor) < bits + 0.15
     assert error < relative_error(x, RTN(bits=bits, group_size=128))
     # One codebook for a rotated matrix needs fewer bits by the scales alone.
-    assert error < 0.8 * relative_error(x, RotatedKMeansConfig(bits=bits))
+    assert error < 0.8 * relative_error(x, Rotated(KMeans(bits=bits)))
     if bits == 4:
         assert error < relative_error(x, NF4())
 
@@ -307,9 +306,9 @@ def test_decoding_and_products_are_those_of_plain_numpy(bits, shape, balance):
     m, n = shape
     bm, bn = tensor.layout.block_shape
     pairs = np.asarray(tensor.centroids, np.float64)[unpacked(tensor)]
-    basis = derive_basis(tensor)
+    basis = tensor.derive_bases().basis
     left, right = dense(basis)
-    rotation = derive_rotation(tensor)
+    rotation = tensor.derive_bases().rotation
     assert (rotation is None) == (not balance)
     outer = (np.eye(bm), np.eye(bn)) if rotation is None else dense(rotation)
     expected = np.zeros(shape)
@@ -383,7 +382,7 @@ def test_centroids_and_scales_have_gradients():
 
     @jax.jit
     def size(centroids, scale, in_scale):
-        changed = tensor._replace(centroids=centroids, scale=scale, in_scale=in_scale)
+        changed = tensor.replace(centroids=centroids, scale=scale, in_scale=in_scale)
         return jnp.sum(jnp.square(changed.decode()))
 
     inputs = (tensor.centroids, tensor.scale, tensor.in_scale)

@@ -154,7 +154,7 @@ def test_gradients_pass_through_the_layer_to_its_input():
 
 def test_a_stack_of_layers_runs_under_scan():
     tensors = [random_tensor(CONFIG, (16, 16), seed) for seed in range(3)]
-    tensors = [tensor._replace(scale=0.1 * tensor.scale) for tensor in tensors]
+    tensors = [tensor.replace(scale=0.1 * tensor.scale) for tensor in tensors]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tensors)
     layers = nnx.vmap(QuantizedLinear)(stacked)
 

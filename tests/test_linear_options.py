@@ -13,7 +13,7 @@ from kashin_jax import (
     GreedyKashin,
     JointKashin,
     QuantizedLinear,
-    RotatedRTNConfig,
+    Rotated,
     bits_per_weight,
     dequantize,
     matmul,
@@ -132,7 +132,7 @@ def test_a_matrix_of_another_shape_is_an_error_that_names_the_layer():
 
 
 def test_a_method_quantizes_with_the_key_given():
-    config, dense = RotatedRTNConfig(), linear()
+    config, dense = Rotated(RTN(group_size=64)), linear()
     packed = QuantizedLinear.from_linear(dense, config, KEY)
     expected, _ = quantize(dense.kernel.get_value(), config, KEY)
     chex.assert_trees_all_equal(packed.kernel.get_value(), expected)
@@ -169,7 +169,7 @@ def test_gradients_reach_what_is_stored_as_floats_and_not_the_codes(config):
         )
 
         def moved(t, name=name, leaf=leaf, direction=direction):
-            changed = tensor._replace(**{name: leaf + t * direction})
+            changed = tensor.replace(**{name: leaf + t * direction})
             product = np.asarray(matmul(x, changed))
             return np.sum(np.sin(product + np.asarray(packed.bias.get_value())))
 
@@ -182,7 +182,7 @@ def test_gradients_reach_what_is_stored_as_floats_and_not_the_codes(config):
 @pytest.fixture
 def stack():
     tensors = [random_tensor(CONFIG, (16, 16), seed) for seed in range(3)]
-    tensors = [tensor._replace(scale=0.1 * tensor.scale) for tensor in tensors]
+    tensors = [tensor.replace(scale=0.1 * tensor.scale) for tensor in tensors]
     return tensors, jax.tree.map(lambda *leaves: jnp.stack(leaves), *tensors)
 
 

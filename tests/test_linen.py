@@ -13,7 +13,7 @@ from kashin_jax import (
     GreedyKashin,
     JointKashin,
     QuantizedDense,
-    RotatedRTNConfig,
+    Rotated,
     dequantize,
     dequantize_params,
     quantize_params,
@@ -113,7 +113,7 @@ def test_init_gives_the_structure_of_the_parameters_without_work():
 
 
 def test_init_makes_a_layer_that_runs():
-    layer = QuantizedDense(24, config=RotatedRTNConfig())
+    layer = QuantizedDense(24, config=Rotated(RTN(group_size=64)))
     params = jax.jit(layer.init)(KEY, jnp.ones((1, 16)))
     dense = dequantize_params(params)
     x = activations((4, 16))
@@ -158,7 +158,7 @@ def test_layers_run_under_scan_vmap_and_grad():
 
     packed = with_kernel(tensors)
     dense = with_kernel([0.1 * dequantize(tensor) for tensor in tensors])
-    packed["params"]["fc"]["kernel"] = packed["params"]["fc"]["kernel"]._replace(
+    packed["params"]["fc"]["kernel"] = packed["params"]["fc"]["kernel"].replace(
         scale=0.1 * packed["params"]["fc"]["kernel"].scale
     )
 

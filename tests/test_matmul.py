@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from packed_matrices import random_words
 
 from kashin_jax import BasisSpec, JointKashin, KashinTensor, dequantize, matmul
-from kashin_jax.tensors import derive_basis
+from kashin_jax.tensors import prepare
 from kashin_jax.tensors.kashin import KashinLayout
 from kashin_jax.tensors.kernels.factors import factor_rows
-from kashin_jax.tensors.kernels.product import many_rows_of_backend
+from kashin_jax.tensors.products import MANY_ROWS
 
-MANY_ROWS = many_rows_of_backend()
 PAIRS = ["hadamard", "haar", "dct", "hadamard:identity", "identity:haar"]
 
 
@@ -136,7 +135,7 @@ def test_codes_whose_rows_end_inside_bytes_are_put_in_order_first():
 def test_a_basis_that_the_caller_keeps_gives_the_same_product():
     q = random_tensor((16, 24))
     x = activations((3, 16))
-    kept = matmul(x, q, basis=derive_basis(q))
+    kept = matmul(x, prepare(q))
     np.testing.assert_array_equal(kept, matmul(x, q))
 
 
@@ -236,7 +235,7 @@ def test_gradients_reach_centroids_and_scales(rows, name):
     x, cotangent = activations((rows, 24)), activations((rows, 16), seed=2)
 
     def loss(leaf):
-        changed = q._replace(**{name: leaf})
+        changed = q.replace(**{name: leaf})
         return jnp.sum(cotangent * matmul(x, changed, max_tile=10**4))
 
     leaf = getattr(q, name)

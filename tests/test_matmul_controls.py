@@ -19,12 +19,11 @@ from kashin_jax import (
     RTN,
     ChannelKMeans,
     KMeans,
-    RotatedKMeansConfig,
+    Rotated,
     Uniform,
     matmul,
 )
-from kashin_jax.methods import RotatedRTNConfig
-from kashin_jax.tensors.affine import control_basis
+from kashin_jax.tensors import prepare
 
 CONFIGS = [
     RTN(),
@@ -40,8 +39,8 @@ CONFIGS = [
     KMeans(bits=6),
     ChannelKMeans(bits=4),
     ChannelKMeans(bits=6),
-    RotatedKMeansConfig(bits=1),
-    RotatedRTNConfig(group_size=26),
+    Rotated(KMeans(bits=1)),
+    Rotated(RTN(group_size=26)),
 ]
 
 
@@ -72,10 +71,10 @@ def test_controls_take_batches_and_half_precision(config):
 
 
 def test_a_rotation_that_the_caller_keeps_gives_the_same_product():
-    config = RotatedRTNConfig(group_size=26)
+    config = Rotated(RTN(group_size=26))
     q = random_tensor(config, (52, 24))
     x = activations((3, 52), seed=2)
-    kept = matmul(x, q, basis=control_basis(q))
+    kept = matmul(x, prepare(q))
     assert relative(kept, matmul(x, q)) < 1e-6
 
 
@@ -86,7 +85,7 @@ def test_a_rotation_that_the_caller_keeps_gives_the_same_product():
         (RTN(), 255),
         (NF4(), 255),
         (ChannelKMeans(), 256),
-        (RotatedRTNConfig(), 256),
+        (Rotated(RTN(group_size=64)), 256),
         (Uniform(), 256),
     ],
     ids=repr,

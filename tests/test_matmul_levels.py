@@ -29,11 +29,11 @@ def product_tensor(shape, *, v_bits, **options):
     grid = np.array(q.centroids).reshape(-1, 2**v_bits, 2)
     grid[..., 0], grid[..., 1] = grid[:, :1, 0], grid[:1, :, 1]
     layout = dataclasses.replace(q.layout, v_bits=v_bits)
-    return q._replace(centroids=jnp.asarray(grid.reshape(-1, 2)), layout=layout)
+    return q.replace(centroids=jnp.asarray(grid.reshape(-1, 2)), layout=layout)
 
 
 def as_any_pairs(q):
-    return q._replace(layout=dataclasses.replace(q.layout, v_bits=None))
+    return q.replace(layout=dataclasses.replace(q.layout, v_bits=None))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 31, 32, 33, 40])
@@ -164,7 +164,7 @@ def test_gradients_leave_a_product_a_product(rows):
 
     @jax.jit
     def loss(centroids):
-        y = matmul(x, q._replace(centroids=centroids), precision="highest")
+        y = matmul(x, q.replace(centroids=centroids), precision="highest")
         return jnp.sum(cotangent * y)
 
     gradient = jax.grad(loss)(q.centroids)

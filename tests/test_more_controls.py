@@ -13,8 +13,8 @@ from kashin_jax import (
     RTN,
     BasisSpec,
     ChannelKMeans,
-    RotatedKMeansConfig,
-    RotatedRTNConfig,
+    KMeans,
+    Rotated,
     dequantize,
     encode,
     quantize,
@@ -22,13 +22,13 @@ from kashin_jax import (
 )
 from kashin_jax.bases import key_from_seed, make_pair
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.methods.affine import rtn_code
 from kashin_jax.methods.hqq import hqq_code
-from kashin_jax.tensors.affine import group_rows
+from kashin_jax.methods.rtn import rtn_code
+from kashin_jax.tensors.grouped import group_rows
 from tests import problems
 
 KEY = jax.random.key(5)
-NEW = [HQQ(), RotatedRTNConfig(), ChannelKMeans(num_restarts=1)]
+NEW = [HQQ(), Rotated(RTN(group_size=64)), ChannelKMeans(num_restarts=1)]
 WIDE = BasisSpec.parse("haar:sign-dct")
 
 
@@ -151,7 +151,8 @@ def test_hqq_stores_and_decodes_groups_of_64(rows, bits):
 
 @pytest.mark.parametrize(("shape", "basis"), [((128, 24), None), ((70, 15), WIDE)])
 def test_rotated_round_to_nearest_decodes_as_in_numpy(shape, basis):
-    config = RotatedRTNConfig(bits=3, **({} if basis is None else {"basis": basis}))
+    inner = RTN(bits=3, group_size=64)
+    config = Rotated(inner) if basis is None else Rotated(inner, basis)
     q, report = quantize(weight(shape), config, KEY)
     groups = q.scale.size
     zero = unpack(q.zero, 3, groups).reshape(q.scale.shape)
@@ -169,7 +170,7 @@ def test_rotated_round_to_nearest_decodes_as_in_numpy(shape, basis):
 @pytest.mark.parametrize("group_size", [64, None])
 def test_rotated_round_to_nearest_is_that_of_the_rotated_matrix(group_size):
     w = weight((128, 24))
-    q, _ = quantize(w, RotatedRTNConfig(bits=3, group_size=group_size), KEY)
+    q, _ = quantize(w, Rotated(RTN(bits=3, group_size=group_size)), KEY)
     pair = make_pair(q.layout.basis, key_from_seed(q.seed), q.shape)
     config = RTN(bits=3, group_size=group_size)
     plain, _ = quantize(jax.jit(lambda p, x: p.analysis(x))(pair, w), config, KEY)
@@ -180,8 +181,8 @@ def test_rotated_round_to_nearest_is_that_of_the_rotated_matrix(group_size):
 
 def test_both_rotated_controls_have_the_rotation_of_the_seed():
     w = weight((16, 24))
-    rounded, _ = quantize(w, RotatedRTNConfig(), KEY)
-    clustered, _ = quantize(w, RotatedKMeansConfig(bits=1, num_restarts=1), KEY)
+    rounded, _ = quantize(w, Rotated(RTN(group_size=64)), KEY)
+    clustered, _ = quantize(w, Rotated(KMeans(bits=1, num_restarts=1)), KEY)
     assert np.array_equal(rounded.seed, clustered.seed)
     assert rounded.layout.basis == clustered.layout.basis
 
@@ -294,13 +295,13 @@ def test_half_precision_weights_are_quantized_as_their_float32_values():
         assert dequantize(q).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("config", [HQQ, RotatedRTNConfig])
+@pytest.mark.parametrize("config", [HQQ, RTN])
 def test_groups_have_at_least_one_row(config):
     with pytest.raises(ValueError, match=r"`group_size` must be at least 1. Got 0"):
         config(group_size=0)
 
 
-@pytest.mark.parametrize("config", [HQQ, RotatedRTNConfig, ChannelKMeans])
+@pytest.mark.parametrize("config", [HQQ, RTN, ChannelKMeans])
 def test_bits_lie_between_one_and_eight(config):
     with pytest.raises(ValueError, match=r"`bits` must lie in \[1, 8\].*bits=9"):
         config(bits=9)

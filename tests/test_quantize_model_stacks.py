@@ -12,7 +12,7 @@ from kashin_jax import (
     GreedyKashin,
     JointKashin,
     QuantizedLinear,
-    RotatedRTNConfig,
+    Rotated,
     Rule,
     Rules,
     quantize,
@@ -92,7 +92,7 @@ def alone(network, config, index):
     return block
 
 
-@pytest.mark.parametrize("config", [JOINT, KASHIN, RTN(), RotatedRTNConfig()])
+@pytest.mark.parametrize("config", [JOINT, KASHIN, RTN(), Rotated(RTN(group_size=64))])
 def test_a_stack_gives_what_its_matrices_give_alone(network, config):
     x = activations()
     blocks = [alone(network, config, i) for i in range(DEPTH)]

@@ -14,7 +14,7 @@ from kashin_jax import (
     GreedyKashin,
     JointKashin,
     KashinTensor,
-    RotatedRTNConfig,
+    Rotated,
     Rule,
     Rules,
     dequantize,
@@ -196,7 +196,7 @@ def test_errors_name_the_layer(params):
 
 
 def test_adding_a_layer_leaves_other_codes_unchanged(params):
-    config = RotatedRTNConfig()
+    config = Rotated(RTN(group_size=64))
     before = quantize_params(params, config, KEY).params["params"]
     more = {"params": params["params"] | {"a": {"kernel": jnp.eye(16)}}}
     after = quantize_params(more, config, KEY).params["params"]

@@ -23,7 +23,7 @@ from kashin_jax import (
     GreedyKashin,
     KashinTensor,
     KMeans,
-    RotatedKMeansConfig,
+    Rotated,
     Uniform,
     bits_per_weight,
     dequantize,
@@ -34,8 +34,7 @@ from kashin_jax import (
 )
 from kashin_jax.bases import key_from_seed, make_pair
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.tensors import derive_basis
-from kashin_jax.tensors.affine import NF4_LEVELS
+from kashin_jax.tensors.codebook import NF4_LEVELS
 from kashin_jax.tensors.kashin import KashinLayout
 
 GOLDEN = Path(__file__).parent / "golden" / "quantized" / "golden.json"
@@ -85,7 +84,7 @@ def decode_by_hand(q):
     (m, n), (bm, bn) = q.layout.shape, q.layout.block_shape
     codes = unpack(q.packed_codes, q.layout.bits, m * n).reshape(m, n)
     pairs = np.asarray(q.centroids, np.float64)[codes]
-    basis = derive_basis(q)
+    basis = q.derive_bases().basis
     q1, q2 = dense(basis.left, bm), dense(basis.right, bn)
     decoded = np.zeros((m, n))
     for r in range(m // bm):
@@ -201,7 +200,7 @@ def test_tensors_can_be_donated():
     q = jax.tree.map(np.array, quantized((16, 24), None, 1, "hadamard")[0])
     q = jax.tree.map(jnp.array, q)
     expected = 2 * np.asarray(dequantize(q))
-    double = jax.jit(lambda t: t._replace(scale=2 * t.scale), donate_argnums=0)
+    double = jax.jit(lambda t: t.replace(scale=2 * t.scale), donate_argnums=0)
     doubled = double(q)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(q))
     np.testing.assert_allclose(dequantize(doubled), expected, rtol=1e-6, atol=1e-6)
@@ -262,7 +261,7 @@ def test_limits_of_the_decomposition_do_not_recompile_it(caplog):
 
 def test_a_matrix_that_does_not_converge_is_still_packed():
     config = dataclasses.replace(SMALL, max_steps=3)
-    basis = derive_basis(quantize(weight((16, 24)), config, KEY)[0])
+    basis = quantize(weight((16, 24)), config, KEY)[0].derive_bases().basis
     # The rank-one matrix e_i (Q2 e_j)^T is hard for its own pair of bases.
     w = np.zeros((16, 24), np.float32)
     w[2] = images(basis.right, jnp.eye(24))[:, 4]
@@ -279,7 +278,7 @@ def test_a_matrix_that_does_not_converge_is_still_packed():
 METHODS = [SMALL, RTN(), NF4(), Uniform(), KMeans(bits=1)]
 
 
-@pytest.mark.parametrize("config", [*METHODS, RotatedKMeansConfig(bits=1)])
+@pytest.mark.parametrize("config", [*METHODS, Rotated(KMeans(bits=1))])
 def test_a_zero_matrix_is_stored_exactly(config):
     q, report = quantize(jnp.zeros((16, 24)), config, KEY)
     assert report.relative_squared_error == 0
@@ -434,7 +433,7 @@ def test_one_scale_per_tensor_is_stored_in_single_precision():
     w = weight((16, 24))
     uniform, _ = quantize(w, Uniform(bits=3), KEY)
     kmeans, _ = quantize(w, KMeans(bits=1), KEY)
-    rotated, _ = quantize(w, RotatedKMeansConfig(bits=1), KEY)
+    rotated, _ = quantize(w, Rotated(KMeans(bits=1)), KEY)
     assert stored_bits(uniform) == 16 * 24 * 3 + 64
     assert stored_bits(kmeans) == 16 * 24 + 2 * 32 + 32
     assert stored_bits(rotated) == 16 * 24 + 2 * 32 + 32 + 64
@@ -447,7 +446,7 @@ def test_the_controls_per_tensor_decode_as_in_numpy():
         codes_by_hand(uniform) - float(uniform.zero[0, 0, 0])
     )
     assert relative(dequantize(uniform), by_hand) < 1e-6
-    for config in (KMeans(bits=1), RotatedKMeansConfig(bits=1)):
+    for config in (KMeans(bits=1), Rotated(KMeans(bits=1))):
         q, _ = quantize(w, config, KEY)
         by_hand = np.asarray(q.levels, np.float64)[codes_by_hand(q)] * float(
             q.scale[0, 0, 0]
@@ -460,7 +459,7 @@ def test_the_controls_per_tensor_decode_as_in_numpy():
 
 def test_rotated_kmeans_shares_its_rotation_with_the_kashin_row():
     w = weight((16, 24))
-    rotated, _ = quantize(w, RotatedKMeansConfig(bits=1), KEY)
+    rotated, _ = quantize(w, Rotated(KMeans(bits=1)), KEY)
     kashin, _ = quantize(w, SMALL, KEY)
     assert (rotated.seed == kashin.seed).all()
 

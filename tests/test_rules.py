@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kashin_jax import NF4, RTN, BasisSpec, GreedyKashin, JointKashin
 from kashin_jax.errors import UsageError
-from kashin_jax.methods import METHOD_NAMES, config_from_json, config_to_json
+from kashin_jax.methods import config_from_json, config_to_json, method_names
 from kashin_jax.pipeline import (
     SHARED_INPUTS,
     Rule,
@@ -105,7 +105,7 @@ def test_a_pattern_that_is_no_expression_is_an_early_error(make):
         make()
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", method_names())
 def test_every_method_survives_json(method):
     config = config_from_json({"method": method})
     written = json.loads(json.dumps(config_to_json(config)))

@@ -16,7 +16,7 @@ from kashin_jax import (
     BasisSpec,
     GreedyKashin,
     JointKashin,
-    RotatedRTNConfig,
+    Rotated,
     Rule,
     Rules,
     matmul,
@@ -172,7 +172,8 @@ def test_methods_without_a_scale_of_inputs_share_the_rest(config):
 def test_only_layers_of_one_method_and_number_of_inputs_share():
     model = make_linears(q_proj=64, k_proj=64, v_proj=64, gate_proj=64, up_proj=32)
     apart = Rules(
-        config=RotatedRTNConfig(), rules=[Rule("v_proj", RotatedRTNConfig(bits=3))]
+        config=Rotated(RTN(group_size=64)),
+        rules=[Rule("v_proj", Rotated(RTN(bits=3, group_size=64)))],
     )
     shared = dataclasses.replace(apart, share=SHARED_INPUTS)
     found, alone = (

@@ -79,7 +79,7 @@ def test_only_packed_tensors_can_be_described():
 def test_what_no_reader_would_accept_is_not_described():
     tensor = packed("kashin")
     with pytest.raises(UsageError, match="leaf 'scale' must be float32"):
-        describe(tensor._replace(scale=tensor.scale[0]), is_transposed=False)
+        describe(tensor.replace(scale=tensor.scale[0]), is_transposed=False)
 
 
 # ---- descriptions

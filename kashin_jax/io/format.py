@@ -17,7 +17,7 @@ from kashin_jax.io.dtypes import TensorSpec
 from kashin_jax.io.files import shown
 from kashin_jax.packing import packed_size
 from kashin_jax.tensors import AffineTensor, CodebookTensor, KashinTensor
-from kashin_jax.tensors.affine import GroupLayout
+from kashin_jax.tensors.grouped import GroupLayout
 from kashin_jax.tensors.kashin import KashinLayout
 
 __all__ = ["TYPES", "Described", "Stream", "layout_to_json", "parse_description"]

@@ -38,7 +38,7 @@ def leaf_specs(tensor: Any) -> dict[str, TensorSpec]:
     _type_name(tensor)
     return {
         leaf: TensorSpec(np.dtype(value.dtype).name, tuple(value.shape))
-        for leaf, value in tensor._asdict().items()
+        for leaf, value in _fields(tensor).items()
         if leaf != "layout" and value is not None
     }
 
@@ -49,7 +49,7 @@ def to_leaves(tensor: QuantizedTensor) -> dict[str, Shaped[np.ndarray, "..."]]:
     Raises:
       UsageError: If it is of no type that can be stored.
     """
-    fields: dict[str, Any] = tensor._asdict()  # type: ignore[attr-defined]
+    fields = _fields(tensor)
     return {leaf: np.asarray(fields[leaf]) for leaf in leaf_specs(tensor)}
 
 
@@ -121,11 +121,16 @@ def from_leaves(
         v_bits = product_bits(np.asarray(leaves["centroids"]), layout.fine_bits)
         layout = dataclasses.replace(layout, v_bits=v_bits)
     cls = TYPES[described.type]
-    fields = dict.fromkeys(cls._fields) | {
+    fields = {field.name: None for field in dataclasses.fields(cls)} | {
         leaf: jax.device_put(np.asarray(value)) for leaf, value in leaves.items()
     }
     tensor: QuantizedTensor = cls(**fields | {"layout": layout})
     return tensor
+
+
+def _fields(tensor: Any) -> dict[str, Any]:
+    names = (field.name for field in dataclasses.fields(tensor))
+    return {name: getattr(tensor, name) for name in names}
 
 
 def _type_name(tensor: Any) -> str:

@@ -1,5 +1,6 @@
 """Flax layers that hold packed kernels."""
 
+from kashin_jax.deprecated import LAYERS, forwarding
 from kashin_jax.layers.embed import QuantizedEmbed as QuantizedEmbed
 from kashin_jax.layers.linear import QuantizedLinear as QuantizedLinear
 from kashin_jax.layers.linen import QuantizedDense as QuantizedDense
@@ -15,3 +16,5 @@ __all__ = [
     "QuantizedLinear",
     "packed_dense",
 ]
+
+__getattr__ = forwarding(__name__, LAYERS)

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as default_promote_dtype
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Integer, Key
+from jaxtyping import Array, Float, Integer, Key
 
 from kashin_jax.layers.linear import quantized_of_shape
 from kashin_jax.layers.packed import Packed, pack
 from kashin_jax.methods import Method
-from kashin_jax.tensors import QuantizedTensor, bits_per_weight, dequantize
-from kashin_jax.tensors.kernels.rows import take_rows, times_transpose
+from kashin_jax.tensors import Prepared, QuantizedTensor, bits_per_weight, dequantize
 
 __all__ = ["QuantizedEmbed"]
 
@@ -25,9 +24,9 @@ class QuantizedEmbed(nnx.Module):
 
     A look-up decodes the bands of blocks that its rows lie in, a token at a time beyond
     a bounded tile, and `attend` the table in bands. Methods that code or rotate the
-    matrix as a whole (`GreedyKashin` without `block_shape`, `RotatedRTNConfig`,
-    `RotatedKMeansConfig`) need all of it for every look-up: choose `JointKashin`, or
-    blocks. Groups of `RTN` and its like run along a feature, over many tokens.
+    matrix as a whole (`GreedyKashin` without `block_shape`, `Rotated`) need all of it
+    for every look-up: choose `JointKashin`, or blocks. Groups of `RTN` and its like run
+    along a feature, over many tokens.
 
     Attributes:
       table: The packed matrix, a row for every token.
@@ -117,10 +116,7 @@ class QuantizedEmbed(nnx.Module):
             raise ValueError(
                 f"`inputs` has type {inputs.dtype}; an embedding takes whole numbers."
             )
-        tensor, *bases = self.packed.operands()
-        index, is_known = _indices(inputs.reshape(-1), self.num_embeddings)
-        rows = take_rows(tensor, index, *bases)
-        rows = _or_nan(rows, is_known, tensor.dtype)
+        rows = _looked_up(self.packed.prepared(), inputs.reshape(-1))
         (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
         return _placed(rows.reshape(*inputs.shape, self.features), out_sharding)
 
@@ -133,33 +129,27 @@ class QuantizedEmbed(nnx.Module):
           query: Any batch axes.
           out_sharding: As for `nnx.Embed`.
         """
-        tensor, *bases = self.packed.operands()
+        prepared = self.packed.prepared()
         query, table = self.promote_dtype(
-            (query, jnp.zeros((0, 0), tensor.dtype)), dtype=self.dtype
+            (query, jnp.zeros((0, 0), prepared.dtype)), dtype=self.dtype
         )
         query = query.astype(jnp.result_type(query.dtype, table.dtype))
         flat = query.reshape(-1, self.features)
-        y = times_transpose(flat, tensor, *bases)
+        y = prepared.transposed_product(flat)
         return _placed(y.reshape(*query.shape[:-1], -1), out_sharding)
 
 
-@partial(jax.jit, static_argnames="count", inline=True)
-def _indices(
-    inputs: Integer[Array, " t"], count: int
-) -> tuple[Int[Array, " t"], Bool[Array, " t"]]:
-    """Rows that there are, and which of the inputs stand for them."""
+@partial(jax.jit, inline=True)
+def _looked_up(prepared: Prepared, inputs: Integer[Array, " t"]) -> Float[Array, "t d"]:
+    """Rows in the type that the table had, NaN where there is none."""
+    count = prepared.shape[0]
     index = inputs.astype(jnp.int32)
     # As nnx.Embed: a table of one row is that row for everything.
     index = jnp.zeros_like(index) if count == 1 else index
     index = jnp.where(index < 0, index + count, index)
-    return jnp.clip(index, 0, count - 1), (index >= 0) & (index < count)
-
-
-@partial(jax.jit, static_argnames="dtype", inline=True)
-def _or_nan(
-    rows: Float[Array, "t d"], is_known: Bool[Array, " t"], dtype: str
-) -> Float[Array, "t d"]:
-    return jnp.where(is_known[:, None], rows, jnp.nan).astype(dtype)
+    is_known = (index >= 0) & (index < count)
+    rows = prepared.rows(jnp.clip(index, 0, count - 1))
+    return jnp.where(is_known[:, None], rows, jnp.nan).astype(prepared.dtype)
 
 
 def _placed(y: Float[Array, "*b"], out_sharding: Any) -> Float[Array, "*b"]:

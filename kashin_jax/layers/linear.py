@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.layers.packed import Packed, pack
-from kashin_jax.methods import Method
-from kashin_jax.methods.stacks import full_shape, quantize_stack
+from kashin_jax.methods import Method, quantize_stack
 from kashin_jax.tensors import QuantizedTensor, bits_per_weight, matmul
 
 __all__ = [
@@ -129,10 +128,10 @@ class QuantizedLinear(nnx.Module):
           x: Activations, any batch axes.
           out_sharding: As for `nnx.Linear`.
         """
-        tensor, basis, rotation = self.packed.operands()
+        prepared = self.packed.prepared()
         bias = None if self.bias is None else self.bias.get_value()
         x, kernel, bias = self.promote_dtype(
-            (x, jnp.zeros((0, 0), tensor.dtype), bias), dtype=self.dtype
+            (x, jnp.zeros((0, 0), prepared.dtype), bias), dtype=self.dtype
         )
         dtype = jnp.result_type(x.dtype, kernel.dtype)
         out_dtype = dtype
@@ -140,13 +139,8 @@ class QuantizedLinear(nnx.Module):
             out_dtype = jnp.dtype(self.preferred_element_type)
             # Products are accumulated in float32, and returned in the type of `x`.
             dtype = jnp.promote_types(dtype, out_dtype)
-        y = matmul(
-            x.astype(dtype),
-            tensor,
-            basis=basis,
-            rotation=rotation,
-            precision=self.precision,
-        ).astype(out_dtype)
+        y = matmul(x.astype(dtype), prepared, precision=self.precision)
+        y = y.astype(out_dtype)
         if out_sharding is not None:
             y = jax.sharding.reshard(y, out_sharding)
         if bias is not None:
@@ -202,9 +196,9 @@ def quantized_of_shape(
         root = jax.random.key(0) if key is None else key
         return quantize_stack(dense.get_value(), tensor, root, path=path)[0]
     found = tensor.kernel.get_value() if isinstance(tensor, Packed) else tensor
-    if full_shape(found) != dense.get_value().shape:
+    if found.full_shape != dense.get_value().shape:
         raise UsageError(
             f"`{path}` has shape {dense.get_value().shape}; the quantized matrix has "
-            f"{full_shape(found)}."
+            f"{found.full_shape}."
         )
     return tensor

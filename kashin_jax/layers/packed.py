@@ -11,8 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kashin_jax.bases import Basis, KroneckerBasis
-from kashin_jax.tensors import KashinTensor, QuantizedTensor
-from kashin_jax.tensors.kernels.product import derive_bases
+from kashin_jax.tensors import Bases, KashinTensor, Prepared, QuantizedTensor
 
 __all__ = [
     "DerivedBasis",
@@ -76,18 +75,19 @@ class Packed(NamedTuple):
     inputs: DerivedBasis | None
     outputs: DerivedBasis | None
 
-    def operands(self) -> tuple[Any, KroneckerBasis | None, KroneckerBasis | None]:
-        """The matrix, Q1 and Q2, and its rotation: what products take."""
+    def prepared(self) -> Prepared:
+        """The matrix and its bases: what products take."""
         tensor = self.kernel.get_value()
         if self.inputs is None or self.outputs is None:
-            return tensor, None, None
+            return Prepared(tensor, Bases())
         left, right = self.inputs.get_value(), self.outputs.get_value()
         if left.scale is not None:
-            tensor = tensor._replace(in_scale=left.scale)
+            tensor = tensor.replace(in_scale=left.scale)
         rotation = None
         if left.rotation is not None:
             rotation = KroneckerBasis(left.rotation, right.rotation)
-        return tensor, KroneckerBasis(left.basis, right.basis), rotation
+        basis = KroneckerBasis(left.basis, right.basis)
+        return Prepared(tensor, Bases(basis, rotation))
 
 
 Inputs = dict[Hashable, DerivedBasis]
@@ -129,7 +129,7 @@ def _sides(tensor: Any) -> tuple[InputSide, OutputSide] | None:
             lambda *leaves: jnp.stack(leaves), *map(_sides, matrices)
         )
         return stacked
-    basis, rotation = derive_bases(tensor)
+    basis, rotation = tensor.derive_bases()
     if basis is None:
         return None
     return (

@@ -1,43 +1,49 @@
-"""Quantization methods: a frozen configuration each, and `quantize`."""
+"""Quantization methods, a frozen dataclass each, and `quantize`."""
 
-from kashin_jax.methods.base import METHOD_NAMES as METHOD_NAMES
+from kashin_jax.methods.base import Encoded as Encoded
+from kashin_jax.methods.base import Method as Method
+from kashin_jax.methods.base import add_method as add_method
 from kashin_jax.methods.base import config_from_json as config_from_json
 from kashin_jax.methods.base import config_to_json as config_to_json
-from kashin_jax.methods.configs import DEFAULT_CONFIG as DEFAULT_CONFIG
-from kashin_jax.methods.configs import HQQ as HQQ
-from kashin_jax.methods.configs import NF4 as NF4
-from kashin_jax.methods.configs import RTN as RTN
-from kashin_jax.methods.configs import ChannelKMeans as ChannelKMeans
-from kashin_jax.methods.configs import KMeans as KMeans
-from kashin_jax.methods.configs import Method as Method
-from kashin_jax.methods.configs import RotatedKMeansConfig as RotatedKMeansConfig
-from kashin_jax.methods.configs import RotatedRTNConfig as RotatedRTNConfig
-from kashin_jax.methods.configs import Uniform as Uniform
+from kashin_jax.methods.base import method_names as method_names
+from kashin_jax.methods.base import register as register
+from kashin_jax.methods.hqq import HQQ as HQQ
 from kashin_jax.methods.joint.coder import JointKashin as JointKashin
 from kashin_jax.methods.kashin import GreedyKashin as GreedyKashin
+from kashin_jax.methods.kmeans import ChannelKMeans as ChannelKMeans
+from kashin_jax.methods.kmeans import KMeans as KMeans
+from kashin_jax.methods.nf4 import NF4 as NF4
+from kashin_jax.methods.quantize import DEFAULT_CONFIG as DEFAULT_CONFIG
 from kashin_jax.methods.quantize import QuantizationReport as QuantizationReport
 from kashin_jax.methods.quantize import encode as encode
 from kashin_jax.methods.quantize import quantize as quantize
+from kashin_jax.methods.quantize import quantize_stack as quantize_stack
 from kashin_jax.methods.quantize import require_finite as require_finite
+from kashin_jax.methods.rotated import Rotated as Rotated
+from kashin_jax.methods.rtn import RTN as RTN
+from kashin_jax.methods.uniform import Uniform as Uniform
 
 __all__ = [
     "DEFAULT_CONFIG",
     "HQQ",
-    "METHOD_NAMES",
     "NF4",
     "RTN",
     "ChannelKMeans",
+    "Encoded",
     "GreedyKashin",
     "JointKashin",
     "KMeans",
     "Method",
     "QuantizationReport",
-    "RotatedKMeansConfig",
-    "RotatedRTNConfig",
+    "Rotated",
     "Uniform",
+    "add_method",
     "config_from_json",
     "config_to_json",
     "encode",
+    "method_names",
     "quantize",
+    "quantize_stack",
+    "register",
     "require_finite",
 ]

@@ -1,56 +1,203 @@
-"""Configurations as JSON: a method's name and the fields of its dataclass."""
+"""Quantization methods: what one is, how it is registered, and its name in JSON.
+
+A method is a frozen dataclass of static choices that says how a matrix is encoded:
+
+    @register("sign")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Sign(Method):
+        bits: int = 1
+
+        def encode(self, weight, key):
+            return Encoded(AffineTensor(...))
+
+Once registered, it has a name in rules, on the command line and in checkpoints.
+Packages can name a module that registers methods by the entry point group
+`kashin_jax.methods`; it is imported before names are looked up.
+"""
 
 import dataclasses
+import functools
+import importlib.metadata
 import math
 import typing
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
-from kashin_jax.bases import BasisSpec
+import jax
+from jaxtyping import Array, Float, Float16, Key, UInt32
+
+from kashin_jax.bases import BasisSpec, seed_from_key
 from kashin_jax.errors import UsageError
-from kashin_jax.methods.configs import (
-    HQQ,
-    NF4,
-    RTN,
-    ChannelKMeans,
-    KMeans,
-    Method,
-    RotatedKMeansConfig,
-    RotatedRTNConfig,
-    Uniform,
-)
-from kashin_jax.methods.joint.coder import JointKashin
-from kashin_jax.methods.kashin import GreedyKashin
+from kashin_jax.tensors import QuantizedTensor
+from kashin_jax.tensors.blocks import resolve_block_shape
 
-__all__ = ["METHOD_NAMES", "config_from_json", "config_to_json"]
+__all__ = [
+    "DEFAULT_NAME",
+    "Encoded",
+    "Method",
+    "add_method",
+    "config_from_json",
+    "config_to_json",
+    "method_names",
+    "register",
+    "split_key",
+]
 
-_CLASSES: Mapping[str, type[Method]] = MappingProxyType(
-    {
-        "kashin-joint": JointKashin,
-        "kashin": GreedyKashin,
-        "uniform": Uniform,
-        "k-means": KMeans,
-        "k-means-channel": ChannelKMeans,
-        "rtn": RTN,
-        "nf4": NF4,
-        "hqq": HQQ,
-        "rotate-rtn": RotatedRTNConfig,
-        "rotate-k-means": RotatedKMeansConfig,
-    }
-)
-_NAMES = {cls: name for name, cls in _CLASSES.items()}
+DEFAULT_NAME = "kashin-joint"
+"""The method where none is named: joint coding; the 2024 paper's is `kashin`."""
 
-METHOD_NAMES: tuple[str, ...] = tuple(_CLASSES)
+M = TypeVar("M", bound="type[Method]")
+
+
+class Encoded(NamedTuple):
+    """What a method makes of a matrix.
+
+    Attributes:
+      tensor: The packed matrix.
+      decomposition: Residuals, steps and verdicts of a decomposition; None for methods
+        without one.
+    """
+
+    tensor: QuantizedTensor
+    decomposition: dict[str, Array] | None = None
+
+
+class Method:
+    """Static choices of a quantization method, and its encoder.
+
+    Subclasses are frozen dataclasses whose fields all have defaults, decorated with
+    `register`.
+
+    Attributes:
+      name: In JSON, on the command line and in tables; `register` sets it.
+      default_skip: Patterns of layers to leave in full precision unless a rule names
+        them; None for the list that rules have.
+      takes_inputs: Whether `encode` takes `importance` and `in_scale`.
+      has_half_scales: Whether scales are stored in half precision, so that matrices of
+        huge entries cannot be.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def name(self) -> str: ...
+
+        @property
+        def bits(self) -> int | float: ...
+
+    default_skip: ClassVar[tuple[str, ...] | None] = None
+    takes_inputs: ClassVar[bool] = False
+    has_half_scales: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"`bits` must lie in [1, 8]. Got bits={self.bits}.")
+        size = getattr(self, "group_size", None)
+        if size is not None and size < 1:
+            raise ValueError(f"`group_size` must be at least 1. Got {size}.")
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError, naming the remedy, if no such matrix can be encoded."""
+        resolve_block_shape(shape, None)
+
+    def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
+        """Encodes a finite matrix of any floating type; pure, for `jit` and `vmap`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to encode.")
+
+    def common_input_scale(
+        self, weights: Iterable[Float[Array, "*stack m _"]]
+    ) -> Float16[Array, "*stack m"] | None:
+        """One scale of inputs for matrices that read the same ones; None without.
+
+        Args:
+          weights: Finite; taken one at a time.
+        """
+        return None
+
+    def to_fields(self) -> dict[str, Any]:
+        """The static choices as JSON."""
+        own: Any = self
+        return {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(own)
+        }
+
+    def with_fields(self, content: Mapping[str, Any]) -> "Method":
+        """A copy with other choices, given as JSON.
+
+        Raises:
+          ValueError: If a field is unknown, or a value cannot work; names it.
+        """
+        own: Any = self
+        known = {field.name: field.type for field in dataclasses.fields(own)}
+        if unknown := sorted(content.keys() - known.keys()):
+            raise _Unknown(unknown[0], sorted(known))
+        values = {
+            name: _parsed(name, value, known[name]) for name, value in content.items()
+        }
+        changed: Method = dataclasses.replace(own, **values)
+        return changed
+
+
+class _Unknown(ValueError):
+    """A field that a method does not have."""
+
+    def __init__(self, field: str, known: list[str]) -> None:
+        super().__init__(f"has no field {field!r}; it has {', '.join(known)}.")
+
+
+# Methods with their default choices, by name.
+_METHODS: dict[str, Method] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Registers a dataclass of choices as the method of a name.
+
+    Args:
+      name: Small letters, digits and hyphens.
+
+    Raises:
+      ValueError: If another class has the name.
+    """
+
+    def registered(cls: M) -> M:
+        jax.tree_util.register_static(cls)
+        cls.name = name  # type: ignore[assignment, method-assign]
+        add_method(cls())
+        return cls
+
+    return registered
+
+
+def add_method(method: Method) -> None:
+    """Registers choices under their own name; they are its defaults.
+
+    Raises:
+      ValueError: If the name is taken by another class.
+    """
+    known = _METHODS.setdefault(method.name, method)
+    if type(known) is not type(method):
+        raise ValueError(
+            f"The method {method.name!r} exists already, as {type(known).__name__}; "
+            "choose another name."
+        )
+
+
+def method_names() -> tuple[str, ...]:
+    """All names, that of the default first and the others in alphabetical order."""
+    _import_plugins()
+    return (DEFAULT_NAME, *sorted(_METHODS.keys() - {DEFAULT_NAME}))
+
+
+@functools.cache
+def _import_plugins() -> None:
+    for entry in importlib.metadata.entry_points(group="kashin_jax.methods"):
+        entry.load()
 
 
 def config_to_json(config: Method) -> dict[str, Any]:
     """`{"method": ..., "bits": ..., ...}`, every field written out."""
-    fields = {
-        field.name: _plain(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-    }
-    return {"method": _NAMES[type(config)], **fields}
+    return {"method": config.name, **config.to_fields()}
 
 
 def config_from_json(
@@ -67,29 +214,21 @@ def config_from_json(
         both.
     """
     fields = dict(content)
-    same = _NAMES[type(default)] if default is not None else METHOD_NAMES[0]
-    method = fields.pop("method", same)
-    if not isinstance(method, str) or method not in _CLASSES:
+    name = fields.pop("method", DEFAULT_NAME if default is None else default.name)
+    if name not in method_names():
         raise UsageError(
-            f"`method` must be one of {', '.join(METHOD_NAMES)}. Got {method!r}."
+            f"`method` must be one of {', '.join(method_names())}. Got {name!r}."
         )
-    cls = _CLASSES[method]
-    known = {field.name: field.type for field in dataclasses.fields(cls)}
-    if unknown := sorted(fields.keys() - known.keys()):
-        raise UsageError(
-            f"Method {method} has no field {unknown[0]!r}; it has "
-            f"{', '.join(sorted(known))}."
-        )
+    start = _METHODS[name]
+    if default is not None and default.name == name:
+        start = default
     try:
-        values = {
-            name: _parsed(name, value, known[name]) for name, value in fields.items()
-        }
-        if default is not None and type(default) is cls:
-            return dataclasses.replace(default, **values)
-        return cls(**values)
+        return start.with_fields(fields)
+    except _Unknown as error:
+        raise UsageError(f"Method {name} {error}") from error
     # beartype's complaints, where it checks types, are TypeErrors too.
     except (TypeError, ValueError) as error:
-        raise UsageError(f"Method {method}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"Method {name}: {str(error).splitlines()[0]}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -115,3 +254,10 @@ def _parsed(name: str, value: Any, kind: Any) -> Any:
     elif type(value) in kinds:
         return value
     raise ValueError(f"`{name}` cannot be {value!r}.")
+
+
+@jax.jit
+def split_key(key: Key[Array, ""]) -> tuple[UInt32[Array, "2"], Key[Array, ""]]:
+    """The seed to store, and the key of the codebook."""
+    seed_key, codebook_key = jax.random.split(key)
+    return seed_from_key(seed_key), codebook_key

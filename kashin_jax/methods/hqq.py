@@ -1,16 +1,19 @@
 """HQQ: round-to-nearest in groups, the zero point fitted to heavy-tailed errors."""
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from kashin_jax.methods.affine import AffineCode
-from kashin_jax.tensors.affine import group_rows
+from kashin_jax.methods.base import Encoded, Method, register
+from kashin_jax.methods.rtn import AffineCode
+from kashin_jax.tensors import AffineTensor
+from kashin_jax.tensors.grouped import GroupLayout, group_rows
 
-__all__ = ["hqq_code"]
+__all__ = ["HQQ", "hqq_code"]
 
 # What the authors' code takes everywhere.
 _P = 0.7
@@ -20,6 +23,33 @@ _MAX_STEPS = 20
 # Whole numbers up to here are exact in fp16, so that a zero point of this size is still
 # good to half a step.
 _MAX_ZERO = 2048.0
+
+
+@register("hqq")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HQQ(Method):
+    """Half-quadratic quantization: fp16 step and fitted fp16 zero point per group.
+
+    Attributes:
+      bits: Code width.
+      group_size: Weights of one output channel that share step and zero point.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+
+    def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
+        """Encodes without any randomness."""
+        layout = GroupLayout.of(weight, self.group_size, self.bits)
+        return Encoded(_encode(weight.astype(jnp.float32), layout))
+
+
+@partial(jax.jit, static_argnames="layout")
+def _encode(x: Float[Array, "m n"], layout: GroupLayout) -> AffineTensor:
+    size = layout.group_size or x.shape[0]
+    code = hqq_code(x, bits=layout.bits, group_size=size)
+    scale, zero = (part.astype(jnp.float16) for part in (code.scale, code.zero))
+    return AffineTensor(layout.pack(code.codes), scale, zero, layout)
 
 
 class _State(NamedTuple):

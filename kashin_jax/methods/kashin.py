@@ -2,16 +2,19 @@
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from kashin_jax.bases import BasisSpec, KroneckerBasis
+from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.codebooks import assign_pairs, fit_pairs
 from kashin_jax.decomposition import KashinDecomposition, kashin_decompose
-from kashin_jax.tensors.blocks import from_blocks, to_blocks
+from kashin_jax.methods.base import Encoded, Method, register, split_key
+from kashin_jax.tensors import KashinTensor
+from kashin_jax.tensors.blocks import from_blocks, resolve_block_shape, to_blocks
+from kashin_jax.tensors.kashin import KashinLayout, pack_rows
 
 __all__ = [
     "GreedyKashin",
@@ -22,9 +25,9 @@ __all__ = [
 ]
 
 
-@jax.tree_util.register_static
+@register("kashin")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GreedyKashin:
+class GreedyKashin(Method):
     """Static choices of the 2024 paper's quantizer; defaults are its OPT protocol.
 
     Attributes:
@@ -55,9 +58,10 @@ class GreedyKashin:
     codebook_steps: int = 100
     polish_steps: int = 20
 
+    has_half_scales: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
-        if self.bits not in range(1, 9):
-            raise ValueError(f"`bits` must lie in [1, 8]. Got bits={self.bits}.")
+        super().__post_init__()
         counts = ("max_steps", "num_restarts", "sample", "codebook_steps")
         for name in (*counts, "polish_steps"):
             if not getattr(self, name) >= 1:
@@ -69,6 +73,29 @@ class GreedyKashin:
                 raise ValueError(
                     f"`{name}` must be positive. Got {getattr(self, name)}."
                 )
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if a matrix does not divide into the blocks."""
+        resolve_block_shape(shape, self.block_shape)
+
+    def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
+        """Encodes; the key seeds bases and codebook."""
+        block_shape = resolve_block_shape(weight.shape, self.block_shape)
+        seed, codebook_key = split_key(key)
+        basis = make_pair(self.basis, key_from_seed(seed), block_shape)
+        code = kashin_code(weight, basis, codebook_key, self, block_shape)
+        layout = KashinLayout(
+            shape=(weight.shape[0], weight.shape[1]),
+            block_shape=block_shape,
+            bits=self.bits,
+            basis=self.basis,
+            dtype=weight.dtype.name,
+        )
+        packed, _ = pack_rows(code.codes, layout)
+        tensor = KashinTensor(packed, code.centroids, code.scale, seed, layout)
+        verdict = code._asdict()
+        del verdict["codes"], verdict["centroids"]
+        return Encoded(tensor, verdict)
 
 
 class KashinCode(NamedTuple):

@@ -1,5 +1,6 @@
-"""Codebooks of scalars: k-means per tensor or output channel, and NF4 in groups."""
+"""Codebooks of scalars by k-means: one per matrix, or one per output channel."""
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -8,14 +9,65 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from kashin_jax.codebooks import assign_scalars, fit_scalars
-from kashin_jax.tensors.affine import NF4_LEVELS
+from kashin_jax.methods.base import Encoded, Method, register, split_key
+from kashin_jax.tensors import CodebookTensor
+from kashin_jax.tensors.grouped import GroupLayout
 
 __all__ = [
+    "ChannelKMeans",
+    "KMeans",
     "ScalarCode",
     "channel_kmeans_code",
     "kmeans_code",
-    "nf4_code",
 ]
+
+
+@register("k-means")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KMeans(Method):
+    """One codebook of `2**bits` float32 levels per tensor (the paper's "k-means").
+
+    Attributes:
+      bits: Code width.
+      num_restarts: k-means++ starts beside the quantile start.
+    """
+
+    bits: int = 4
+    num_restarts: int = 4
+
+    def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
+        """Encodes; the key seeds the starts of k-means."""
+        _, codebook_key = split_key(key)
+        x, restarts = weight.astype(jnp.float32), self.num_restarts
+        code = kmeans_code(x, codebook_key, bits=self.bits, num_restarts=restarts)
+        layout = GroupLayout.of(weight, None, self.bits)
+        codes = layout.pack(code.codes)
+        return Encoded(CodebookTensor(codes, code.levels, code.scale, None, layout))
+
+
+@register("k-means-channel")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChannelKMeans(Method):
+    """A codebook of `2**bits` fp16 levels per output channel, one float32 scale.
+
+    Attributes:
+      bits: Code width.
+      num_restarts: k-means++ starts beside the two fixed ones.
+    """
+
+    bits: int = 4
+    num_restarts: int = 4
+
+    def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
+        """Encodes; the key seeds the starts of k-means."""
+        _, codebook_key = split_key(key)
+        x, restarts = weight.astype(jnp.float32), self.num_restarts
+        code = channel_kmeans_code(
+            x, codebook_key, bits=self.bits, num_restarts=restarts
+        )
+        layout = GroupLayout.of(weight, None, self.bits)
+        codes, levels = layout.pack(code.codes), code.levels.astype(jnp.float16)
+        return Encoded(CodebookTensor(codes, levels, code.scale, None, layout))
 
 
 class ScalarCode(NamedTuple):
@@ -106,16 +158,3 @@ def _unit_rms(
     rms = jnp.sqrt(jnp.mean(jnp.square(unit)))
     unit = unit / jnp.where(rms > 0, rms, 1.0)
     return unit.reshape(-1), (peak * rms).reshape(1, 1, 1)
-
-
-@jax.jit
-def nf4_code(groups: Float[Array, "g s n"]) -> ScalarCode:
-    """NF4: the nearest of 16 fixed levels after division by the group's largest entry.
-
-    The scale is fp16, rounded before the codes are chosen.
-    """
-    peak = jnp.max(jnp.abs(groups), axis=1, keepdims=True)
-    scale = peak.astype(jnp.float16).astype(jnp.float32)
-    levels = jnp.asarray(NF4_LEVELS)
-    codes = assign_scalars(groups / jnp.where(scale > 0, scale, 1.0), levels)
-    return ScalarCode(codes, levels, scale)

@@ -1,47 +1,29 @@
 """`quantize`: one matrix to packed codes by any method, with a report."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Key, Num, UInt32
+from jaxtyping import Array, Float, Float16, Int, Key, Num
 
-from kashin_jax.bases import (
-    KroneckerBasis,
-    key_from_seed,
-    make_pair,
-    seed_from_key,
-)
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.methods.checks import (
-    checked_importance,
-    checked_in_scale,
-    require_finite,
-)
-from kashin_jax.methods.configs import DEFAULT_CONFIG, Method
-from kashin_jax.methods.encode_controls import encode_control
-from kashin_jax.methods.joint.coder import JointKashin, joint_block_shape, joint_code
-from kashin_jax.methods.kashin import GreedyKashin, KashinCode, kashin_code
-from kashin_jax.tensors.affine import (
-    AffineTensor,
-    CodebookTensor,
-    decode_control,
-)
-from kashin_jax.tensors.blocks import resolve_block_shape
-from kashin_jax.tensors.kashin import (
-    KashinLayout,
-    KashinTensor,
-    band_count,
-    cut_rows,
-    decode_with,
-    make_rotation,
-    pack_rows,
-)
-from kashin_jax.tensors.kernels.product import derive_bases
+from kashin_jax.methods.base import Encoded, Method
+from kashin_jax.methods.joint.coder import JointKashin
+from kashin_jax.tensors import Prepared, QuantizedTensor, prepare
 
-__all__ = ["QuantizationReport", "encode", "quantize", "require_finite"]
+__all__ = [
+    "DEFAULT_CONFIG",
+    "QuantizationReport",
+    "encode",
+    "quantize",
+    "quantize_stack",
+    "require_finite",
+]
+
+DEFAULT_CONFIG = JointKashin()
+"""Joint coding at 4 bits; the 2024 paper's method is `GreedyKashin`."""
 
 # Weights decoded at a time to measure what was lost, 64 MiB as float32.
 _BAND = 2**24
@@ -63,13 +45,13 @@ class QuantizationReport(NamedTuple):
 
 def quantize(
     weight: Num[Array | np.ndarray, "m n"],
-    config: Method = DEFAULT_CONFIG,
+    config: Method | None = None,
     key: Key[Array, ""] | None = None,
     *,
     path: str = "weight",
     importance: Num[Array | np.ndarray, " k"] | None = None,
     in_scale: Num[Array | np.ndarray, " k"] | None = None,
-) -> tuple[Any, QuantizationReport]:
+) -> tuple[QuantizedTensor, QuantizationReport]:
     """Quantizes one matrix: checks it on the host, then runs `encode`.
 
     Compiles once per shape, type and config. The matrix is never returned
@@ -77,7 +59,7 @@ def quantize(
 
     Args:
       weight: Kernel in Flax order `[in, out]`, of a floating type.
-      config: The method and its static choices.
+      config: The method and its static choices; None is joint coding at 4 bits.
       key: Seeds the bases and the codebook; `jax.random.key(0)` when None.
       path: Name of the matrix in error messages.
       importance: Weight of every input in the error that a `JointKashin` lowers, say
@@ -95,28 +77,63 @@ def quantize(
         not suit the matrix, or both are given.
       NonFiniteError: If it holds NaN or infinity, or is too large to be stored.
     """
+    config = DEFAULT_CONFIG if config is None else config
     weight = jnp.asarray(weight)  # NumPy's float64 too: the layout records the type
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"`{path}` has type {weight.dtype}; cast it to float first.")
     try:
-        resolve_block_shape(weight.shape, _block_shape(weight.shape, config))
+        config.check(weight.shape)
     except ValueError as error:
         raise ValueError(f"`{path}`: {error}") from None
     require_finite(weight, path)
-    weights = checked_importance(importance, weight.shape[0], config, path)
+    weights = _checked_importance(importance, weight.shape[0], config, path)
     if importance is not None and in_scale is not None:
         raise ValueError(f"`{path}`: give `importance` or `in_scale`, not both.")
-    scale = checked_in_scale(in_scale, weight.shape[0], config, path)
+    scale = _checked_in_scale(in_scale, weight.shape[0], config, path)
     key = jax.random.key(0) if key is None else key
     tensor, report = encode(weight, key, config, weights, scale)
     if not math.isfinite(report.relative_squared_error):
-        is_kashin = isinstance(config, GreedyKashin | JointKashin)
+        remedy = ", or use GreedyKashin, whose scales are float32."
         raise NonFiniteError(
             f"`{path}` reaches {float(jnp.max(jnp.abs(weight))):.3g}, too large for "
             f"what {type(config).__name__} stores. Rescale it"
-            + ("." if is_kashin else ", or use GreedyKashin, whose scales are float32.")
+            + (remedy if config.has_half_scales else ".")
         )
     return tensor, report
+
+
+def quantize_stack(
+    weight: Float[Array, "*stack m n"],
+    config: Method,
+    key: Key[Array, ""],
+    *,
+    path: str,
+    in_scale: Float16[Array, "*stack m"] | None = None,
+) -> tuple[QuantizedTensor, QuantizationReport]:
+    """`quantize`, of every matrix of a stack alone.
+
+    Each has a key folded from its index, and nothing in common with the others. Leaves
+    of the results are stacked.
+
+    Raises:
+      As `quantize`; matrices are named `path[index]`.
+    """
+    if weight.ndim == 2:
+        return quantize(weight, config, key, path=path, in_scale=in_scale)
+    parts = [
+        quantize_stack(
+            weight[i],
+            config,
+            jax.random.fold_in(key, i),
+            path=f"{path}[{i}]",
+            in_scale=None if in_scale is None else in_scale[i],
+        )
+        for i in range(weight.shape[0])
+    ]
+    stacked: tuple[QuantizedTensor, QuantizationReport] = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *parts
+    )
+    return stacked
 
 
 def encode(
@@ -125,102 +142,20 @@ def encode(
     config: Method,
     importance: Float[Array, " m"] | None = None,
     in_scale: Float16[Array, " m"] | None = None,
-) -> tuple[Any, QuantizationReport]:
+) -> tuple[QuantizedTensor, QuantizationReport]:
     """The pure core of `quantize`: no checks of values, works under `jit` and `vmap`.
 
     Its stages are compiled one by one, so that each has the memory to itself.
     """
-    decomposition = None
-    tensor: KashinTensor | AffineTensor | CodebookTensor
-    match config:
-        case GreedyKashin():
-            tensor, code = _encode_kashin(weight, key, config)
-            decomposition = code._asdict()
-            del decomposition["codes"], decomposition["centroids"]
-        case JointKashin():
-            tensor = _encode_joint(weight, key, config, importance, in_scale)
-        case _:
-            x = weight.astype(jnp.float32)
-            seed, codebook_key = _split(key)
-            dtype = weight.dtype.name
-            tensor = encode_control(x, seed, codebook_key, config, dtype)
-    error = _relative_squared_error(weight, tensor, *derive_bases(tensor))
-    return tensor, QuantizationReport(error, decomposition)
-
-
-def _encode_kashin(
-    weight: Float[Array, "m n"], key: Key[Array, ""], config: GreedyKashin
-) -> tuple[KashinTensor, KashinCode]:
-    block_shape = resolve_block_shape(weight.shape, config.block_shape)
-    seed, codebook_key = _split(key)
-    basis = make_pair(config.basis, key_from_seed(seed), block_shape)
-    code = kashin_code(weight, basis, codebook_key, config, block_shape)
-    layout = KashinLayout(
-        shape=_shape(weight),
-        block_shape=block_shape,
-        bits=config.bits,
-        basis=config.basis,
-        dtype=weight.dtype.name,
-    )
-    packed, _ = pack_rows(code.codes, layout)
-    return KashinTensor(packed, code.centroids, code.scale, seed, layout), code
-
-
-def _encode_joint(
-    weight: Float[Array, "m n"],
-    key: Key[Array, ""],
-    config: JointKashin,
-    importance: Float[Array, " m"] | None,
-    in_scale: Float16[Array, " m"] | None,
-) -> KashinTensor:
-    shape = _shape(weight)
-    block_shape = resolve_block_shape(shape, joint_block_shape(shape, config))
-    seed, _ = _split(key)
-    basis = make_pair(config.basis, key_from_seed(seed), block_shape)
-    spec = config.basis if config.rotation else None
-    rotation = None if spec is None else make_rotation(spec, seed, block_shape)
-    code = joint_code(
-        weight, basis, rotation, config, block_shape, importance, in_scale
-    )
-    layout = KashinLayout(
-        shape=shape,
-        block_shape=block_shape,
-        bits=config.bits,
-        basis=config.basis,
-        dtype=weight.dtype.name,
-        rotation=spec,
-        v_bits=config.split.v,
-    )
-    packed, coarse = pack_rows(code.codes, layout)
-    return KashinTensor(
-        packed, code.centroids, code.scale, seed, layout,
-        code.in_scale, code.out_scale, coarse,
-    )  # fmt: skip
-
-
-@jax.jit
-def _split(key: Key[Array, ""]) -> tuple[UInt32[Array, "2"], Key[Array, ""]]:
-    """The stored seed, and the key of the codebook."""
-    seed_key, codebook_key = jax.random.split(key)
-    return seed_from_key(seed_key), codebook_key
-
-
-def _block_shape(shape: tuple[int, ...], config: Method) -> tuple[int, int] | None:
-    if isinstance(config, JointKashin) and len(shape) == 2:
-        return joint_block_shape((shape[0], shape[1]), config)
-    return config.block_shape if isinstance(config, GreedyKashin) else None
-
-
-def _shape(x: Float[Array, "m n"]) -> tuple[int, int]:
-    return x.shape[0], x.shape[1]
+    inputs = (importance, in_scale) if config.takes_inputs else ()
+    coded = Encoded(*config.encode(weight, key, *inputs))
+    error = _relative_squared_error(weight, prepare(coded.tensor))
+    return coded.tensor, QuantizationReport(error, coded.decomposition)
 
 
 @jax.jit
 def _relative_squared_error(
-    weight: Float[Array, "m n"],
-    tensor: KashinTensor | AffineTensor | CodebookTensor,
-    basis: KroneckerBasis | None,
-    rotation: KroneckerBasis | None,
+    weight: Float[Array, "m n"], prepared: Prepared
 ) -> Float[Array, ""]:
     # In units of the largest entry: squares of 1e30 leave float32.
     peak = jnp.max(jnp.abs(weight)).astype(jnp.float32)
@@ -233,26 +168,90 @@ def _relative_squared_error(
     def stacked(x: Array, count: int) -> Array:
         return x.reshape(count, -1, x.shape[1])
 
-    def decoded(part: KashinTensor | AffineTensor | CodebookTensor) -> Array:
-        if not isinstance(part, KashinTensor):
-            return decode_control(part, basis)
-        assert basis is not None, "derived by the caller"
-        return decode_with(part, basis, rotation)
-
-    bands = None
-    if isinstance(tensor, KashinTensor):
-        bands = band_count(tensor.layout, _BAND)
-    if bands is None or bands == 1 or not isinstance(tensor, KashinTensor):
+    cut = prepared.tensor.in_bands(_BAND)
+    if cut is None or cut[0] == 1:
         # XLA copies what is reduced, here a slice at a time: 3.5 times the float32 size
         # of a matrix that is one block, 7 times without.
         count = math.gcd(weight.shape[0], 16)
-        parts = jax.lax.map(
-            sums, (stacked(weight, count), stacked(decoded(tensor), count))
-        )
+        decoded = prepared.decode()
+        parts = jax.lax.map(sums, (stacked(weight, count), stacked(decoded, count)))
     else:
+        bands, tensors = cut
         parts = jax.lax.map(
-            lambda part: sums((part[0], decoded(part[1]))),
-            (stacked(weight, bands), cut_rows(tensor, bands)),
+            lambda part: sums((part[0], part[1].decode(prepared.bases))),
+            (stacked(weight, bands), tensors),
         )
     total, lost = jax.tree.map(jnp.sum, parts)
     return lost / jnp.where(total > 0, total, 1.0)
+
+
+def require_finite(weight: Num[Array, "*shape"], path: str) -> None:
+    """Raises NonFiniteError, naming `path`, if `weight` holds NaN or infinity."""
+    bad = int(_count_bad(weight))
+    if bad:
+        raise NonFiniteError(
+            f"`{path}` holds {bad} NaN or infinite entries of {weight.size}. Repair "
+            "the checkpoint, or leave this parameter out."
+        )
+
+
+@jax.jit
+def _count_bad(weight: Num[Array, "*shape"]) -> Int[Array, ""]:
+    return jnp.sum(~jnp.isfinite(weight))
+
+
+def _check_per_input(
+    name: str,
+    numbers: Num[Array | np.ndarray, " k"],
+    inputs: int,
+    config: Method,
+    path: str,
+) -> None:
+    if not config.takes_inputs:
+        raise TypeError(
+            f"`{path}`: {type(config).__name__} has no use for `{name}`; leave it "
+            "out, or take JointKashin."
+        )
+    if numbers.shape != (inputs,):
+        raise ValueError(
+            f"`{path}`: `{name}` has shape {numbers.shape}, but the matrix has "
+            f"{inputs} inputs; give one number for each."
+        )
+
+
+def _checked_in_scale(
+    in_scale: Num[Array | np.ndarray, " k"] | None,
+    inputs: int,
+    config: Method,
+    path: str,
+) -> Float16[Array, " m"] | None:
+    if in_scale is None:
+        return None
+    _check_per_input("in_scale", in_scale, inputs, config, path)
+    # Checked by NumPy, which compiles nothing.
+    with np.errstate(over="ignore"):
+        scale = np.asarray(jnp.asarray(in_scale)).astype(np.float16)
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(
+            f"`{path}`: `in_scale` must be finite and positive in half precision."
+        )
+    return jnp.asarray(scale)
+
+
+def _checked_importance(
+    importance: Num[Array | np.ndarray, " k"] | None,
+    inputs: int,
+    config: Method,
+    path: str,
+) -> Float[Array, " m"] | None:
+    if importance is None:
+        return None
+    _check_per_input("importance", importance, inputs, config, path)
+    weights = np.asarray(jnp.asarray(importance, jnp.float32))
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(
+            f"`{path}`: `importance` holds NaN, infinite or negative numbers."
+        )
+    if not weights.any():
+        raise ValueError(f"`{path}`: `importance` is zero for every input.")
+    return jnp.asarray(weights)

@@ -88,7 +88,7 @@ def packed_layers(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
 def _of_type(tensor: Any, dtype: DTypeLike) -> QuantizedTensor:
     """The packed matrix, decoded to the type that a dense one would be loaded in."""
     layout = dataclasses.replace(tensor.layout, dtype=jnp.dtype(dtype).name)
-    cast: QuantizedTensor = tensor._replace(layout=layout)
+    cast: QuantizedTensor = tensor.replace(layout=layout)
     return cast
 
 

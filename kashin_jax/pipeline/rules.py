@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kashin_jax.errors import UsageError
+from kashin_jax.methods import DEFAULT_CONFIG, Method
 from kashin_jax.methods.base import config_from_json, config_to_json
-from kashin_jax.methods.configs import DEFAULT_CONFIG, Method
 
 __all__ = [
     "DEFAULT_SKIPS",

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float16, Key
 
-from kashin_jax.methods import JointKashin, Method, require_finite
-from kashin_jax.methods.joint.scales import common_input_scale
+from kashin_jax.methods import Method, require_finite
 from kashin_jax.pipeline.paths import path_key
 from kashin_jax.pipeline.policy import Choice
 from kashin_jax.pipeline.rules import Rules
@@ -99,7 +98,7 @@ class InputScales:
         """
         self._groups = groups
         self._kernel = kernel
-        self._known: dict[Group, Float16[Array, "*stack m"]] = {}
+        self._known: dict[Group, Float16[Array, "*stack m"] | None] = {}
 
     def __call__(self, path: str) -> Float16[Array, "*stack m"] | None:
         """The scale of a layer's inputs; None for layers that have one of their own.
@@ -108,13 +107,11 @@ class InputScales:
           NonFiniteError: If a kernel of its group holds NaN or infinity.
         """
         group = self._groups.get(path)
-        if group is None or not isinstance(group.config, JointKashin):
-            return None
-        if group.config.balance == 0:
+        if group is None:
             return None
         if group not in self._known:
             kernels = self._finite(group.paths)
-            self._known[group] = common_input_scale(kernels, group.config.balance)
+            self._known[group] = group.config.common_input_scale(kernels)
         return self._known[group]
 
     def _finite(self, paths: Iterable[str]) -> Iterator[Array]:

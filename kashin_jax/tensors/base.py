@@ -1,36 +1,227 @@
-"""What every quantized matrix offers, and how its size is counted."""
+"""What every packed matrix offers, whatever its codes mean."""
 
+import dataclasses
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
-from jaxtyping import Array, Float, PyTree, UInt8
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
-__all__ = ["QuantizedTensor", "bits_per_weight", "stored_bits"]
+from kashin_jax.bases import KroneckerBasis
+from kashin_jax.tensors.products import matmul
+
+__all__ = [
+    "Bases",
+    "Prepared",
+    "QuantizedTensor",
+    "bits_per_weight",
+    "dequantize",
+    "prepare",
+    "stored_bits",
+]
 
 
-@runtime_checkable
-class QuantizedTensor(Protocol):
-    """A matrix stored as packed codes: a PyTree whose leaves are all it stores."""
+T = TypeVar("T", bound="QuantizedTensor")
 
-    @property
-    def packed_codes(self) -> UInt8[Array, "*stack q"]:
-        """Codes of all weights; with leading axes for a stack of equal matrices."""
-        ...
+
+class Bases(NamedTuple):
+    """Orthogonal matrices that a seed stands for: derived, never stored.
+
+    Attributes:
+      basis: Q1 and Q2 of the Kashin factors, or the rotation of a whole matrix; None
+        where a tensor has none.
+      rotation: The bases in which blocks were coded; None for the standard ones.
+    """
+
+    basis: KroneckerBasis | None = None
+    rotation: KroneckerBasis | None = None
+
+
+class QuantizedTensor:
+    """A matrix stored as packed codes: a frozen PyTree whose leaves are all it stores.
+
+    Subclasses are frozen dataclasses with a leaf `packed_codes`, further leaves, and a
+    static `layout` with `shape` (`[in, out]` for a Flax kernel) and `dtype`. They have
+    to say how they are decoded; all else follows. With one more leading axis on every
+    leaf a tensor is a stack of equal matrices, for `vmap`, `scan` and `lax.map`.
+
+    Attributes:
+      kind: What error messages and `repr` call it.
+    """
+
+    kind: ClassVar[str] = "packed"
+    # Of the subclasses, which are dataclasses.
+    packed_codes: Any
+    layout: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        jax.tree_util.register_pytree_with_keys(
+            cls, _flatten_with_keys, partial(_unflatten, cls), _flatten
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the matrix, `[in, out]` for a Flax kernel."""
-        ...
+        shape: tuple[int, int] = self.layout.shape
+        return shape
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, or of a stack of them with its leading axes."""
+        # The layout knows the shape of one matrix only; codes of one are a single row.
+        return (*self.packed_codes.shape[:-1], *self.shape)
 
     @property
     def dtype(self) -> str:
         """Name of the type that the matrix had."""
-        ...
+        dtype: str = self.layout.dtype
+        return dtype
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that all leaves take, see `stored_bits`."""
+        return stored_bits(self)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over the number of weights, of a stack too."""
+        return stored_bits(self) / math.prod(self.full_shape)
+
+    def replace(self: T, **changes: Any) -> T:
+        """A copy with other leaves or another layout."""
+        changed: T = _unflatten_fields(type(self), {**_fields(self), **changes})
+        return changed
+
+    def derive_bases(self) -> Bases:
+        """The bases that the seed stands for; products and `decode` take them."""
+        return Bases()
+
+    def prepare(self) -> "Prepared":
+        """The tensor with its bases at hand, for products that come again and again."""
+        return Prepared(self, self.derive_bases())
+
+    def decode(self, bases: Bases | None = None) -> Float[Array, "m n"]:
+        """The matrix in float32.
+
+        Args:
+          bases: From `derive_bases`, where the caller keeps them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how to decode.")
+
+    def rows(
+        self, index: Int[Array, " t"], bases: Bases | None = None
+    ) -> Float[Array, "t n"]:
+        """Rows of the matrix in float32, decoding no more than they need.
+
+        Args:
+          index: In [0, m); not checked.
+          bases: From `derive_bases`, where the caller keeps them.
+        """
+        return self.decode(bases)[index]
+
+    def transposed_product(
+        self, x: Float[Array, "r n"], bases: Bases | None = None
+    ) -> Float[Array, "r m"]:
+        """`x @ W.T` in the type of `x`, accumulated in float32: logits of a tied head.
+
+        Args:
+          x: Rows.
+          bases: From `derive_bases`, where the caller keeps them.
+        """
+        return times_transpose(x, self.decode(bases))
+
+    def in_bands(self: T, most: int) -> tuple[int, T] | None:
+        """Number of equal bands of rows of at most `most` weights, and a stack of them.
+
+        None where codes or blocks do not allow it. All bands have the bases of the
+        whole.
+        """
+        return None
+
+    def describe(self) -> str:
+        """Codes and scales in a few words, such as `4-bit codes, groups of 64`."""
+        return f"{self.kind} codes"
+
+    def __rmatmul__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b n"]:
+        return matmul(x, self)
+
+    # NumPy's arrays would take a tensor for a scalar object, and not ask it.
+    __array_ufunc__ = None
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        if not hasattr(self.packed_codes, "dtype"):
+            # Inside `tree.map` leaves may be anything.
+            return f"{name}({_fields(self)})"
+        shape = " x ".join(map(str, self.full_shape))
+        return (
+            f"{name}({shape}, {self.bits_per_weight:.3f} bits per weight, "
+            f"{self.describe()}, {self.stored_bits // 8:,} bytes)"
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A packed matrix and its derived bases: what products take.
+
+    Attributes:
+      tensor: What is stored.
+      bases: What its seed stands for.
+    """
+
+    tensor: Any
+    bases: Bases
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix."""
+        shape: tuple[int, int] = self.tensor.shape
+        return shape
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type that the matrix had."""
+        dtype: str = self.tensor.dtype
+        return dtype
+
+    def prepare(self) -> "Prepared":
+        """Itself."""
+        return self
 
     def decode(self) -> Float[Array, "m n"]:
         """The matrix in float32."""
-        ...
+        return self.tensor.decode(self.bases)
+
+    def rows(self, index: Int[Array, " t"]) -> Float[Array, "t n"]:
+        """Rows of the matrix in float32."""
+        return self.tensor.rows(index, self.bases)
+
+    def transposed_product(self, x: Float[Array, "r n"]) -> Float[Array, "r m"]:
+        """`x @ W.T` in the type of `x`, accumulated in float32."""
+        return self.tensor.transposed_product(x, self.bases)
+
+    def __rmatmul__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b n"]:
+        return matmul(x, self)
+
+    __array_ufunc__ = None
+
+
+def prepare(tensor: QuantizedTensor | Prepared) -> Prepared:
+    """The tensor with its bases at hand; what is prepared stays as it is."""
+    return tensor.prepare()
+
+
+def dequantize(
+    tensor: QuantizedTensor, dtype: DTypeLike | None = None
+) -> Float[Array, "m n"]:
+    """The whole matrix, in `dtype` or else the type that it had."""
+    return tensor.decode().astype(tensor.dtype if dtype is None else dtype)
 
 
 def stored_bits(tensor: PyTree[Array | jax.ShapeDtypeStruct]) -> int:
@@ -44,6 +235,51 @@ def stored_bits(tensor: PyTree[Array | jax.ShapeDtypeStruct]) -> int:
 
 def bits_per_weight(tensor: QuantizedTensor) -> float:
     """`stored_bits` over the number of weights, of a stack under `vmap` too."""
-    # The layout knows the shape of one matrix only; codes of one are a single row.
-    count = math.prod(tensor.packed_codes.shape[:-1])
-    return stored_bits(tensor) / (count * math.prod(tensor.shape))
+    return tensor.bits_per_weight
+
+
+@partial(jax.jit, inline=True)
+def times_transpose(
+    x: Float[Array, "r n"], w: Float[Array, "m n"]
+) -> Float[Array, "r m"]:
+    """`x @ W.T` in the type of `x`, accumulated in float32, of a decoded matrix."""
+    y = jnp.matmul(x, w.T.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _fields(tensor: Any) -> dict[str, Any]:
+    return {field.name: getattr(tensor, field.name) for field in _declared(tensor)}
+
+
+def _declared(tensor: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(tensor)
+
+
+def _flatten(tensor: Any) -> tuple[Sequence[Any], Any]:
+    names = [field.name for field in _declared(tensor) if field.name != "layout"]
+    return [getattr(tensor, name) for name in names], tensor.layout
+
+
+def _flatten_with_keys(tensor: Any) -> tuple[Sequence[Any], Any]:
+    names = [field.name for field in _declared(tensor) if field.name != "layout"]
+    keys = map(jax.tree_util.GetAttrKey, names)
+    leaves, layout = _flatten(tensor)
+    return list(zip(keys, leaves, strict=True)), layout
+
+
+def _unflatten(cls: Any, layout: Any, leaves: Sequence[Any]) -> Any:
+    names = [field.name for field in _declared(cls) if field.name != "layout"]
+    return _unflatten_fields(
+        cls, {**dict(zip(names, leaves, strict=True)), "layout": layout}
+    )
+
+
+def _unflatten_fields(cls: Any, fields: dict[str, Any]) -> Any:
+    # Around `__init__`: leaves are shapes, axes or stacks at times, and no checker of
+    # types is to refuse them.
+    if unknown := fields.keys() - {field.name for field in _declared(cls)}:
+        raise TypeError(f"{cls.__name__} has no field `{min(unknown)}`.")
+    tensor = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(tensor, name, value)
+    return tensor

@@ -3,25 +3,26 @@
 import dataclasses
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8, UInt32
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.packing import pack_codes, unpack_codes
+from kashin_jax.tensors.base import Bases, QuantizedTensor, times_transpose
 from kashin_jax.tensors.blocks import from_blocks, to_blocks
 from kashin_jax.tensors.levels import factor_codes, factor_levels, select_levels
+from kashin_jax.tensors.products import MAX_TILE
 
 __all__ = [
     "KashinLayout",
     "KashinTensor",
     "band_count",
+    "bands_of_rows",
     "cut_rows",
     "decode_pairs",
-    "derive_basis",
-    "derive_rotation",
     "make_rotation",
     "pack_rows",
     "unpack_rows",
@@ -66,7 +67,8 @@ class KashinLayout:
         return None if self.bits == self.fine_bits else self.fine_bits - 1
 
 
-class KashinTensor(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class KashinTensor(QuantizedTensor):
     """`W = U + Q1 V Q2^T` with `(U, V) = scale * centroids[code]`, block by block.
 
     Blocks that were rotated before coding are rotated back, and where there are scales
@@ -89,6 +91,8 @@ class KashinTensor(NamedTuple):
         counted from the first centroid that is theirs; None where they are not.
     """
 
+    kind: ClassVar[str] = "kashin"
+
     packed_codes: UInt8[Array, " q"]
     centroids: Float[Array, "k 2"]
     scale: Float[Array, "r c"]
@@ -98,17 +102,49 @@ class KashinTensor(NamedTuple):
     out_scale: Float[Array, " n"] | None = None
     packed_coarse: UInt8[Array, " qc"] | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.layout.shape
+    def derive_bases(self) -> Bases:
+        """Q1 and Q2 of one block, and the bases in which every block was coded."""
+        layout = self.layout
+        basis = make_pair(layout.basis, key_from_seed(self.seed), layout.block_shape)
+        if layout.rotation is None:
+            return Bases(basis)
+        return Bases(
+            basis, make_rotation(layout.rotation, self.seed, layout.block_shape)
+        )
 
-    @property
-    def dtype(self) -> str:
-        return self.layout.dtype
+    def decode(self, bases: Bases | None = None) -> Float[Array, "m n"]:
+        """The matrix in float32, given its bases where the caller keeps them."""
+        return _decoded(self, self.derive_bases() if bases is None else bases)
 
-    def decode(self) -> Float[Array, "m n"]:
-        """The matrix in float32."""
-        return decode_with(self, derive_basis(self))
+    def rows(
+        self, index: Int[Array, " t"], bases: Bases | None = None
+    ) -> Float[Array, "t n"]:
+        """Rows in float32: the bands of blocks that they lie in are decoded.
+
+        The whole matrix is where one block spans all rows, and where bands would not
+        end between bytes (which needs a width that is no multiple of 8).
+        """
+        return _rows(self, index, self.derive_bases() if bases is None else bases)
+
+    def transposed_product(
+        self, x: Float[Array, "r n"], bases: Bases | None = None
+    ) -> Float[Array, "r m"]:
+        """`x @ W.T`, decoded in bands of a bounded size where the blocks allow it."""
+        bases = self.derive_bases() if bases is None else bases
+        return _transposed_product(x, self, bases)
+
+    def in_bands(self, most: int) -> "tuple[int, KashinTensor] | None":
+        """The rows as a stack of equal bands of at most `most` weights, if possible."""
+        bands = band_count(self.layout, most)
+        return None if bands is None else (bands, cut_rows(self, bands))
+
+    def describe(self) -> str:
+        """Width of the codes, size of the blocks and families of the bases."""
+        height, width = self.layout.block_shape
+        return (
+            f"{self.layout.bits}-bit Kashin codes in blocks of {height} x {width}, "
+            f"basis {self.layout.basis}"
+        )
 
 
 def band_count(layout: KashinLayout, most: int) -> int | None:
@@ -141,25 +177,16 @@ def cut_rows(tensor: KashinTensor, bands: int) -> KashinTensor:
     def shared(leaf: Any) -> Any:
         return None if leaf is None else jnp.broadcast_to(leaf, (bands, *leaf.shape))
 
-    return KashinTensor(
-        rows(tensor.packed_codes), shared(tensor.centroids), rows(tensor.scale),
-        shared(tensor.seed), dataclasses.replace(layout, shape=(m // bands, n)),
-        rows(tensor.in_scale), shared(tensor.out_scale), rows(tensor.packed_coarse),
-    )  # fmt: skip
-
-
-def derive_basis(tensor: KashinTensor) -> KroneckerBasis:
-    """The pair (Q1, Q2) of one block, from the seed. Never counted as stored."""
-    layout = tensor.layout
-    return make_pair(layout.basis, key_from_seed(tensor.seed), layout.block_shape)
-
-
-def derive_rotation(tensor: KashinTensor) -> KroneckerBasis | None:
-    """The bases in which every block was coded; None for the standard ones."""
-    layout = tensor.layout
-    if layout.rotation is None:
-        return None
-    return make_rotation(layout.rotation, tensor.seed, layout.block_shape)
+    return tensor.replace(
+        packed_codes=rows(tensor.packed_codes),
+        centroids=shared(tensor.centroids),
+        scale=rows(tensor.scale),
+        seed=shared(tensor.seed),
+        layout=dataclasses.replace(layout, shape=(m // bands, n)),
+        in_scale=rows(tensor.in_scale),
+        out_scale=shared(tensor.out_scale),
+        packed_coarse=rows(tensor.packed_coarse),
+    )
 
 
 def make_rotation(
@@ -170,25 +197,12 @@ def make_rotation(
     return make_pair(spec, key, block_shape)
 
 
-def decode_with(
-    tensor: KashinTensor,
-    basis: KroneckerBasis,
-    rotation: KroneckerBasis | None = None,
-) -> Float[Array, "m n"]:
-    """The matrix in float32, given the bases of `derive_basis`.
-
-    And those of `derive_rotation`, which are derived when None.
-    """
-    rotation = derive_rotation(tensor) if rotation is None else rotation
-    return _decoded(tensor, basis, rotation)
-
-
-# `inline`: one program where it is called as it is, and no trace of it in those of
-# others. The bases come from programs that quantizing and products share.
+# `inline`, here and below: one program where it is called as it is, and no trace of it
+# in those of others. The bases come from programs that quantizing and products share.
 @partial(jax.jit, inline=True)
-def _decoded(
-    tensor: KashinTensor, basis: KroneckerBasis, rotation: KroneckerBasis | None
-) -> Float[Array, "m n"]:
+def _decoded(tensor: KashinTensor, bases: Bases) -> Float[Array, "m n"]:
+    basis, rotation = bases
+    assert basis is not None, "a Kashin tensor has one"
     layout = tensor.layout
     m = layout.shape[0]
     codes = unpack_rows(tensor.packed_codes, tensor.packed_coarse, layout, m)
@@ -208,6 +222,77 @@ def _decoded(
     if tensor.out_scale is not None:
         w = w * tensor.out_scale.astype(jnp.float32)[None, :]
     return w
+
+
+@partial(jax.jit, inline=True)
+def _transposed_product(
+    x: Float[Array, "r n"], tensor: KashinTensor, bases: Bases
+) -> Float[Array, "r m"]:
+    size = math.prod(tensor.shape)
+    fitting = bands_of_rows(tensor.layout)
+    bands = min((k for k in fitting if size // k <= MAX_TILE), default=max(fitting))
+    if bands == 1:
+        return times_transpose(x, tensor.decode(bases))
+    parts = jax.lax.map(
+        lambda i: times_transpose(x, _band(tensor, bands, i).decode(bases)),
+        jnp.arange(bands),
+    )
+    return parts.transpose(1, 0, 2).reshape(x.shape[0], -1)
+
+
+def bands_of_rows(layout: KashinLayout) -> list[int]:
+    """Into how many bands of whole blocks and whole bytes the rows can be cut."""
+    m, n = layout.shape
+    blocks = m // layout.block_shape[0]
+
+    def fits(height: int) -> bool:
+        if layout.coarse_bits is None:
+            return height * n * layout.fine_bits % 8 == 0
+        # Rows of odd index are stored apart.
+        pairs, odd = divmod(height, 2)
+        widths = (layout.fine_bits, layout.coarse_bits)
+        return not odd and all(pairs * n * bits % 8 == 0 for bits in widths)
+
+    divisors = (k for k in range(1, blocks + 1) if blocks % k == 0)
+    return [k for k in divisors if k == 1 or fits(m // k)]
+
+
+def _band(tensor: KashinTensor, bands: int, index: Array) -> KashinTensor:
+    m, n = tensor.layout.shape
+
+    def rows(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        return leaf.reshape(bands, -1, *leaf.shape[1:])[index]
+
+    return tensor.replace(
+        packed_codes=rows(tensor.packed_codes),
+        scale=rows(tensor.scale),
+        in_scale=rows(tensor.in_scale),
+        packed_coarse=rows(tensor.packed_coarse),
+        layout=dataclasses.replace(tensor.layout, shape=(m // bands, n)),
+    )
+
+
+@partial(jax.jit, inline=True)
+def _rows(
+    tensor: KashinTensor, rows: Int[Array, " t"], bases: Bases
+) -> Float[Array, "t n"]:
+    m, n = tensor.shape
+    if rows.shape[0] == 0:
+        return jnp.zeros((0, n), jnp.float32)
+    bands = max(bands_of_rows(tensor.layout))
+    height = m // bands
+    # The rows of many tokens need all bands, and each of them more than once.
+    if bands == 1 or (rows.shape[0] * height >= m and m * n <= MAX_TILE):
+        return tensor.decode(bases)[rows]
+
+    def row(index: Int[Array, ""]) -> Float[Array, " n"]:
+        band = _band(tensor, bands, index // height)
+        return band.decode(bases)[index % height]
+
+    at_once = max(1, MAX_TILE // (height * n))
+    return jax.lax.map(row, rows, batch_size=min(at_once, rows.shape[0]))
 
 
 @partial(jax.jit, static_argnames="layout")

@@ -2,24 +2,29 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float16, Int, UInt8
+from jaxtyping import Array, Float, Float16, Int, Key, UInt8
 
-from kashin_jax.bases import BasisSpec, KroneckerBasis
+from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
+from kashin_jax.methods.base import Encoded, Method, register, split_key
 from kashin_jax.methods.joint.anneal import anneal
 from kashin_jax.methods.joint.scales import (
     as_half,
+    common_input_scale,
     expansion,
     input_scale,
     relative_rms,
 )
 from kashin_jax.methods.joint.schedules import SPLITS, Split
 from kashin_jax.methods.joint.words import Levels, Words, coarse_rows, decode_words
-from kashin_jax.tensors.blocks import from_blocks, to_blocks
+from kashin_jax.tensors import KashinTensor
+from kashin_jax.tensors.blocks import from_blocks, resolve_block_shape, to_blocks
+from kashin_jax.tensors.kashin import KashinLayout, make_rotation, pack_rows
 
 __all__ = ["EFFORTS", "JointCode", "JointKashin", "joint_block_shape", "joint_code"]
 
@@ -33,9 +38,9 @@ _BLOCK_SIDE = 64
 _PART, _SAMPLE = 2**24, 2**22
 
 
-@jax.tree_util.register_static
+@register("kashin-joint")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JointKashin:
+class JointKashin(Method):
     """Static choices of the joint coder.
 
     Attributes:
@@ -66,6 +71,9 @@ class JointKashin:
     rotation: bool = True
     unshrink: float | None = None
 
+    takes_inputs: ClassVar[bool] = True
+    has_half_scales: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if self.bits not in SPLITS:
             raise ValueError(
@@ -92,6 +100,50 @@ class JointKashin:
         if self.unshrink is not None:
             return self.unshrink
         return 0.5 if self.bits < 3 else 0.0
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if a matrix does not divide into suitable blocks."""
+        if len(shape) != 2:
+            resolve_block_shape(shape, None)
+        resolve_block_shape(shape, joint_block_shape((shape[0], shape[1]), self))
+
+    def encode(
+        self,
+        weight: Float[Array, "m n"],
+        key: Key[Array, ""],
+        importance: Float[Array, " m"] | None = None,
+        in_scale: Float16[Array, " m"] | None = None,
+    ) -> Encoded:
+        """Encodes; the key seeds the bases. The rest as for `joint_code`."""
+        shape = weight.shape[0], weight.shape[1]
+        block_shape = resolve_block_shape(shape, joint_block_shape(shape, self))
+        seed, _ = split_key(key)
+        basis = make_pair(self.basis, key_from_seed(seed), block_shape)
+        spec = self.basis if self.rotation else None
+        rotation = None if spec is None else make_rotation(spec, seed, block_shape)
+        code = joint_code(
+            weight, basis, rotation, self, block_shape, importance, in_scale
+        )
+        layout = KashinLayout(
+            shape=shape,
+            block_shape=block_shape,
+            bits=self.bits,
+            basis=self.basis,
+            dtype=weight.dtype.name,
+            rotation=spec,
+            v_bits=self.split.v,
+        )
+        packed, coarse = pack_rows(code.codes, layout)
+        return Encoded(KashinTensor(
+            packed, code.centroids, code.scale, seed, layout,
+            code.in_scale, code.out_scale, coarse,
+        ))  # fmt: skip
+
+    def common_input_scale(
+        self, weights: Iterable[Float[Array, "*stack m _"]]
+    ) -> Float16[Array, "*stack m"] | None:
+        """The geometric mean of the scales that each matrix would have alone."""
+        return common_input_scale(weights, self.balance) if self.balance else None
 
 
 class JointCode(NamedTuple):

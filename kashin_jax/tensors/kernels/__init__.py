@@ -1,1 +1,12 @@
-"""Ways to multiply by packed matrices."""
+"""Ways to multiply by packed matrices; `products.register_kernel` chooses them."""
+
+from kashin_jax.tensors.grouped import GroupedTensor
+from kashin_jax.tensors.kashin import KashinTensor
+from kashin_jax.tensors.kernels.grouped import grouped_product
+from kashin_jax.tensors.kernels.kashin import kashin_product
+from kashin_jax.tensors.products import register_kernel
+
+__all__ = ["grouped_product", "kashin_product"]
+
+register_kernel(KashinTensor, kashin_product)
+register_kernel(GroupedTensor, grouped_product)

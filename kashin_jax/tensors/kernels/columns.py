@@ -6,8 +6,9 @@ from jaxtyping import Array, Float
 
 from kashin_jax.bases import Basis
 from kashin_jax.tensors.kashin import KashinLayout, KashinTensor
-from kashin_jax.tensors.kernels.planes import dot, plane_count, unpacked
+from kashin_jax.tensors.kernels.planes import plane_count, unpacked
 from kashin_jax.tensors.levels import factor_codes, factor_levels, select_levels
+from kashin_jax.tensors.products import dot
 
 __all__ = ["columns_product", "most_columns"]
 

@@ -12,7 +12,6 @@ from kashin_jax.tensors.kernels.planes import (
     Scaling,
     add_planes,
     by_tile,
-    dot,
     plane_rows,
     scales_of_tiles,
 )
@@ -23,6 +22,7 @@ from kashin_jax.tensors.levels import (
     select,
     select_levels,
 )
+from kashin_jax.tensors.products import dot
 
 __all__ = ["factor_products", "factor_rows", "row_product"]
 

@@ -7,28 +7,41 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from kashin_jax.packing import packed_size, unpack_codes
-from kashin_jax.tensors.affine import (
-    AffineTensor,
-    CodebookTensor,
-    float_levels,
-    unpacked_zero,
-)
+from kashin_jax.tensors.base import Bases
+from kashin_jax.tensors.grouped import GroupedTensor
 from kashin_jax.tensors.kernels.planes import (
     Scaling,
     add_planes,
+    by_blocks,
     by_tile,
-    dot,
     plane_rows,
     scales_of_tiles,
 )
 from kashin_jax.tensors.levels import MOST_SELECTED, select, select_levels
+from kashin_jax.tensors.products import ProductOptions, dot
 
-__all__ = ["group_rows", "grouped_by_planes", "grouped_by_tiles"]
-
-_Control = AffineTensor | CodebookTensor
+__all__ = ["grouped_product"]
 
 
-def group_rows(tensor: _Control, most: int, rows_of_x: int = 1) -> int | None:
+def grouped_product(
+    rows: Float[Array, "r m"],
+    tensor: GroupedTensor,
+    bases: Bases,
+    options: ProductOptions,
+) -> Float[Array, "r n"]:
+    """`x @ Q1 A Q2^T`, or without rotation `x @ A`, decoded in parts."""
+    (m, n), basis, x = tensor.shape, bases.basis, rows
+    if basis is not None:
+        x = by_blocks(basis.left.analysis, x, m)
+    height = _plane_rows(tensor, options.max_tile, len(x))
+    if height is None:
+        y = _by_tiles(x, tensor, options.max_tile, options.precision)
+    else:
+        y = _by_planes(x, tensor, height, options.precision)
+    return y if basis is None else by_blocks(basis.right.synthesis, y, n)
+
+
+def _plane_rows(tensor: GroupedTensor, most: int, rows_of_x: int = 1) -> int | None:
     """Rows of W to decode at a time by planes; None if its codes do not suit them."""
     layout = tensor.layout
     m, n = layout.shape
@@ -38,18 +51,18 @@ def group_rows(tensor: _Control, most: int, rows_of_x: int = 1) -> int | None:
     return plane_rows((m, n), height, [layout.bits], most, rows_of_x)
 
 
-def grouped_by_planes(
-    x: Float[Array, "r m"], tensor: _Control, rows: int, precision: str | None
+def _by_planes(
+    x: Float[Array, "r m"], tensor: GroupedTensor, rows: int, precision: str | None
 ) -> Float[Array, "r n"]:
     """`x @ A` in float32, A being the matrix before it is rotated back.
 
     Args:
       x: Few rows, rotated as the matrix was.
-      tensor: For which `group_rows` is not None.
-      rows: That of `group_rows`.
+      tensor: For which `_plane_rows` is not None.
+      rows: From `_plane_rows`.
       precision: Of the products.
     """
-    levels = _levels(tensor)
+    levels = tensor.float_levels()
 
     def product(
         part: dict[str, Array],
@@ -66,18 +79,21 @@ def grouped_by_planes(
     start = (jnp.zeros((x.shape[0], tensor.shape[1]), jnp.float32),)
     bits = tensor.layout.bits
     (y,) = add_planes(start, tensor.packed_codes, bits, rows, parts, product)
-    return y if isinstance(tensor, CodebookTensor) else y - _of_zeros(x, tensor)
+    zero = tensor.float_zero()
+    return y if zero is None else y - _of_zeros(x, zero, tensor.scale)
 
 
-def _of_zeros(x: Float[Array, "r m"], tensor: AffineTensor) -> Float[Array, "r c"]:
+def _of_zeros(
+    x: Float[Array, "r m"], zero: Float[Array, "g 1 c"], scale: Float[Array, "g 1 c"]
+) -> Float[Array, "r c"]:
     """What the zero points of the groups add up to."""
-    lifted = (unpacked_zero(tensor) * tensor.scale.astype(jnp.float32))[:, 0]
+    lifted = (zero * scale.astype(jnp.float32))[:, 0]
     sums = jnp.sum(by_tile(x.astype(jnp.float32), x.shape[1] // len(lifted)), axis=2)
     return jnp.matmul(sums.T, lifted, precision="highest")
 
 
-def grouped_by_tiles(
-    x: Float[Array, "r m"], tensor: _Control, max_tile: int, precision: str | None
+def _by_tiles(
+    x: Float[Array, "r m"], tensor: GroupedTensor, max_tile: int, precision: str | None
 ) -> Float[Array, "r n"]:
     """`x @ A` in float32, decoding some rows of A at a time.
 
@@ -96,8 +112,7 @@ def grouped_by_tiles(
     packed = jnp.pad(
         tensor.packed_codes, (0, tiles * size - tensor.packed_codes.shape[0])
     ).reshape(tiles, size)
-    levels = _levels(tensor)
-    zero = unpacked_zero(tensor) if isinstance(tensor, AffineTensor) else None
+    levels, zero = tensor.float_levels(), tensor.float_zero()
 
     def add(
         y: Float[Array, "r n"], part: tuple[Array, Array, Int[Array, ""]]
@@ -128,10 +143,6 @@ def _tile_rows(m: int, group: int, most: int) -> int:
         parts = (d for d in range(8, group, 8) if group % d == 0 and d <= most)
         tile = max(parts, default=most)
     return min(tile, -(-m // 8) * 8)
-
-
-def _levels(tensor: _Control) -> Float[Array, " k"] | Float[Array, "k n"] | None:
-    return None if isinstance(tensor, AffineTensor) else float_levels(tensor)
 
 
 def _values(

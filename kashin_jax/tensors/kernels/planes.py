@@ -17,8 +17,8 @@ __all__ = [
     "PlaneProduct",
     "Scaling",
     "add_planes",
+    "by_blocks",
     "by_tile",
-    "dot",
     "plane_count",
     "plane_rows",
     "unpacked",
@@ -162,13 +162,9 @@ def unpacked(packed: UInt8[Array, "s q"], bits: int) -> list[UInt8[Array, "s p"]
     return found
 
 
-def dot(
-    x: Float[Array, "r s"], w: Float[Array, "s p"], precision: str | None
-) -> Float[Array, "r p"]:
-    """`x @ w` in the type of x, accumulated in float32."""
-    return jnp.matmul(
-        x,
-        w.astype(x.dtype),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+def by_blocks(
+    transform: Callable[[Array], Array], x: Float[Array, "r k"], size: int
+) -> Float[Array, "r k"]:
+    """What a transform of so many numbers makes of the rows of x, block by block."""
+    blocks = x.astype(jnp.float32).reshape(-1, x.shape[1] // size, size)
+    return transform(blocks).reshape(x.shape).astype(x.dtype)

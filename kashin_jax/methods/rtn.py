@@ -1,17 +1,52 @@
-"""Round-to-nearest on uniform grids: per tensor, per channel, in groups.
+"""Round-to-nearest on uniform grids, per output channel or in groups.
 
 Groups run along the input axis of a Flax kernel `[in, out]`, each output channel on
 its own, as everybody's groups do (torch weights are `[out, in]`).
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
-__all__ = ["AffineCode", "minmax_code", "rtn_code"]
+from kashin_jax.methods.base import Encoded, Method, register
+from kashin_jax.packing import pack_codes
+from kashin_jax.tensors import AffineTensor
+from kashin_jax.tensors.grouped import GroupLayout, group_rows
+
+__all__ = ["RTN", "AffineCode", "rtn_code"]
+
+
+@register("rtn")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RTN(Method):
+    """Asymmetric round-to-nearest, fp16 step and whole zero point per group.
+
+    Attributes:
+      bits: Code width, of the zero points too.
+      group_size: Weights of one output channel that share a step; None for the whole
+        channel.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+
+    def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
+        """Encodes without any randomness."""
+        size = self.group_size or weight.shape[0]
+        layout = GroupLayout.of(weight, size, self.bits)
+        return Encoded(_encode(weight.astype(jnp.float32), layout))
+
+
+@partial(jax.jit, static_argnames="layout")
+def _encode(x: Float[Array, "m n"], layout: GroupLayout) -> AffineTensor:
+    code = rtn_code(group_rows(x, layout.group_size or x.shape[0]), layout.bits)
+    zero = pack_codes(code.zero.astype(jnp.uint8).reshape(-1), bits=layout.bits)
+    scale = code.scale.astype(jnp.float16)
+    return AffineTensor(layout.pack(code.codes), scale, zero, layout)
 
 
 class AffineCode(NamedTuple):
@@ -46,21 +81,3 @@ def rtn_code(groups: Float[Array, "g s n"], bits: int) -> AffineCode:
     zero = jnp.clip(jnp.round(-low / safe), 0, levels)
     codes = jnp.clip(jnp.round(groups / safe) + zero, 0, levels)
     return AffineCode(codes.astype(jnp.uint8), scale, zero)
-
-
-@partial(jax.jit, static_argnames="bits")
-def minmax_code(groups: Float[Array, "g s n"], bits: int) -> AffineCode:
-    """`2**bits` levels from the least to the largest entry of the whole array.
-
-    The 2024 paper's "uniform" baseline; float32 step and offset.
-    """
-    levels = 2**bits - 1
-    low, high = jnp.min(groups), jnp.max(groups)
-    scale = (high - low) / levels
-    # A constant array has no range: let one step be its value.
-    scale = jnp.where(scale > 0, scale, jnp.where(low != 0, jnp.abs(low), 1.0))
-    zero = -low / scale
-    codes = jnp.clip(jnp.round(groups / scale + zero), 0, levels)
-    return AffineCode(
-        codes.astype(jnp.uint8), scale.reshape(1, 1, 1), zero.reshape(1, 1, 1)
-    )

@@ -1,0 +1,167 @@
+"""`x @ W` for a packed W: which kernel multiplies, by kind of tensor and platform.
+
+A kernel is a function `(rows, tensor, bases, options) -> [r, n]`, registered once.
+Those of a platform are chosen when a program is lowered for that platform, so that a
+program traced on one machine may be compiled for another.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+__all__ = [
+    "MANY_ROWS",
+    "MAX_TILE",
+    "Kernel",
+    "ProductOptions",
+    "dot",
+    "kernels_of",
+    "matmul",
+    "register_kernel",
+]
+
+# Most weights decoded at a time: 4 MiB as float32, which a CPU core's cache holds.
+MAX_TILE = 2**20
+
+MANY_ROWS = 320
+"""Rows of x from which on parts of W are decoded whole.
+
+For joint codes of 4 bits, 4096 x 4096, two CPU cores take 2.7 times as long as for the
+dense product with 256 rows by planes and 2.9 times by parts of W, with 384 rows 2.6 and
+2.4, with 512 2.7 and 2.2.
+"""
+
+
+class ProductOptions(NamedTuple):
+    """Static choices of a product.
+
+    Attributes:
+      max_tile: Most weights decoded at a time.
+      precision: Of the products, as for `jnp.matmul`.
+      many_rows: Rows of x from which on parts of W are decoded whole.
+    """
+
+    max_tile: int = MAX_TILE
+    precision: str | None = None
+    many_rows: int = MANY_ROWS
+
+
+Kernel = Callable[[Array, Any, Any, ProductOptions], Array]
+
+# By kind of tensor, then by platform; None stands for all others.
+_KERNELS: dict[type, dict[str | None, Kernel]] = {}
+
+
+def register_kernel(kind: type, kernel: Kernel, platform: str | None = None) -> None:
+    """Says how matrices of a kind are multiplied.
+
+    Args:
+      kind: Class of the packed matrix; its subclasses inherit.
+      kernel: Takes rows of x, the matrix, its bases and `ProductOptions`.
+      platform: As JAX calls it when lowering: `cpu`, `cuda`, `rocm` or `tpu`; None for
+        all that have no kernel of their own.
+    """
+    _KERNELS.setdefault(kind, {})[platform] = kernel
+
+
+def kernels_of(kind: type) -> tuple[tuple[str | None, Kernel], ...]:
+    """The kernels of a kind of matrix by platform, that for all others first."""
+    found: dict[str | None, Kernel] = {None: _decoded_product}
+    for cls in reversed(kind.__mro__):
+        found |= _KERNELS.get(cls, {})
+    return tuple(found.items())
+
+
+def matmul(
+    x: Float[Array, "*b m"],
+    tensor: Any,
+    *,
+    max_tile: int = MAX_TILE,
+    precision: str | None = None,
+    many_rows: int | None = None,
+) -> Float[Array, "*b n"]:
+    """`x @ W` in the type of `x`, accumulated in float32; `x @ tensor` is the same.
+
+    For a `KashinTensor` this is x U + ((x Q1) V) Q2^T: the transforms act on the
+    activations, and U and V are decoded a bounded part at a time; for many rows of x
+    parts of W are, where blocks are smaller than a part. Grids and codebooks are
+    decoded in parts too, and those that were rotated rotate activations. Matrices of
+    kinds without a kernel are decoded whole.
+
+    Args:
+      x: Activations, any batch axes.
+      tensor: The matrix; `prepare(tensor)` where its bases are used again.
+      max_tile: Most weights decoded at a time.
+      precision: Of the products, as for `jnp.matmul`.
+      many_rows: Rows of x from which on parts of W are decoded whole; None takes
+        `MANY_ROWS`.
+
+    Raises:
+      TypeError: If `x` is not floating point.
+      ValueError: If the last axis of `x` does not match the matrix.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` has type {x.dtype}; cast it to float first.")
+    if x.shape[-1:] != tensor.shape[:1]:
+        raise ValueError(
+            f"`x` has {x.shape[-1] if x.ndim else 'no'} features, but the quantized "
+            f"matrix has shape {tensor.shape} [in, out]."
+        )
+    prepared = tensor.prepare()
+    many = MANY_ROWS if many_rows is None else many_rows
+    options = ProductOptions(max_tile, precision, many)
+    kernels = kernels_of(type(prepared.tensor))
+    return _product(x, prepared.tensor, prepared.bases, kernels, options)
+
+
+# `inline`: one program where it is called as it is, and no trace of it in those of
+# others. Kernels are part of the key, so that one registered later is not missed.
+@partial(jax.jit, static_argnames=("kernels", "options"), inline=True)
+def _product(
+    x: Float[Array, "*b m"],
+    tensor: Any,
+    bases: Any,
+    kernels: tuple[tuple[str | None, Kernel], ...],
+    options: ProductOptions,
+) -> Float[Array, "*b n"]:
+    rows = x.reshape(-1, x.shape[-1])
+    (_, default), *own = kernels
+    if own:
+        y = jax.lax.platform_dependent(
+            rows, tensor, bases,
+            default=partial(_called, default, options),
+            **{str(name): partial(_called, kernel, options) for name, kernel in own},
+        )  # fmt: skip
+    else:
+        y = default(rows, tensor, bases, options).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], tensor.shape[1])
+
+
+def _called(
+    kernel: Kernel, options: ProductOptions, rows: Array, tensor: Any, bases: Any
+) -> Array:
+    return kernel(rows, tensor, bases, options).astype(rows.dtype)
+
+
+def _decoded_product(
+    rows: Array, tensor: Any, bases: Any, options: ProductOptions
+) -> Array:
+    """For kinds that have no kernel: the whole matrix is decoded."""
+    return dot(rows, tensor.decode(bases), options.precision)
+
+
+def dot(
+    x: Float[Array, "r s"], w: Float[Array, "s p"], precision: str | None
+) -> Float[Array, "r p"]:
+    """`x @ w` in the type of x, accumulated in float32."""
+    return jnp.matmul(
+        x,
+        w.astype(x.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
