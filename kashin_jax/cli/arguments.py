@@ -12,7 +12,7 @@ __all__ = [
     "read_temperature",
 ]
 
-# `METHOD_NAMES`, written out: importing it would import JAX.
+# `method_names()`, written out: importing it would import JAX.
 METHODS = (
     "kashin-joint",
     "kashin",
