@@ -6,9 +6,10 @@
     python -m benchmarks.streaming --layout=matrix --method=kashin
 
 Writes a checkpoint of random weights, quantizes it in a process of its own, and adds a
-record to bench_streaming.jsonl in `--out`. Needs Linux, whose kernel counts the peak,
-and as much free disk as the checkpoint and its result take. With rtn a few minutes on
-two CPU cores; with joint coding about ten minutes per 10^9 weights.
+record to bench_streaming.jsonl in `--out`. Needs Linux, which tells the memory of a
+process that no file backs, and as much free disk as the checkpoint and its result
+take. With rtn a few minutes on two CPU cores; with joint coding about ten minutes per
+10^9 weights.
 """
 
 import contextlib
@@ -47,17 +48,8 @@ from kashin_jax.pipeline import inspect_checkpoint
 
 __all__ = ["main", "write_checkpoint"]
 
-# `kashin`, and on the last line how much of the memory was its own at most. The
-# parent's count would be wrong: it begins with what the parent had when it forked.
-_CHILD = """
-import sys
-from pathlib import Path
-from kashin_jax.cli import main
-code = main(sys.argv[1:])
-status = Path("/proc/self/status").read_text().split()
-print(1024 * int(status[status.index("VmHWM:") + 1]))
-sys.exit(code)
-"""
+# Seconds between two looks at the memory of `kashin`; large matrices take longer.
+_INTERVAL = 0.005
 _SHARD_BYTES = 10**9
 _SLICE = 2**22  # weights
 
@@ -84,7 +76,7 @@ class StreamingConfig:
     def __post_init__(self) -> None:
         check_flags(self)
         if not Path("/proc/self/status").exists():
-            raise UsageError("The peak of a process is measured on Linux only.")
+            raise UsageError("The memory of a process is measured on Linux only.")
 
     def rules(self) -> dict[str, Any]:
         """As `--rules` reads them."""
@@ -148,12 +140,27 @@ def measure(work: Path, layout: Layout, rules: dict[str, Any]) -> dict[str, Any]
 
 
 def _quantize(source: Path, target: Path, rules: Path) -> int:
-    """Runs the command; its peak resident size in bytes."""
-    command = [sys.executable, "-c", _CHILD, "quantize", str(source), str(target)]
-    result = subprocess.run(
-        [*command, f"--rules={rules}"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return int(result.stdout.split()[-1])
+    """Runs the command; the most anonymous memory that was seen, in bytes.
+
+    What the kernel may drop at any time, mapped files, is not counted.
+    """
+    module = [sys.executable, "-m", "kashin_jax.cli", "quantize"]
+    command = [*module, str(source), str(target), f"--rules={rules}"]
+    peak = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+        while child.poll() is None:
+            peak = max(peak, _anonymous_bytes(child.pid))
+            time.sleep(_INTERVAL)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+    return peak
+
+
+def _anonymous_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text().split()
+    # A process that has just ended has no memory to speak of.
+    found = "RssAnon:" in status
+    return 1024 * int(status[status.index("RssAnon:") + 1]) if found else 0
 
 
 @contextlib.contextmanager

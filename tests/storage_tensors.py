@@ -24,7 +24,7 @@ from kashin_jax.methods import (
     Uniform,
     quantize,
 )
-from kashin_jax.pipeline import Rules
+from kashin_jax.pipeline.rules import Rules, rules_to_json
 
 SHAPE = (24, 10)
 FAST = {"max_steps": 5, "num_restarts": 1, "codebook_steps": 3, "polish_steps": 1}
@@ -85,7 +85,8 @@ def every_type():
 
 def save(directory, **options):
     tensors = PLAIN | every_type()
-    options = {"rules": Rules(), "seed": 7, "max_shard_bytes": 1000} | options
+    rules = rules_to_json(Rules())
+    options = {"rules": rules, "seed": 7, "max_shard_bytes": 1000} | options
     transposed = {name for name in tensors if "joint" in name}
     save_checkpoint(directory, tensors, CONFIG, transposed=transposed, **options)
     return directory

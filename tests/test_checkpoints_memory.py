@@ -1,4 +1,7 @@
-"""Memory is bounded by the largest quantized matrix, whatever the checkpoint's size."""
+"""Memory is bounded by the largest quantized matrix, whatever the checkpoint's size.
+
+Measured is anonymous memory (RssAnon): pages of mapped files are the system's to drop.
+"""
 
 import sys
 
@@ -11,7 +14,7 @@ from experiments.results import read_jsonl
 from kashin_jax.io import open_checkpoint
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the peak of a process is measured on Linux only"
+    sys.platform != "linux", reason="the memory of a process is measured on Linux only"
 )
 WIDTH = 4096
 # 500 MB that are copied, and matrices of 64 MiB in float32.

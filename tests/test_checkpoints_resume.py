@@ -20,7 +20,7 @@ from quantized_sources import FEW, RTN_RULES, content, edit_json, make_source, m
 from kashin_jax import Rules
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
 from kashin_jax.io import TensorWriter, record_file
-from kashin_jax.pipeline import dequantize_checkpoint, quantize_checkpoint, streaming
+from kashin_jax.pipeline import checkpoint, dequantize_checkpoint, quantize_checkpoint
 
 SHARD = 50_000
 STATE = ".kashin_quantize.json"
@@ -344,7 +344,7 @@ def test_finished_shards_do_not_count_for_the_time_that_is_left(
     source, whole, tmp_path, monkeypatch
 ):
     target = tmp_path / "q"
-    write, finished = streaming.write_part, []
+    write, finished = checkpoint.write_part, []
 
     def interrupted(directory, shard, records):
         if len(finished) == 2:
@@ -353,10 +353,10 @@ def test_finished_shards_do_not_count_for_the_time_that_is_left(
         write(directory, shard, records)
 
     with monkeypatch.context() as patched:
-        patched.setattr(streaming, "write_part", interrupted)
+        patched.setattr(checkpoint, "write_part", interrupted)
         with pytest.raises(KilledError):
             quantize_checkpoint(source, target, FEW, max_shard_bytes=SHARD)
-    monkeypatch.setattr(streaming, "tqdm", Progress)
+    monkeypatch.setattr(checkpoint, "tqdm", Progress)
     monkeypatch.setattr(Progress, "made", [])
     result = quantize_checkpoint(source, target, FEW, max_shard_bytes=SHARD)
     (bar,) = Progress.made

@@ -69,9 +69,10 @@ def test_a_config_that_is_no_json_object_is_named(directory, tensors, content):
     assert text.startswith(f"{directory / 'config.json'}: is not")
 
 
-def test_a_directory_without_config_or_weights_says_what_to_add(directory):
+def test_a_directory_without_config_or_weights_says_what_to_add(directory, tensors):
     text = message(directory)
     assert f"{directory}: holds no weights" in text
     assert "model.safetensors, flax_model.msgpack, pytorch_model.bin" in text
+    write(directory, tensors)
     (directory / "config.json").unlink()
     assert "config.json: is missing" in message(directory)

@@ -10,8 +10,9 @@ from quantized_sources import content, make_source
 
 from kashin_jax.cli import main
 from kashin_jax.cli.arguments import read_bits, read_size
-from kashin_jax.io import open_checkpoint, tensor_file
-from kashin_jax.pipeline import inspect_checkpoint, streaming
+from kashin_jax.io import hash_file, open_checkpoint
+from kashin_jax.pipeline import checkpoint as streaming
+from kashin_jax.pipeline import inspect_checkpoint
 
 COMMANDS = ["quantize", "inspect", "dequantize", "eval", "generate"]
 RTN = ["--method=rtn", "--bits=4"]
@@ -124,8 +125,8 @@ def test_rules_that_cannot_work_are_wrong_use(kashin, source, tmp_path, flags, p
 
 def test_what_is_not_there_is_exit_code_1(kashin, source, tmp_path):
     nothing = tmp_path / "nothing"
-    failed(kashin("quantize", nothing, tmp_path / "q"), 1, "nothing", "is missing")
-    failed(kashin("inspect", nothing), 1, "is missing")
+    failed(kashin("quantize", nothing, tmp_path / "q"), 1, "nothing", "no such dir")
+    failed(kashin("inspect", nothing), 1, "no such directory")
     failed(kashin("eval", source, f"--text={nothing}"), 1, "nothing")
     failed(kashin("quantize", source, tmp_path / "q", f"--rules={nothing}"), 1, "copy")
 
@@ -242,7 +243,7 @@ def test_inspecting_reads_the_files_once(kashin, quantized, monkeypatch):
 
     def counted(path, *args):
         hashed.append(path.name)
-        return tensor_file.hash_file(path, *args)
+        return hash_file(path, *args)
 
     monkeypatch.setattr("kashin_jax.io.checkpoint.hash_file", counted)
     assert kashin("inspect", quantized)[0] == 0

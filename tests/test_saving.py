@@ -4,11 +4,11 @@ import json
 
 import jax.numpy as jnp
 import pytest
-import safetensors.numpy
 from flax import nnx
 from opt_checkpoints import FC1, GOLDEN, WIKI, assert_same, parameters
 
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
+from kashin_jax.io import TensorWriter
 from kashin_jax.models.loading import load_opt
 from kashin_jax.models.saving import save_opt
 
@@ -75,11 +75,10 @@ def test_a_model_that_cannot_be_saved_leaves_the_old_checkpoint_alone(tmp_path):
 def test_a_failing_disk_leaves_no_partial_file(tmp_path, monkeypatch):
     loaded = load_opt(str(GOLDEN / "prenorm"))
 
-    def failing(tensors, path, metadata):
-        path.write_bytes(b"half of it")
+    def failing(writer, name, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", failing)
+    monkeypatch.setattr(TensorWriter, "append", failing)
     with pytest.raises(CheckpointError, match="cannot be written .No space left"):
         save_opt(loaded.model, loaded.config, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -13,9 +13,9 @@ from kashin_jax.errors import UsageError
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import (
     SHARED_INPUTS,
+    checkpoint,
     load_quantized,
     quantize_checkpoint,
-    streaming,
 )
 
 # What need not be joint coding is rounded, which compiles sooner.
@@ -32,7 +32,7 @@ class Killed(BaseException):
 
 
 def fails_after(count):
-    original, calls = streaming.record_file, []
+    original, calls = checkpoint.record_file, []
 
     def record(path):
         calls.append(path)
@@ -89,7 +89,7 @@ def test_a_resumed_run_writes_the_same_bytes_and_never_mixes_rules(
     assert len(shards) > 2
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "record_file", fails_after(1))
+        patch.setattr(checkpoint, "record_file", fails_after(1))
         with pytest.raises(Killed):
             quantize_checkpoint(source, target, STREAMED, seed=3, max_shard_bytes=size)
     with pytest.raises(UsageError, match="unfinished run with other"):

@@ -106,8 +106,8 @@ def test_damaged_json_is_refused(copied, name, content):
 
 
 def test_a_directory_that_is_empty_or_missing_is_refused(tmp_path):
-    assert "model.safetensors: is missing" in message(tmp_path)
-    assert "is missing" in message(tmp_path / "gone")
+    assert "holds no weights; put one of model.safetensors" in message(tmp_path)
+    assert "gone: no such directory" in message(tmp_path / "gone")
 
 
 def test_a_shard_that_is_no_regular_file_is_refused(tmp_path):

@@ -14,11 +14,8 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import (
     DTYPES,
     TensorSpec,
-    copy_bytes,
+    open_safetensors,
     open_writer,
-    read_header,
-    read_rows,
-    read_tensor,
     record_file,
     write_tensors,
 )
@@ -63,40 +60,41 @@ def test_safetensors_reads_what_is_written_here(tmp_path):
 def test_what_safetensors_writes_is_read_here(tmp_path):
     tensors = every_type()
     safetensors.numpy.save_file(tensors, tmp_path / "t", {"a": "b"})
-    file = read_header(tmp_path / "t")
+    file = open_safetensors(tmp_path / "t")
     assert file.metadata == {"a": "b"}
-    assert file.entries.keys() == tensors.keys()
+    assert file.specs.keys() == tensors.keys()
     for name, expected in tensors.items():
-        assert same(read_tensor(file, name), expected)
-        assert file.entries[name].spec == (expected.dtype.name, expected.shape)
+        assert same(file.read(name), expected)
+        assert file.specs[name] == (expected.dtype.name, expected.shape)
 
 
 def test_every_array_is_aligned_to_its_type(tmp_path):
     write_tensors(tmp_path / "t", every_type())
-    for entry in read_header(tmp_path / "t").entries.values():
-        assert entry.start % DTYPES[entry.dtype].itemsize == 0
+    file = open_safetensors(tmp_path / "t")
+    for name, spec in file.specs.items():
+        assert file.starts[name] % DTYPES[spec.dtype].itemsize == 0
 
 
 def test_rows_are_slices_along_the_first_axis(tmp_path):
     x = RNG.normal(size=(7, 3, 2)).astype(ml_dtypes.bfloat16)
     write_tensors(tmp_path / "t", {"x": x, "y": np.arange(5.0)})
-    file = read_header(tmp_path / "t")
-    assert same(read_rows(file, "x", 2, 5), x[2:5])
-    assert same(read_rows(file, "x", 7, 7), x[7:])
-    assert same(read_rows(file, "y", 4, 5), np.array([4.0]))
+    file = open_safetensors(tmp_path / "t")
+    assert same(file.read_rows("x", 2, 5), x[2:5])
+    assert same(file.read_rows("x", 7, 7), x[7:])
+    assert same(file.read_rows("y", 4, 5), np.array([4.0]))
 
 
 @pytest.mark.parametrize("rows", [(-1, 2), (0, 8), (3, 2)])
 def test_rows_that_are_not_there_are_an_error(tmp_path, rows):
     write_tensors(tmp_path / "t", {"x": np.zeros((7, 3))})
     with pytest.raises(UsageError, match=r"'x' of shape \(7, 3\) has no rows"):
-        read_rows(read_header(tmp_path / "t"), "x", *rows)
+        open_safetensors(tmp_path / "t").read_rows("x", *rows)
 
 
 def test_a_name_that_is_not_there_is_an_error(tmp_path):
     write_tensors(tmp_path / "t", {"x": np.zeros(2)})
     with pytest.raises(UsageError, match="has no tensor 'y'"):
-        read_tensor(read_header(tmp_path / "t"), "y")
+        open_safetensors(tmp_path / "t").read("y")
 
 
 def test_bytes_are_copied_in_slices(tmp_path):
@@ -108,23 +106,23 @@ def test_bytes_are_copied_in_slices(tmp_path):
         def write(self, data):
             pieces.append(bytes(data))
 
-    file = read_header(tmp_path / "t")
-    copy_bytes(file, "x", Sink(), chunk=300)
+    file = open_safetensors(tmp_path / "t")
+    file.copy("x", Sink(), chunk=300)
     assert [len(piece) for piece in pieces] == [300, 300, 300, 100]
     assert b"".join(pieces) == x.tobytes()
-    copy_bytes(file, "none", nothing := io.BytesIO())
+    file.copy("none", nothing := io.BytesIO())
     assert nothing.getvalue() == b""
 
 
 def test_reading_rows_and_copying_take_the_memory_of_a_slice(tmp_path):
     write_tensors(tmp_path / "t", {"x": np.zeros((4096, 4096), np.uint8)})
-    file = read_header(tmp_path / "t")
+    file = open_safetensors(tmp_path / "t")
     tracemalloc.start()
     try:
-        read_rows(file, "x", 100, 200)
+        file.read_rows("x", 100, 200)
         specs = {"x": TensorSpec("uint8", (4096, 4096))}
         with open_writer(tmp_path / "u", specs) as writer:
-            copy_bytes(file, "x", writer.sink("x"), chunk=2**19)
+            file.copy("x", writer.sink("x"), chunk=2**19)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

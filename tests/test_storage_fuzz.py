@@ -18,8 +18,7 @@ from kashin_jax.errors import CheckpointError
 from kashin_jax.io import (
     from_leaves,
     open_checkpoint,
-    read_header,
-    read_tensor,
+    open_safetensors,
     to_leaves,
 )
 
@@ -71,9 +70,9 @@ def bounded(act):
 
 
 def read_all(path):
-    file = read_header(path)
-    for name in file.entries:
-        read_tensor(file, name)
+    file = open_safetensors(path)
+    for name in file.specs:
+        file.read(name)
 
 
 def load_some(directory, first=0, step=1):

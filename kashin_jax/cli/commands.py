@@ -20,8 +20,7 @@ from kashin_jax.evaluation import (
     score_windows,
     window_nll,
 )
-from kashin_jax.io import read_json
-from kashin_jax.io.sources import open_source
+from kashin_jax.io import open_checkpoint, read_json
 from kashin_jax.methods import config_from_json, config_to_json
 from kashin_jax.models.generation import generate
 from kashin_jax.models.loading import LoadedModel
@@ -63,7 +62,7 @@ def run_quantize(
     """Quantizes a checkpoint, or prints what would become of it."""
     chosen = _rules(bits, method, rules, skip)
     if dry_run:
-        _print_plan(plan_checkpoint(open_source(src), chosen))
+        _print_plan(plan_checkpoint(open_checkpoint(src), chosen))
         return 0
     result = quantize_checkpoint(
         src, dst, chosen, seed=seed, max_shard_bytes=max_shard_size

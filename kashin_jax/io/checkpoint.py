@@ -1,7 +1,12 @@
-"""Reading a checkpoint directory of safetensors files, quantized or not."""
+"""Opening a checkpoint directory, whatever its files are, quantized or not.
+
+Nothing in it is trusted: index, headers, descriptions and `config.json` have to agree
+before a tensor is read.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +14,34 @@ import numpy as np
 from jaxtyping import Shaped
 
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.io.dtypes import TensorSpec
-from kashin_jax.io.files import parse_json, read_json, shown
-from kashin_jax.io.format import Described, parse_description
-from kashin_jax.io.index import INDEX_NAME, check_weight_map, read_index
-from kashin_jax.io.packed import from_leaves
-from kashin_jax.io.safetensors import (
-    TensorFile,
-    hash_file,
-    read_header,
-    read_tensor,
+from kashin_jax.io.files import hash_file, parse_json, read_json, shown
+from kashin_jax.io.format import (
+    METADATA_KEY,
+    Described,
+    check_schema,
+    from_leaves,
+    parse_description,
 )
-from kashin_jax.io.schema import METADATA_KEY, check_schema
+from kashin_jax.io.hub import WeightFiles, checkpoint_directory, find_weights
+from kashin_jax.io.safetensors import Sink, TensorFile, TensorSpec, open_safetensors
+from kashin_jax.io.whole_files import WHOLE_SUFFIXES, open_whole_files, pytorch_name
 from kashin_jax.tensors import QuantizedTensor
 
-__all__ = ["Checkpoint", "join_files", "open_checkpoint", "read_config"]
+__all__ = ["INDEX_NAME", "Checkpoint", "open_checkpoint"]
 
-_SINGLE = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+"""The file of every array and the hash of every file."""
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A directory whose headers, index and descriptions were found sound.
 
-    No data were read. Names are those of the original checkpoint: the leaves of a
-    packed tensor are one name.
+    Of safetensors no data were read. Names are those of the original checkpoint, in
+    the spelling of PyTorch: the leaves of a packed tensor are one name.
 
     Attributes:
       directory: Where it lies.
@@ -41,7 +49,7 @@ class Checkpoint:
       files: The shards, by file name.
       places: File name of every tensor.
       descriptions: What the shards say about packed tensors.
-      sha256: Of every shard, as the index has it; empty if it has none.
+      sha256: Hash of every shard, as the index has it; empty if it has none.
     """
 
     directory: Path
@@ -62,7 +70,7 @@ class Checkpoint:
         return list(self.places)
 
     def is_packed(self, name: str) -> bool:
-        """Whether a tensor is stored packed; UsageError if there is none such."""
+        """Whether a tensor is stored packed; UsageError if there is no such tensor."""
         self._place(name)
         return name in self.descriptions
 
@@ -70,7 +78,7 @@ class Checkpoint:
         """Type, layout, orientation and leaves of a packed tensor.
 
         Raises:
-          UsageError: If it is not packed, or there is none such.
+          UsageError: If it is not packed, or there is no such tensor.
         """
         if not self.is_packed(name):
             raise UsageError(f"{self.directory}: {shown(name)} is not packed.")
@@ -81,28 +89,37 @@ class Checkpoint:
         if self.is_packed(name):
             described = self.described(name)
             return TensorSpec(described.layout.dtype, described.shape)
-        return self.file_of(name).entry(name).spec
+        return self.file_of(name).spec(name)
 
     def file_of(self, name: str) -> TensorFile:
-        """The shard of a tensor, for `read_rows` and `copy_bytes`."""
+        """The shard of a tensor."""
         return self.files[self._place(name)]
 
     def load(self, name: str) -> Shaped[np.ndarray, "..."] | QuantizedTensor:
         """One tensor; a packed one as it is, `[in, out]` whatever the original was.
 
         Raises:
-          UsageError: If there is none such.
+          UsageError: If there is no such tensor.
           CheckpointError: If its data are damaged; names the leaf.
         """
         file = self.file_of(name)
         if name not in self.descriptions:
-            return read_tensor(file, name)
+            return file.read(name)
         leaves = self.described(name).specs
-        arrays = {leaf: read_tensor(file, f"{name}.{leaf}") for leaf in leaves}
+        arrays = {leaf: file.read(f"{name}.{leaf}") for leaf in leaves}
         try:
             return from_leaves(self.descriptions[name], arrays, name=name)
         except CheckpointError as error:
             raise CheckpointError(f"{file.path}: {error}") from error
+
+    def copy(self, name: str, sink: Sink) -> None:
+        """Hands the bytes of a tensor to `sink.write`, some megabytes at a time.
+
+        Raises:
+          UsageError: If there is no such tensor, or it is packed.
+          CheckpointError: If its file has changed since it was opened.
+        """
+        self.file_of(name).copy(name, sink)
 
     def verify(self) -> list[str]:
         """Names of the shards whose bytes are not those that the index was made for.
@@ -127,52 +144,40 @@ class Checkpoint:
         return self.places[name]
 
 
-def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Opens a directory with `model.safetensors`, or shards and their index.
+def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
+    """Opens a directory of safetensors, else of Flax's, else of PyTorch's files.
 
-    Reads JSON and headers only, and trusts none of it.
+    One file or shards and their index; trusts none of it. Of safetensors only headers
+    are read, and memory is that of one tensor whenever one is loaded. Files of Flax
+    and PyTorch are read whole, one at a time, so that the largest of them bounds it.
+
+    Args:
+      path_or_id: A directory, or a hub id, which is downloaded.
 
     Raises:
       CheckpointError: If a file is missing, damaged or of a newer schema, the index
         names a file outside the directory, or index, headers and descriptions do not
         agree; names the file and the tensor.
     """
-    directory = Path(directory)
-    index_path = directory / INDEX_NAME
-    config = read_config(directory)
-    weight_map: dict[str, str] | None = None
-    sha256: dict[str, str] = {}
-    if index_path.exists():
-        weight_map, sha256 = read_index(index_path)
-    shards = [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
-    if _SINGLE not in shards and (directory / _SINGLE).exists():
+    directory = checkpoint_directory(path_or_id)
+    weights = find_weights(directory)
+    config = _read_config(directory)
+    index = directory / weights.index_file
+    weight_map, sha256 = _read_index(index, weights) if index.exists() else ({}, {})
+    names = sorted(set(weight_map.values())) or [weights.single]
+    if weights.single not in names and (directory / weights.single).exists():
         raise CheckpointError(
-            f"{directory}: holds {_SINGLE} and an index that does not name it; remove "
-            "one of them."
+            f"{directory}: holds {weights.single} and an index that does not name it; "
+            "remove one of them."
         )
-    files = {name: _open_shard(directory / name) for name in shards}
-    if weight_map is not None:
-        check_weight_map(weight_map, files, index_path)
+    files = _open_files([directory / name for name in names])
+    if weight_map:
+        _check_weight_map(weight_map, files, index)
     if sha256 and sha256.keys() != files.keys():
         raise CheckpointError(
-            f"{index_path}: `sha256` must name the same files as `weight_map`; copy or "
+            f"{index}: `sha256` must name the same files as `weight_map`; copy or "
             "download it again."
         )
-    return join_files(directory, config, files, sha256)
-
-
-def join_files(
-    directory: Path,
-    config: Mapping[str, Any],
-    files: Mapping[str, TensorFile],
-    sha256: Mapping[str, str],
-) -> Checkpoint:
-    """The checkpoint that files make up.
-
-    Raises:
-      CheckpointError: If a tensor is there twice, or descriptions agree neither with
-        the headers nor with the configuration.
-    """
     places, descriptions = _tensors(files)
     _check_count(config, len(descriptions), directory / "config.json")
     return Checkpoint(
@@ -185,8 +190,82 @@ def join_files(
     )
 
 
-def read_config(directory: Path) -> Mapping[str, Any]:
-    """`config.json`; empty where there is none.
+def _open_files(paths: Sequence[Path]) -> Mapping[str, TensorFile]:
+    if paths[0].suffix in WHOLE_SUFFIXES:
+        return open_whole_files(paths)
+    return {path.name: open_safetensors(path) for path in paths}
+
+
+def _read_index(
+    path: Path, weights: WeightFiles
+) -> tuple[dict[str, str], dict[str, str]]:
+    """File of every array, and hash of every file; none where none are recorded.
+
+    Raises:
+      CheckpointError: If the index is damaged, or names a file that is missing, or one
+        outside its directory.
+    """
+    content = read_json(path)
+    weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path}: has no `weight_map`; copy or download the index again."
+        )
+    for name in weight_map.values():
+        if not _is_plain(name, weights.suffix):
+            raise CheckpointError(
+                f"{path}: names {shown(name)}, which is not a {weights.suffix} file of "
+                "its own directory; copy or download the index again."
+            )
+        if not (path.parent / name).exists():
+            raise CheckpointError(
+                f"{path}: names {shown(name)}, which is missing; copy or download it."
+            )
+    sha256 = metadata.get("sha256", {}) if isinstance(metadata, dict) else None
+    if not isinstance(sha256, dict) or not all(
+        isinstance(value, str) and _HASH.fullmatch(value) for value in sha256.values()
+    ):
+        raise CheckpointError(
+            f"{path}: `metadata` or its `sha256` is malformed; copy or download the "
+            "index again."
+        )
+    if weights.suffix == ".msgpack":
+        weight_map = {pytorch_name(name): file for name, file in weight_map.items()}
+    return weight_map, sha256
+
+
+def _is_plain(name: Any, suffix: str) -> bool:
+    # By name, not by resolving: the hub's cache is made of links that lead elsewhere.
+    return (
+        isinstance(name, str)
+        and name.endswith(suffix)
+        and _FILE_NAME.fullmatch(name.removesuffix(suffix)) is not None
+    )
+
+
+def _check_weight_map(
+    weight_map: Mapping[str, str], files: Mapping[str, TensorFile], path: Path
+) -> None:
+    """Raises CheckpointError unless the index at `path` and all headers agree."""
+    found: dict[str, str] = {}
+    for shard, file in files.items():
+        for name in file.specs:
+            if name in found:
+                raise CheckpointError(
+                    f"{path}: tensor {shown(name)} is in {found[name]} and in {shard}; "
+                    "copy or download the checkpoint again."
+                )
+            found[name] = shard
+    for name in sorted(weight_map.keys() | found.keys()):
+        if weight_map.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{path}: places tensor {shown(name)} in {weight_map.get(name)}, but "
+                f"it is in {found.get(name)}; copy or download the checkpoint again."
+            )
+
+
+def _read_config(directory: Path) -> Mapping[str, Any]:
+    """The content of `config.json`; empty where there is none.
 
     Raises:
       CheckpointError: If it is damaged or of a newer schema.
@@ -224,13 +303,6 @@ def _check_count(config: Mapping[str, Any], found: int, path: Path) -> None:
         )
 
 
-def _open_shard(path: Path) -> TensorFile:
-    # A pipe or device would block, or never end.
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: is not a regular file; copy it again.")
-    return read_header(path)
-
-
 def _tensors(
     files: Mapping[str, TensorFile],
 ) -> tuple[dict[str, str], dict[str, Mapping[str, Any]]]:
@@ -239,7 +311,7 @@ def _tensors(
     for shard, file in files.items():
         described = _descriptions(file)
         owners = _owners(file, described)
-        for stored in file.entries:
+        for stored in file.specs:
             name = owners.get(stored, stored)
             is_taken = name in described and stored not in owners
             if is_taken or places.get(name, shard) != shard:
@@ -274,9 +346,9 @@ def _owners(file: TensorFile, descriptions: Mapping[str, Any]) -> dict[str, str]
         described = parse_description(description, f"{file.path}: {shown(name)}")
         for leaf, spec in described.specs.items():
             stored = f"{name}.{leaf}"
-            entry = file.entries.get(stored)
-            if entry is None or entry.spec != spec:
-                got = "nothing" if entry is None else f"{entry.dtype} {entry.shape}"
+            found = file.specs.get(stored)
+            if found != spec:
+                got = "nothing" if found is None else f"{found.dtype} {found.shape}"
                 raise CheckpointError(
                     f"{file.path}: {shown(stored)} must be {spec.dtype} {spec.shape} "
                     f"by its description. Got {got}; quantize it again, or copy or "

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import reprlib
@@ -11,7 +12,17 @@ from typing import Any
 
 from kashin_jax.errors import CheckpointError
 
-__all__ = ["atomic_path", "parse_json", "read_json", "shown", "write_json"]
+__all__ = [
+    "atomic_path",
+    "damaged",
+    "hash_file",
+    "make_directory",
+    "parse_json",
+    "read_json",
+    "shown",
+    "unreadable",
+    "write_json",
+]
 
 _MAX_JSON_BYTES = 100_000_000
 # A plain `repr` of deeply nested lists ends in a RecursionError.
@@ -23,6 +34,38 @@ def shown(value: Any) -> str:
     """A value of unknown size and content, short and on one line."""
     text = _BRIEF.repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def damaged(path: Path, reason: Exception) -> CheckpointError:
+    """The error, in one line, for a file whose content no decoder understands."""
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    return CheckpointError(
+        f"{path}: is truncated or damaged ({text[:100]}); copy or download it again."
+    )
+
+
+def unreadable(path: Path, reason: OSError) -> CheckpointError:
+    """The error, in one line, for a file that is missing or cannot be read."""
+    if isinstance(reason, FileNotFoundError):
+        return CheckpointError(f"{path}: is missing; copy or download it.")
+    return CheckpointError(
+        f"{path}: cannot be read ({reason.strerror or reason}); copy it again."
+    )
+
+
+def _unwritable(path: Path, reason: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be written ({reason.strerror or reason}); free space there or "
+        "choose another directory."
+    )
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory where there is none; CheckpointError if it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 @contextlib.contextmanager
@@ -42,10 +85,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if os.name == "posix":  # elsewhere directories cannot be opened
             _sync(path.parent)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error}); free space there "
-            "or choose another directory."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,6 +96,19 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal.
+
+    Raises:
+      CheckpointError: If the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -79,12 +132,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(min(os.fstat(file.fileno()).st_size, _MAX_JSON_BYTES) + 1)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: is missing; copy or download it.") from error
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error})."
-        ) from error
+        raise unreadable(path, error) from error
     if len(data) > _MAX_JSON_BYTES:
         raise CheckpointError(
             f"{path}: is larger than {_MAX_JSON_BYTES} bytes; it is no file of this "

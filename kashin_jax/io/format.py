@@ -1,8 +1,8 @@
-"""What a file says about a packed tensor, and which leaves must then be there.
+"""Packed tensors as named arrays and a description, as `docs/format.md` has it.
 
 A description is JSON: `type`, `is_transposed`, `layout` and `leaves`, the last a map
-from leaves to their types. Everything that `docs/format.md` demands of it is checked
-here, before any leaf is read.
+from leaves to their types. Everything that the format demands of it is checked before
+any leaf is read.
 """
 
 import dataclasses
@@ -11,16 +11,43 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
 from kashin_jax.bases import FAMILIES, BasisSpec
-from kashin_jax.errors import CheckpointError
-from kashin_jax.io.dtypes import TensorSpec
+from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io.files import shown
+from kashin_jax.io.safetensors import TensorSpec
 from kashin_jax.packing import packed_size
-from kashin_jax.tensors import AffineTensor, CodebookTensor, KashinTensor
+from kashin_jax.tensors import (
+    AffineTensor,
+    CodebookTensor,
+    KashinTensor,
+    QuantizedTensor,
+)
 from kashin_jax.tensors.grouped import GroupLayout
 from kashin_jax.tensors.kashin import KashinLayout
+from kashin_jax.tensors.levels import product_bits
 
-__all__ = ["TYPES", "Described", "Stream", "layout_to_json", "parse_description"]
+__all__ = [
+    "METADATA_KEY",
+    "SCHEMA_VERSION",
+    "TYPES",
+    "Described",
+    "check_schema",
+    "describe",
+    "from_leaves",
+    "leaf_specs",
+    "parse_description",
+    "to_leaves",
+]
+
+SCHEMA_VERSION = 1
+"""Version of the format that is written; readers refuse newer ones."""
+
+METADATA_KEY = "kashin_jax"
+"""Where a shard's metadata describe its packed tensors, as JSON in text."""
 
 TYPES: Mapping[str, Any] = MappingProxyType(
     {"kashin": KashinTensor, "affine": AffineTensor, "codebook": CodebookTensor}
@@ -39,6 +66,20 @@ _MAX_SIDE = 2**31
 _BASIS_FLOOR, _BASIS_PER_WEIGHT = 2**26, 128
 
 
+def check_schema(version: Any, where: str) -> None:
+    """Raises CheckpointError unless this library reads a schema version."""
+    if type(version) is not int or version < 1:
+        raise CheckpointError(
+            f"{where}: `schema_version` cannot be {shown(version)}; copy or download "
+            "it again."
+        )
+    if version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{where}: has schema version {version}, but this kashin_jax reads up to "
+            f"{SCHEMA_VERSION}; upgrade kashin_jax."
+        )
+
+
 class Stream(NamedTuple):
     """A leaf of packed codes: their width, and how many."""
 
@@ -47,7 +88,7 @@ class Stream(NamedTuple):
 
     @property
     def spec(self) -> TensorSpec:
-        """Of the leaf."""
+        """Type and shape of the leaf."""
         return TensorSpec("uint8", (packed_size(self.codes, self.bits),))
 
 
@@ -71,12 +112,12 @@ class Described(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the tensor of that name before quantizing."""
+        """Shape of the tensor of that name before quantizing."""
         m, n = self.layout.shape
         return (n, m) if self.is_transposed else (m, n)
 
 
-def layout_to_json(layout: KashinLayout | GroupLayout) -> dict[str, Any]:
+def _layout_to_json(layout: KashinLayout | GroupLayout) -> dict[str, Any]:
     """The fields of a layout; bases as text, groups no longer than the matrix."""
     content: dict[str, Any] = {}
     for name in _stored_fields(type(layout)):
@@ -294,3 +335,145 @@ def _codebook_specs(
     else:
         specs["levels"] = TensorSpec("float32", (2**layout.bits,))
     return specs, streams
+
+
+def leaf_specs(tensor: Any) -> dict[str, TensorSpec]:
+    """Type and shape of every leaf, by the name of its field.
+
+    Args:
+      tensor: A packed tensor, or what `jax.eval_shape` gives for one, so that a header
+        is known before anything is quantized.
+
+    Raises:
+      UsageError: If it is of no type that can be stored.
+    """
+    _type_name(tensor)
+    return {
+        leaf: TensorSpec(np.dtype(value.dtype).name, tuple(value.shape))
+        for leaf, value in _fields(tensor).items()
+        if leaf != "layout" and value is not None
+    }
+
+
+def to_leaves(tensor: QuantizedTensor) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """The arrays that are stored, by the name of their field.
+
+    Raises:
+      UsageError: If it is of no type that can be stored.
+    """
+    fields = _fields(tensor)
+    return {leaf: np.asarray(fields[leaf]) for leaf in leaf_specs(tensor)}
+
+
+def describe(tensor: Any, *, is_transposed: bool) -> dict[str, Any]:
+    """What a reader must know beside the leaves, as JSON.
+
+    Args:
+      tensor: A packed tensor, or what `jax.eval_shape` gives for one.
+      is_transposed: Whether the tensor of that name was `[out, in]` in the original
+        checkpoint, that is `decode().T`.
+
+    Raises:
+      UsageError: If it is of no type that can be stored, or no reader would accept it.
+    """
+    specs = leaf_specs(tensor)
+    content = {
+        "type": _type_name(tensor),
+        "is_transposed": is_transposed,
+        "layout": _layout_to_json(tensor.layout),
+        "leaves": {leaf: specs[leaf].dtype for leaf in sorted(specs)},
+    }
+    try:
+        described = parse_description(content, "tensor")
+        _check_specs(described, specs, "tensor")
+    except CheckpointError as error:
+        raise UsageError(f"This tensor cannot be stored ({error}).") from error
+    return content
+
+
+def from_leaves(
+    description: Any,
+    leaves: Mapping[str, Shaped[np.ndarray, "..."]],
+    *,
+    name: str = "tensor",
+) -> QuantizedTensor:
+    """Rebuilds a packed tensor, trusting neither argument.
+
+    Args:
+      description: Parsed JSON as `describe` made it.
+      leaves: Arrays by the name of their field.
+      name: Of the tensor, for messages.
+
+    Raises:
+      CheckpointError: If the description is damaged, a leaf is missing, unknown or of
+        another type or shape than the description demands, fill bits are not zero, or
+        a scale, level or centroid is not finite; names the tensor and the leaf.
+    """
+    described = parse_description(description, shown(name))
+    found = {
+        leaf: TensorSpec(np.dtype(value.dtype).name, tuple(value.shape))
+        for leaf, value in leaves.items()
+    }
+    _check_specs(described, found, shown(name))
+    for leaf, value in leaves.items():
+        _check_values(
+            np.asarray(value), described.streams.get(leaf), shown(f"{name}.{leaf}")
+        )
+    layout = described.layout
+    if isinstance(layout, KashinLayout):
+        v_bits = product_bits(np.asarray(leaves["centroids"]), layout.fine_bits)
+        layout = dataclasses.replace(layout, v_bits=v_bits)
+    cls = TYPES[described.type]
+    fields = {field.name: None for field in dataclasses.fields(cls)} | {
+        leaf: jax.device_put(np.asarray(value)) for leaf, value in leaves.items()
+    }
+    tensor: QuantizedTensor = cls(**fields | {"layout": layout})
+    return tensor
+
+
+def _fields(tensor: Any) -> dict[str, Any]:
+    names = (field.name for field in dataclasses.fields(tensor))
+    return {name: getattr(tensor, name) for name in names}
+
+
+def _type_name(tensor: Any) -> str:
+    for name, cls in TYPES.items():
+        if type(tensor) is cls:
+            return name
+    raise UsageError(
+        f"A {type(tensor).__name__} cannot be stored; quantize a matrix, and pass its "
+        "packed tensor."
+    )
+
+
+def _check_specs(
+    described: Described, found: Mapping[str, TensorSpec], where: str
+) -> None:
+    for leaf in sorted(described.specs.keys() | found.keys()):
+        expected, actual = described.specs.get(leaf), found.get(leaf)
+        if expected != actual:
+            raise CheckpointError(
+                f"{where}: leaf {shown(leaf)} must be {_text(expected)} by the "
+                f"description. Got {_text(actual)}; quantize it again, or copy or "
+                "download the file again."
+            )
+
+
+def _text(spec: TensorSpec | None) -> str:
+    return "absent" if spec is None else f"{spec.dtype} {shown(spec.shape)}"
+
+
+def _check_values(
+    value: Shaped[np.ndarray, "..."], stream: Stream | None, where: str
+) -> None:
+    fault = None
+    if stream is not None:
+        used = stream.codes * stream.bits % 8
+        if used and int(value[-1]) >> used:
+            fault = "has fill bits other than 0 in its last byte"
+    elif value.dtype != np.uint32 and not np.isfinite(value).all():
+        fault = "holds NaN or infinity"
+    if fault:
+        raise CheckpointError(
+            f"{where}: {fault}; quantize it again, or copy or download the file again."
+        )

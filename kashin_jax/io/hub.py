@@ -1,12 +1,13 @@
-"""Checkpoints by name: a local directory, or a download from the Hugging Face hub."""
+"""Checkpoints by name: a directory or a download from the hub, and its weights."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from kashin_jax.errors import CheckpointError
-from kashin_jax.io.tensor_files import choose_weights
 
-__all__ = ["checkpoint_directory"]
+__all__ = ["WeightFiles", "checkpoint_directory", "find_weights"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TIMEOUT_SECONDS = 10.0
@@ -20,6 +21,63 @@ _SMALL_FILES = [
     "vocab.txt",
     "heads.safetensors",
 ]
+
+
+class WeightFiles(NamedTuple):
+    """Which files hold the weights: one, or what an index lists."""
+
+    stem: str
+    suffix: str
+    is_sharded: bool
+
+    @property
+    def single(self) -> str:
+        """The one file."""
+        return f"{self.stem}{self.suffix}"
+
+    @property
+    def index_file(self) -> str:
+        """The file that says in which shard a tensor is."""
+        return f"{self.single}.index.json"
+
+    @property
+    def entry(self) -> str:
+        """The file that shows that these are the weights."""
+        return self.index_file if self.is_sharded else self.single
+
+    @property
+    def patterns(self) -> list[str]:
+        """Glob patterns of all files involved."""
+        shards = f"{self.stem}-*-of-*{self.suffix}"
+        return [self.entry, shards] if self.is_sharded else [self.entry]
+
+
+_PREFERENCE = [
+    WeightFiles(stem, suffix, is_sharded)
+    for stem, suffix in (
+        ("model", ".safetensors"),
+        ("flax_model", ".msgpack"),
+        ("pytorch_model", ".bin"),
+    )
+    for is_sharded in (False, True)
+]
+
+
+def _choose_weights(names: Collection[str]) -> WeightFiles | None:
+    """The preferred weights among file names: safetensors, msgpack, then torch."""
+    return next((files for files in _PREFERENCE if files.entry in names), None)
+
+
+def find_weights(directory: Path) -> WeightFiles:
+    """The preferred weights of a directory; CheckpointError if there are none."""
+    found = _choose_weights({path.name for path in directory.iterdir()})
+    if found is None:
+        expected = ", ".join(f.single for f in _PREFERENCE if not f.is_sharded)
+        raise CheckpointError(
+            f"{directory}: holds no weights; put one of {expected} (or its shards and "
+            "index) there."
+        )
+    return found
 
 
 def checkpoint_directory(path_or_id: str | Path) -> Path:
@@ -64,7 +122,7 @@ def _from_hub(hub_id: str) -> Path:
         except (OSError, ValueError):
             reason = f"the hub cannot be reached ({type(error).__name__})"
             raise _unavailable(hub_id, reason) from error
-    files = choose_weights({file.rfilename for file in info.siblings or []})
+    files = _choose_weights({file.rfilename for file in info.siblings or []})
     if files is None:
         raise CheckpointError(f"{hub_id}: the hub's copy has no weights to load.")
     wanted = [*_SMALL_FILES, *files.patterns]

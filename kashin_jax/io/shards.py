@@ -11,17 +11,26 @@ import numpy as np
 from jaxtyping import Shaped
 
 from kashin_jax.errors import UsageError
-from kashin_jax.io.dtypes import TensorSpec
-from kashin_jax.io.files import shown, write_json
-from kashin_jax.io.index import write_index
-from kashin_jax.io.packed import describe, leaf_specs, to_leaves
-from kashin_jax.io.safetensors import hash_file, read_header
-from kashin_jax.io.schema import METADATA_KEY, SCHEMA_VERSION
-from kashin_jax.io.writer import FileRecord, TensorWriter, open_writer
+from kashin_jax.io.checkpoint import INDEX_NAME
+from kashin_jax.io.files import hash_file, make_directory, shown, write_json
+from kashin_jax.io.format import (
+    METADATA_KEY,
+    SCHEMA_VERSION,
+    describe,
+    leaf_specs,
+    to_leaves,
+)
+from kashin_jax.io.safetensors import (
+    TensorSpec,
+    TensorWriter,
+    open_safetensors,
+    open_writer,
+)
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
     "MAX_SHARD_BYTES",
+    "FileRecord",
     "PlannedTensor",
     "open_shard",
     "plan_packed",
@@ -32,6 +41,7 @@ __all__ = [
     "save_checkpoint",
     "shard_names",
     "write_config",
+    "write_index",
     "write_stored",
 ]
 
@@ -46,7 +56,7 @@ class PlannedTensor(NamedTuple):
       name: As in the original checkpoint.
       specs: What is stored, by its name in the file: the tensor itself, or the leaves
         of a packed one as `NAME.LEAF`.
-      description: Of a packed tensor; None for one stored as it is.
+      description: How a packed tensor is read; None for one stored as it is.
     """
 
     name: str
@@ -55,7 +65,7 @@ class PlannedTensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of the data."""
         return sum(spec.size for spec in self.specs.values())
 
 
@@ -154,15 +164,46 @@ def write_stored(
         writer.write(f"{name}.{leaf}", array)
 
 
+class FileRecord(NamedTuple):
+    """What an index says about a file.
+
+    Attributes:
+      name: Without its directory.
+      tensors: Names of its arrays, in the order of their data.
+      size: Bytes of the arrays, the header not counted.
+      sha256: Hash of the whole file, in hexadecimal.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    size: int
+    sha256: str
+
+
 def record_file(path: str | Path) -> FileRecord:
     """What the index says about a shard, read from the shard itself.
 
     Raises:
       CheckpointError: If the file is missing or damaged.
     """
-    file = read_header(path)
-    size = sum(entry.stop - entry.start for entry in file.entries.values())
-    return FileRecord(file.path.name, tuple(file.entries), size, hash_file(file.path))
+    file = open_safetensors(path)
+    size = sum(spec.size for spec in file.specs.values())
+    return FileRecord(file.path.name, tuple(file.specs), size, hash_file(file.path))
+
+
+def write_index(directory: str | Path, shards: Sequence[FileRecord]) -> None:
+    """Writes `model.safetensors.index.json` for shards that lie there already.
+
+    Raises:
+      CheckpointError: If it cannot be written.
+    """
+    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+    metadata = {
+        "total_size": sum(shard.size for shard in shards),
+        "sha256": {shard.name: shard.sha256 for shard in shards},
+    }
+    content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(Path(directory) / INDEX_NAME, content)
 
 
 def quantization_config(
@@ -222,18 +263,18 @@ def save_checkpoint(
     Args:
       directory: Created where it does not exist.
       tensors: By name; arrays are stored as they are.
-      config: Of the model.
+      config: The model's own `config.json`.
       transposed: Names of packed tensors that were `[out, in]` originally.
-      rules: What was asked for, as JSON; None leaves `quantization_config` out.
-      seed: What was asked for.
-      max_shard_bytes: Of the data of a shard.
+      rules: Those that were asked for, as JSON; None leaves `quantization_config` out.
+      seed: The seed that was asked for.
+      max_shard_bytes: Limit of the data of a shard.
 
     Raises:
       UsageError: If a tensor cannot be stored.
       CheckpointError: If a file cannot be written.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     planned = [
         plan_plain(name, value.dtype.name, value.shape)
         if isinstance(value, np.ndarray)

@@ -18,9 +18,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.io.hub import checkpoint_directory
+from kashin_jax.io import (
+    Checkpoint,
+    checkpoint_directory,
+    open_checkpoint,
+    open_safetensors,
+    read_json,
+)
 from kashin_jax.io.names import StoredName
-from kashin_jax.io.tensor_files import find_weights, read_json
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_config import REGRESSION, SINGLE_LABEL
 from kashin_jax.models.classifier_names import (
@@ -114,9 +119,11 @@ def load_classifier(
     dtype = check_dtype(dtype)
     if head is not None and labels is not None:
         raise UsageError("`head` and `labels` exclude each other; give one of them.")
-    directory = checkpoint_directory(path_or_id)
-    source = directory / "config.json"
-    content = read_json(source)
+    checkpoint = open_checkpoint(path_or_id)
+    directory = checkpoint.directory
+    source, content = directory / "config.json", checkpoint.config
+    if not content:
+        raise CheckpointError(f"{source}: is missing; copy or download it.")
     config = ClassifierConfig.from_dict(content, str(source))
     if labels is None:
         config = _with_stored_head(config, _heads(content, source), head, source)
@@ -125,7 +132,7 @@ def load_classifier(
 
     graphdef, state = abstract_state(SequenceClassifier, config, dtype)
     targets = dict(nnx.to_flat_state(state))
-    loaded = _load(directory, config, targets, head, labels is not None, dtype, absent)
+    loaded = _load(checkpoint, config, targets, head, labels is not None, dtype, absent)
     variables = loaded.variables | _left_out(targets, config, absent)
     if labels is not None:
         # A graph of its own, since only one small part of it is kept.
@@ -193,7 +200,7 @@ def _relabelled(config: ClassifierConfig, labels: tuple[str, ...]) -> Classifier
 
 
 def _load(
-    directory: Path,
+    checkpoint: Checkpoint,
     config: ClassifierConfig,
     targets: Mapping[ParamPath, nnx.Variable],
     head: str | None,
@@ -220,15 +227,15 @@ def _load(
         name = stored.removeprefix(f"{head}.")
         return None if name == stored else parse_classifier_name(name, kind)
 
-    files = find_weights(directory)
+    files = checkpoint.files.values()
     loaded = load_variables(files, by_name, present(parse, absent), dtype)
     if head is None:
         return loaded
-    path = directory / HEADS_FILE
+    path = checkpoint.directory / HEADS_FILE
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing; it holds the head {head!r}.")
     heads = {name: by_name[name] for name in of_head}
-    found = load_variables([path], heads, parse_head, dtype)
+    found = load_variables([open_safetensors(path)], heads, parse_head, dtype)
     return loaded._replace(variables=loaded.variables | found.variables)
 
 

@@ -11,14 +11,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kashin_jax.errors import CheckpointError
-from kashin_jax.io.hub import checkpoint_directory
+from kashin_jax.io import open_checkpoint
 from kashin_jax.io.names import (
     StoredName,
     opt_name,
     parse_stored_name,
     tensor_name,
 )
-from kashin_jax.io.tensor_files import find_weights, read_json
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.reading import (
     abstract_state,
@@ -80,9 +79,12 @@ def load_opt(
       UsageError: If `dtype` is not supported.
     """
     dtype = check_dtype(dtype)
-    directory = checkpoint_directory(path_or_id)
-    source = directory / "config.json"
-    config = OPTConfig.from_dict(read_json(source), str(source))
+    checkpoint = open_checkpoint(path_or_id)
+    directory = checkpoint.directory
+    source = str(directory / "config.json")
+    if not checkpoint.config:
+        raise CheckpointError(f"{source}: is missing; copy or download it.")
+    config = OPTConfig.from_dict(checkpoint.config, source)
     graphdef, state = abstract_state(OPTForCausalLM, config, dtype)
     targets = dict(nnx.to_flat_state(state))
     if config.tie_word_embeddings:
@@ -92,7 +94,7 @@ def load_opt(
     by_name = {tensor_name(path): (path, targets[path]) for path in targets}
     left = {parse_stored_name(name).name for name in absent}
     loaded, stored_dtype = load_variables(
-        find_weights(directory), by_name, present(_parse, absent), dtype
+        checkpoint.files.values(), by_name, present(_parse, absent), dtype
     )
     loaded |= {by_name[name][0]: by_name[name][1] for name in left & by_name.keys()}
     if config.tie_word_embeddings and (head := loaded.pop(_HEAD, None)) is not None:

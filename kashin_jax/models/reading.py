@@ -3,7 +3,6 @@
 import collections
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
+from kashin_jax.io import TensorFile
 from kashin_jax.io.names import StoredName
-from kashin_jax.io.tensor_files import iter_tensors
 
 __all__ = [
     "LoadedVariables",
@@ -104,7 +103,7 @@ def present(parse: ParseName, absent: Collection[str]) -> ParseName:
 
 
 def load_variables(
-    files: Iterable[Path],
+    files: Collection[TensorFile],
     targets: Mapping[str, tuple[ParamPath, nnx.Variable]],
     parse: ParseName,
     dtype: np.dtype,
@@ -141,16 +140,18 @@ def load_variables(
         sizes[tensor.value.dtype.name] += tensor.value.size
     if not sizes:
         raise CheckpointError(
-            f"{', '.join(map(str, files))}: nothing to load is in there; get new files."
+            f"{', '.join(str(file.path) for file in files)}: nothing to load is in "
+            "there; get new files."
         )
     return LoadedVariables(loaded, sizes.most_common(1)[0][0])
 
 
-def _read(files: Iterable[Path], parse: ParseName) -> Iterator[_Tensor]:
+def _read(files: Iterable[TensorFile], parse: ParseName) -> Iterator[_Tensor]:
     for file in files:
-        for stored, value in iter_tensors(file):
+        for stored in file.specs:
             if (parsed := parse(stored)) is not None:
-                yield _Tensor(f"{file}: `{stored}`", *parsed, value)
+                label = f"{file.path}: `{stored}`"
+                yield _Tensor(label, *parsed, file.read(stored))
 
 
 def _converted(

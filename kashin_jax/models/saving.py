@@ -1,25 +1,23 @@
 """Saving models in Hugging Face's layout."""
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
+from kashin_jax.errors import NonFiniteError, UsageError
+from kashin_jax.io import make_directory, write_json, write_tensors
 from kashin_jax.io.names import opt_name
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_names import classifier_name
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.reading import ParamPath, abstract_state
 
-__all__ = ["save_classifier", "save_opt", "stored_array", "write_tensors"]
+__all__ = ["save_classifier", "save_opt", "stored_array"]
 
 
 def save_opt(
@@ -95,18 +93,10 @@ def _save(
 ) -> None:
     dtype = jnp.dtype(dtype)
     tensors = _tensors(model, expected, name, dtype)
-    text = json.dumps(content | {"torch_dtype": dtype.name}, indent=2) + "\n"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _replace(
-            directory / "model.safetensors", lambda path: write_tensors(path, tensors)
-        )
-        _replace(directory / "config.json", lambda path: path.write_text(text, "utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{directory}: cannot be written ({error.strerror}); choose another "
-            "directory."
-        ) from error
+    make_directory(directory)
+    # Readers of transformers refuse files that do not say whose layout they have.
+    write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    write_json(directory / "config.json", content | {"torch_dtype": dtype.name})
 
 
 def _tensors(
@@ -155,22 +145,3 @@ def stored_array(
     if not np.isfinite(stored).all():
         raise NonFiniteError(f"`{name}` is not finite in {dtype.name}.")
     return np.ascontiguousarray(stored)
-
-
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file that `transformers` reads, open as the umask says."""
-    # safetensors makes files that only their owner can read, whatever the umask says.
-    path.touch()
-    mode = path.stat().st_mode
-    # Readers of transformers refuse files that do not say whose layout they have.
-    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
-    path.chmod(mode)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

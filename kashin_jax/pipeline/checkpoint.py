@@ -18,7 +18,6 @@ from kashin_jax.io import (
     PlannedTensor,
     TensorWriter,
     atomic_path,
-    copy_bytes,
     open_checkpoint,
     open_shard,
     plan_plain,
@@ -30,7 +29,6 @@ from kashin_jax.io import (
     write_index,
     write_stored,
 )
-from kashin_jax.io.sources import open_source
 from kashin_jax.methods import QuantizationReport, config_to_json, quantize
 from kashin_jax.pipeline.checkpoint_plan import (
     LayerPlan,
@@ -92,8 +90,9 @@ def quantize_checkpoint(
     `quantize_model` finds for the loaded model with `jax.random.key(seed)`.
 
     Args:
-      source: A checkpoint in Hugging Face's layout: safetensors, or else Flax's msgpack
-        files, which give the same result.
+      source: A checkpoint in Hugging Face's layout, or its hub id: safetensors, or else
+        Flax's msgpack files, which give the same result. Those are read whole, one at
+        a time, so that the largest of them bounds the memory, too.
       target: Must not exist, be empty, or hold an unfinished run of the same call.
       rules: Which matrices, and how; None takes `Rules()`.
       seed: Of everything random.
@@ -105,7 +104,7 @@ def quantize_checkpoint(
       NonFiniteError: If a matrix holds NaN or infinity; names it.
     """
     rules = Rules() if rules is None else rules
-    checkpoint = open_source(source)
+    checkpoint = open_checkpoint(source)
     plan = plan_checkpoint(checkpoint, rules)
     target = _separate(checkpoint.directory, Path(target))
     digest = fingerprint(checkpoint, rules, seed, max_shard_bytes)
@@ -118,7 +117,7 @@ def quantize_checkpoint(
 
     def write(writer: TensorWriter, name: str) -> dict[str, Any] | None:
         if name not in plan.layers:
-            copy_bytes(checkpoint.file_of(name), name, writer.sink(name))
+            checkpoint.copy(name, writer.sink(name))
             return None
         layer = plan.layers[name]
         key = layer_key(root, layer.path, plan.groups)
@@ -248,7 +247,7 @@ def dequantize_checkpoint(
 
     def write(writer: TensorWriter, name: str) -> None:
         if not checkpoint.is_packed(name):
-            copy_bytes(checkpoint.file_of(name), name, writer.sink(name))
+            checkpoint.copy(name, writer.sink(name))
             return
         tensor: Any = checkpoint.load(name)
         matrix = np.asarray(dequantize(tensor))

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from kashin_jax.io import Checkpoint
-from kashin_jax.io.sources import open_source
+from kashin_jax.io import Checkpoint, open_checkpoint
 from kashin_jax.pipeline.records import REPORT_NAME, read_report
 
 __all__ = ["Inspection", "TensorRow", "inspect_checkpoint"]
@@ -68,7 +67,7 @@ def inspect_checkpoint(directory: str | Path, *, verify: bool = True) -> Inspect
     Raises:
       CheckpointError: If a file is missing or malformed.
     """
-    checkpoint = open_source(directory)
+    checkpoint = open_checkpoint(directory)
     errors = _errors(checkpoint.directory / REPORT_NAME)
     rows = tuple(_rows(checkpoint, errors))
     packed = [row for row in rows if checkpoint.is_packed(row.name)]

@@ -10,9 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.io import Checkpoint
-from kashin_jax.io.hub import checkpoint_directory
-from kashin_jax.io.sources import open_source
+from kashin_jax.io import Checkpoint, open_checkpoint
 from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
@@ -47,8 +45,8 @@ def load_quantized(
         packed matrix belongs to no layer of it.
       NonFiniteError: If a weight is NaN or infinite, or overflows `dtype`.
     """
-    directory = checkpoint_directory(path_or_id)
-    checkpoint = open_source(directory)
+    checkpoint = open_checkpoint(path_or_id)
+    directory = checkpoint.directory
     refuse_foreign(checkpoint)
     packed = list(checkpoint.descriptions)
     loaded: LoadedModel | LoadedClassifier

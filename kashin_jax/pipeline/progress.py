@@ -27,7 +27,7 @@ def fingerprint(source: Checkpoint, rules: Rules, seed: int, shard_bytes: int) -
     files = []
     for name, file in source.files.items():
         status = file.path.stat()
-        entries = [(key, *entry) for key, entry in file.entries.items()]
+        entries = [(key, *spec) for key, spec in file.specs.items()]
         files.append([name, status.st_size, status.st_mtime_ns, entries])
     content = {
         "files": files,
