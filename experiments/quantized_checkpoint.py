@@ -15,8 +15,7 @@ from experiments.quantized_layers import decode
 from experiments.results import atomic_path
 from kashin_jax import Rules
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.io import read_json, save_checkpoint
-from kashin_jax.io.hub import checkpoint_directory
+from kashin_jax.io import checkpoint_directory, read_json, save_checkpoint
 from kashin_jax.layers import PackedKernel, QuantizedLinear
 from kashin_jax.methods import config_to_json
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier

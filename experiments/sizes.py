@@ -43,7 +43,7 @@ from experiments.results import (
 from experiments.tables import Column, Record, aligned_table, fixed
 from kashin_jax import BasisSpec, JointKashin, Rules
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.io import read_header
+from kashin_jax.io import open_safetensors
 from kashin_jax.methods import Method
 from kashin_jax.methods.joint.coder import EFFORTS
 from kashin_jax.pipeline import StreamResult, quantize_checkpoint
@@ -230,9 +230,9 @@ def _source_sizes(directory: Path) -> tuple[int, dict[str, int]]:
     """Weights of all tensors, and the bytes of each by name."""
     weights, sizes = 0, {}
     for path in sorted(directory.glob("*.safetensors")):
-        for name, entry in read_header(path).entries.items():
-            weights += math.prod(entry.shape)
-            sizes[name] = entry.stop - entry.start
+        for name, spec in open_safetensors(path).specs.items():
+            weights += math.prod(spec.shape)
+            sizes[name] = spec.size
     return weights, sizes
 
 

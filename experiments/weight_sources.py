@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kashin_jax.errors import CheckpointError, DataError
-from kashin_jax.io.tensor_files import iter_tensors
+from kashin_jax.io import open_safetensors
 from kashin_jax.methods.quantize import require_finite
 
 __all__ = ["MIN_SIDE", "ROWS", "SYNTHETIC", "WeightSource", "load_source"]
@@ -96,9 +96,9 @@ SYNTHETIC: Mapping[str, _Draw] = {
 def _read(path: Path) -> WeightSource:
     if not path.is_file():
         raise CheckpointError(f"{path}: is no file; give `--source` another path.")
-    matrices = {
-        name: _kernel(value) for name, value in iter_tensors(path) if _is_usable(value)
-    }
+    stored = open_safetensors(path)
+    tensors = ((name, stored.read(name)) for name in sorted(stored.specs))
+    matrices = {name: _kernel(value) for name, value in tensors if _is_usable(value)}
     if not matrices:
         raise DataError(
             f"{path}: has no floating 2-D tensor with sides of at least {MIN_SIDE}; "

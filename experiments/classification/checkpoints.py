@@ -18,8 +18,7 @@ from experiments.quantized_checkpoint import (
 from experiments.quantized_layers import checkpoint_sha256
 from experiments.tables import Record
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.io.hub import checkpoint_directory
-from kashin_jax.io.tensor_files import read_json
+from kashin_jax.io import checkpoint_directory, read_json
 from kashin_jax.models.classifier_loading import (
     LoadedClassifier,
     head_names,

@@ -7,8 +7,7 @@ from types import MappingProxyType
 from jaxtyping import Array, Float
 
 from experiments.text import ASSETS
-from kashin_jax.io.hub import checkpoint_directory
-from kashin_jax.io.tensor_files import read_json
+from kashin_jax.io import checkpoint_directory, read_json
 from kashin_jax.models.classifier_loading import head_names, load_classifier
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import selected_kernels
