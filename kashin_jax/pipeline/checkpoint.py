@@ -36,7 +36,7 @@ from kashin_jax.pipeline.checkpoint_plan import (
     plan_checkpoint,
     refuse_foreign,
 )
-from kashin_jax.pipeline.progress import (
+from kashin_jax.pipeline.resume import (
     claim_directory,
     fingerprint,
     release_directory,
