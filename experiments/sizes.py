@@ -201,10 +201,8 @@ def _size_fields(source: Path, result: StreamResult) -> dict[str, Any]:
     packed tensors, as reported, and the size of all others in the source.
     """
     weights, plain = _source_sizes(source)
-    packed = {r["tensor"]: math.prod(r["shape"]) for r in result.reports}
-    packed_bits = sum(
-        r["stored_bits_per_weight"] * packed[r["tensor"]] for r in result.reports
-    )
+    packed = {name: math.prod(r.shape) for name, r in result.reports.items()}
+    packed_bits = sum(report.stored_bits for report in result.reports.values())
     rest = sum(size for name, size in plain.items() if name not in packed)
     claimed = packed_bits / 8 + rest
     size, before = _bytes_of(result.directory), _bytes_of(source)

@@ -15,7 +15,7 @@ from tiny_classifier import make_classifier
 from kashin_jax import Rule, Rules, quantize_model
 from kashin_jax.io import open_checkpoint, save_checkpoint
 from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
-from kashin_jax.methods import method_names
+from kashin_jax.methods import config_to_json, method_names
 from kashin_jax.models.classifier_loading import load_classifier
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import (
@@ -83,7 +83,8 @@ def opt(tmp_path_factory):
 
 
 def test_every_method_finds_the_codes_on_disk_that_it_finds_in_memory(opt):
-    used = {record["method"] for record in opt.result.reports}
+    reports = opt.result.reports.values()
+    used = {config_to_json(report.config)["method"] for report in reports}
     assert used == set(method_names())
     found = packed_layers(open_checkpoint(opt.target))
     assert len(found) == 12
@@ -93,7 +94,10 @@ def test_every_method_finds_the_codes_on_disk_that_it_finds_in_memory(opt):
 def test_the_report_on_disk_is_that_of_quantize_model(opt):
     lines = (opt.target / REPORT_NAME).read_text().splitlines()
     records = {record["path"]: record for record in map(json.loads, lines)}
-    assert list(records.values()) == list(opt.result.reports)
+    assert [
+        {"tensor": name, **report.to_json()}
+        for name, report in opt.result.reports.items()
+    ] == list(records.values())
     assert records.keys() == opt.reports.keys()
     for path, report in opt.reports.items():
         expected = float(report.relative_squared_error)
@@ -211,7 +215,7 @@ def test_the_plan_has_the_sizes_that_are_written(opt):
         file = written.file_of(tensor.name)
         for name, spec in tensor.specs.items():
             assert file.entry(name).spec == spec
-    assert {layer.path for layer in plan.layers.values()} == opt.reports.keys()
+    assert {layer.choice.path for layer in plan.quantized} == opt.reports.keys()
 
 
 def test_the_files_are_as_large_as_the_stored_bits_claim(tmp_path):

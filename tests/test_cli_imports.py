@@ -7,7 +7,8 @@ from importlib import metadata
 
 import pytest
 
-from kashin_jax.cli.arguments import METHODS
+from kashin_jax.cli import main
+from kashin_jax.cli.arguments import Methods
 from kashin_jax.methods import method_names
 
 CODE = """
@@ -24,12 +25,12 @@ print("code", code, *sorted(heavy))
     [
         (["--help"], 0),
         (["--version"], 0),
-        (["quantize", "--help"], 0),
+        (["inspect", "--help"], 0),
         (["eval", "--help"], 0),
         ([], 2),
         (["quantize", "a"], 2),
         (["quantize", "a", "b", "--bits=x"], 2),
-        (["quantize", "a", "b", "--method=gptq"], 2),
+        (["quantize", "a", "--method"], 2),
     ],
 )
 def test_help_and_wrong_use_do_not_import_jax(arguments, code):
@@ -38,8 +39,13 @@ def test_help_and_wrong_use_do_not_import_jax(arguments, code):
     assert result.stdout.splitlines()[-1] == f"code {code}"
 
 
-def test_the_methods_of_the_command_are_those_of_the_library():
-    assert set(METHODS) == set(method_names())
+def test_the_methods_of_the_command_are_those_of_the_library(capsys):
+    assert tuple(Methods()) == method_names()
+    assert "rtn" in Methods() and "gptq" not in Methods()
+    assert main(["quantize", "--help"]) == 0
+    assert f"Methods: {', '.join(method_names())}." in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_the_version_is_known_without_importing_jax():

@@ -11,8 +11,8 @@ from quantized_sources import content, make_source
 from kashin_jax.cli import main
 from kashin_jax.cli.arguments import read_bits, read_size
 from kashin_jax.io import hash_file, open_checkpoint
-from kashin_jax.pipeline import checkpoint as streaming
 from kashin_jax.pipeline import inspect_checkpoint
+from kashin_jax.pipeline import run as pipeline_run
 
 COMMANDS = ["quantize", "inspect", "dequantize", "eval", "generate"]
 RTN = ["--method=rtn", "--bits=4"]
@@ -77,7 +77,7 @@ print("kashin_jax.models" in sys.modules, "kashin_jax.cli.commands" in sys.modul
         (["quantize", "a", "b", "--bits=four"], "'four' is not a number of bits"),
         (["quantize", "a", "b", "--bits=inf"], "number of bits"),
         (["quantize", "a", "b", "--bits=-2"], "number of bits"),
-        (["quantize", "a", "b", "--method=gptq"], "gptq"),
+        (["quantize", "a", "b", "--method=gptq"], "choose from 'kashin-joint'"),
         (["quantize", "a", "b", "--seed=-1"], "whole number"),
         (["quantize", "a", "b", "--seed=4294967296"], "whole number"),
         (["quantize", "a", "b", "--max-shard-size=5 apples"], "such as 500MB"),
@@ -265,7 +265,7 @@ def test_ctrl_c_is_exit_code_130_and_the_run_goes_on(
     kashin, source, quantized, tmp_path, monkeypatch
 ):
     arguments = ["quantize", source, tmp_path / "q", *RTN]
-    count, quantize = 0, streaming.quantize
+    count, quantize = 0, pipeline_run.quantize_stack
 
     def interrupted(*args, **kwargs):
         nonlocal count
@@ -274,7 +274,7 @@ def test_ctrl_c_is_exit_code_130_and_the_run_goes_on(
             raise KeyboardInterrupt
         return quantize(*args, **kwargs)
 
-    monkeypatch.setattr(streaming, "quantize", interrupted)
+    monkeypatch.setattr(pipeline_run, "quantize_stack", interrupted)
     failed(kashin(*arguments), 130, "interrupted")
     assert kashin(*arguments)[0] == 0
     assert content(tmp_path / "q") == content(quantized)

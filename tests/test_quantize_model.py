@@ -189,7 +189,7 @@ def test_the_output_head_is_left_out_unless_it_is_selected(network):
 
 
 def test_selecting_nothing_is_an_error(network):
-    with pytest.raises(ValueError, match="has 5 nnx.Linear layers and `select`"):
+    with pytest.raises(ValueError, match="Of 5 nnx.Linear layers `select` takes none"):
         quantize_model(network, CONFIG, KEY, select=lambda path: False)
 
 

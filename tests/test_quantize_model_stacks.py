@@ -109,7 +109,7 @@ def test_a_stack_gives_what_its_matrices_give_alone(network, config):
 
 
 def test_plan_and_report_count_all_matrices_of_a_stack(network):
-    (planned, _), _ = plan_model(network, RTN(bits=4))
+    planned, _ = plan_model(network, RTN(bits=4)).layers
     result = quantize_model(network, RTN(bits=4), KEY)
     report = result.reports["blocks/k_proj"]
     assert report.shape == (DEPTH, WIDTH, WIDTH) == planned.choice.candidate.shape

@@ -126,7 +126,7 @@ def test_kernels_that_are_no_matrices_stay_and_the_plan_says_why(params, capsys)
         f"{attention}/value": "has 3 axes",
         "layers_0": None,
         "layers_1": None,
-        "lm_head": "not selected",
+        "lm_head": "skipped by default",
     }
     rules = Rules(config=RTN(), rules=[Rule("query", RTN())])
     with pytest.raises(UsageError, match="'query' matches none of 4 layers"):
@@ -157,7 +157,7 @@ def test_any_tree_keeps_its_structure(params, make):
 
 def test_matrices_of_other_names_need_a_rule():
     tree = {"w1": jnp.ones((16, 8)), "b1": jnp.zeros(8), "w2": np.ones((8, 8))}
-    with pytest.raises(UsageError, match="has 0 kernels"):
+    with pytest.raises(UsageError, match="Of 0 kernels the rules quantize none"):
         quantize_params(tree, RTN())
     rules = Rules(config=RTN(), rules=[Rule("^w", RTN(bits=2))])
     result = quantize_params(tree, rules=rules)

@@ -1,10 +1,11 @@
-"""Values of the command line, read strictly; what is wrong with one says argparse."""
+"""Reading values of the command line strictly: argparse adds which flag was wrong."""
 
 import argparse
 import math
+from collections.abc import Iterator
 
 __all__ = [
-    "METHODS",
+    "Methods",
     "read_bits",
     "read_count",
     "read_seed",
@@ -12,20 +13,23 @@ __all__ = [
     "read_temperature",
 ]
 
-# `method_names()`, written out: importing it would import JAX.
-METHODS = (
-    "kashin-joint",
-    "kashin",
-    "uniform",
-    "k-means",
-    "k-means-channel",
-    "rtn",
-    "nf4",
-    "hqq",
-    "rotate-rtn",
-    "rotate-k-means",
-)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1, "": 1}
+
+
+class Methods:
+    """Names of all methods that are registered when somebody asks for them.
+
+    Knowing them takes JAX, which other uses of the command need not wait for.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        # Late, see above.
+        from kashin_jax.methods import method_names
+
+        return iter(method_names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
 
 
 def read_bits(text: str) -> int | float:

@@ -27,6 +27,7 @@ from kashin_jax.models.loading import LoadedModel
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from kashin_jax.pipeline import (
     Inspection,
+    Plan,
     Rules,
     dequantize_checkpoint,
     inspect_checkpoint,
@@ -35,7 +36,6 @@ from kashin_jax.pipeline import (
     quantize_checkpoint,
     rules_from_json,
 )
-from kashin_jax.pipeline.checkpoint_plan import Plan
 from kashin_jax.pipeline.table import aligned
 
 __all__ = [
@@ -101,23 +101,25 @@ def _read_rules(path: Path) -> dict[str, Any]:
 
 def _print_plan(plan: Plan) -> None:
     rows = [["tensor", "layer", "shape", "method", "bits/weight", "bytes"]]
-    for tensor in plan.tensors:
-        if tensor.name not in plan.layers or tensor.description is None:
-            continue
-        layer = plan.layers[tensor.name]
-        m, n = tensor.description["layout"]["shape"]
-        fields = config_to_json(layer.config)
-        rows.append([
-            tensor.name, layer.path, f"{m} x {n}",
-            f"{fields['method']}, {fields['bits']} bits",
-            f"{8 * tensor.size / (m * n):.3f}", f"{tensor.size:,}",
-        ])  # fmt: skip
+    for layer in plan.quantized:
+        candidate, config, _ = layer.choice
+        assert config is not None, "of quantized layers"
+        rows.append(
+            [
+                layer.choice.name,
+                layer.choice.path,
+                " x ".join(map(str, candidate.shape)),
+                f"{config_to_json(config)['method']}, {config.bits} bits",
+                f"{layer.bits_per_weight:.3f}",
+                f"{layer.bytes_after:,}",
+            ]
+        )
     print(aligned(rows, left=4))
-    kept = [t for t in plan.tensors if t.name not in plan.layers]
+    packed = sum(layer.bytes_after for layer in plan.quantized)
     print(
-        f"{len(plan.layers)} matrices quantized, {len(kept)} tensors copied "
-        f"({sum(t.size for t in kept):,} bytes); "
-        f"{sum(t.size for t in plan.tensors):,} bytes in all."
+        f"{len(plan.quantized)} matrices quantized, "
+        f"{len(plan.tensors) - len(plan.quantized)} tensors copied "
+        f"({plan.bytes_after - packed:,} bytes); {plan.bytes_after:,} bytes in all."
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kashin_jax.cli.arguments import (
-    METHODS,
+    Methods,
     read_bits,
     read_count,
     read_seed,
@@ -23,7 +23,18 @@ _EPILOGUE = """\
 Exit codes: 0 done; 1 a file or its content is unusable; 2 wrong use; 130 interrupted
 (an interrupted `quantize` goes on where it was when it is repeated).
 """
-_Parser = argparse.ArgumentParser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help may end in something that takes time to find out."""
+
+    late_epilog: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        """The help; argparse asks for it only when it is to be printed."""
+        if self.late_epilog is not None:
+            self.epilog = self.late_epilog()
+        return super().format_help()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +104,14 @@ def _quantize(commands: Any) -> None:
     parser.add_argument(
         "--bits", type=read_bits, help="code width; the method's own when left out"
     )
-    parser.add_argument("--method", choices=METHODS, help=f"{METHODS[0]} when left out")
+    parser.add_argument(
+        "--method",
+        choices=Methods(),
+        # In place of the choices: usage is printed for every wrong use.
+        metavar="METHOD",
+        help="the first of those named below when left out",
+    )
+    parser.late_epilog = lambda: f"Methods: {', '.join(Methods())}."
     parser.add_argument(
         "--rules",
         metavar="FILE",

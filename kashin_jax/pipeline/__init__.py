@@ -5,8 +5,8 @@ from kashin_jax.pipeline.checkpoint import StreamResult as StreamResult
 from kashin_jax.pipeline.checkpoint import (
     dequantize_checkpoint as dequantize_checkpoint,
 )
+from kashin_jax.pipeline.checkpoint import plan_checkpoint as plan_checkpoint
 from kashin_jax.pipeline.checkpoint import quantize_checkpoint as quantize_checkpoint
-from kashin_jax.pipeline.checkpoint_plan import plan_checkpoint as plan_checkpoint
 from kashin_jax.pipeline.inspecting import Inspection as Inspection
 from kashin_jax.pipeline.inspecting import TensorRow as TensorRow
 from kashin_jax.pipeline.inspecting import inspect_checkpoint as inspect_checkpoint
@@ -24,8 +24,8 @@ from kashin_jax.pipeline.params import quantize_params as quantize_params
 from kashin_jax.pipeline.paths import path_key as path_key
 from kashin_jax.pipeline.plan import LayerPlan as LayerPlan
 from kashin_jax.pipeline.plan import Plan as Plan
-from kashin_jax.pipeline.policy import default_select as default_select
-from kashin_jax.pipeline.records import REPORT_NAME as REPORT_NAME
+from kashin_jax.pipeline.plan import packed_size as packed_size
+from kashin_jax.pipeline.report import REPORT_NAME as REPORT_NAME
 from kashin_jax.pipeline.report import LayerReport as LayerReport
 from kashin_jax.pipeline.report import outliers as outliers
 from kashin_jax.pipeline.report import report_table as report_table
@@ -33,6 +33,7 @@ from kashin_jax.pipeline.rules import DEFAULT_SKIPS as DEFAULT_SKIPS
 from kashin_jax.pipeline.rules import SHARED_INPUTS as SHARED_INPUTS
 from kashin_jax.pipeline.rules import Rule as Rule
 from kashin_jax.pipeline.rules import Rules as Rules
+from kashin_jax.pipeline.rules import default_select as default_select
 from kashin_jax.pipeline.rules import rules_from_json as rules_from_json
 from kashin_jax.pipeline.rules import rules_to_json as rules_to_json
 
@@ -58,6 +59,7 @@ __all__ = [
     "load_quantized",
     "outliers",
     "packed_layers",
+    "packed_size",
     "path_key",
     "plan_checkpoint",
     "plan_model",

@@ -1,7 +1,7 @@
 """Quantizing a checkpoint that may be larger than memory, and undoing it."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from kashin_jax.io import (
     atomic_path,
     open_checkpoint,
     open_shard,
+    plan_packed,
     plan_plain,
     plan_shards,
     quantization_config,
@@ -29,35 +30,44 @@ from kashin_jax.io import (
     write_index,
     write_stored,
 )
-from kashin_jax.methods import QuantizationReport, config_to_json, quantize
-from kashin_jax.pipeline.checkpoint_plan import (
+from kashin_jax.pipeline.names import layer_names
+from kashin_jax.pipeline.plan import (
+    Candidate,
+    Choice,
     LayerPlan,
     Plan,
-    plan_checkpoint,
-    refuse_foreign,
+    choose_methods,
+    make_plan,
 )
+from kashin_jax.pipeline.report import REPORT_NAME, LayerReport, read_report
 from kashin_jax.pipeline.resume import (
     claim_directory,
     fingerprint,
-    release_directory,
-)
-from kashin_jax.pipeline.records import (
-    REPORT_NAME,
+    is_finished,
     join_parts,
+    keep_directory,
+    release_directory,
     remove_parts,
     write_part,
 )
 from kashin_jax.pipeline.rules import Rules, rules_to_json
-from kashin_jax.pipeline.sharing import InputScales, layer_key
-from kashin_jax.tensors import bits_per_weight, dequantize
+from kashin_jax.pipeline.run import LayerQuantizer
+from kashin_jax.tensors import dequantize
 
-__all__ = ["StreamResult", "dequantize_checkpoint", "quantize_checkpoint"]
+__all__ = [
+    "StreamResult",
+    "dequantize_checkpoint",
+    "plan_checkpoint",
+    "quantize_checkpoint",
+    "refuse_foreign",
+]
 
+_FLOATS = frozenset({"float32", "bfloat16", "float16"})
 # Weights in any form; the other files of a checkpoint go along.
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".pt", ".pth", ".onnx", ".gguf")
 _OWN = frozenset({"config.json", "model.safetensors.index.json", REPORT_NAME})
 
-WriteTensor = Callable[[TensorWriter, str], dict[str, Any] | None]
+WriteTensor = Callable[[TensorWriter, str], LayerReport | None]
 
 
 class StreamResult(NamedTuple):
@@ -65,13 +75,79 @@ class StreamResult(NamedTuple):
 
     Attributes:
       directory: Of the new checkpoint.
-      reports: A record per quantized matrix, as in `quantization_report.jsonl`.
+      reports: By name of the tensor, as `quantization_report.jsonl` holds them.
       resumed: Shards that an earlier run had finished.
     """
 
     directory: Path
-    reports: tuple[dict[str, Any], ...]
+    reports: dict[str, LayerReport]
     resumed: int
+
+
+def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
+    """Applies rules to every matrix of a checkpoint; quantizes and reads nothing.
+
+    Matrices are the floating-point tensors of two axes named `weight`, `kernel` or
+    `embedding`.
+
+    Raises:
+      UsageError: If the checkpoint is quantized already, a rule matches nothing, a
+        method cannot code a matrix of that shape, or nothing is to be quantized.
+      CheckpointError: If `config.json` is not what its architecture needs.
+    """
+    refuse_foreign(source)
+    if source.descriptions:
+        raise UsageError(
+            f"{source.directory}: is quantized already; name the original checkpoint, "
+            "or undo it with `kashin dequantize`."
+        )
+    candidates = _candidates(source)
+    what = f"matrices of {source.directory}"
+    rules = Rules() if rules is None else rules
+    choices = choose_methods(candidates, None, rules, None, what=what)
+    matrices = {each.stored_name for each in candidates}
+    others = [name for name in source.names() if name not in matrices]
+    plan = make_plan(choices, sum(source.spec(name).size for name in others))
+    packed = {layer.choice.name: layer for layer in plan.quantized}
+    tensors = (_stored(source, name, packed.get(name)) for name in source.names())
+    return plan._replace(tensors=tuple(tensors))
+
+
+def refuse_foreign(checkpoint: Checkpoint) -> None:
+    """Raises UsageError if another library quantized a checkpoint."""
+    method = (checkpoint.quantization or {}).get("quant_method", "kashin")
+    if method != "kashin":
+        raise UsageError(
+            f"{checkpoint.directory}: is quantized by the method {str(method)[:40]!r} "
+            "of another library; name the original checkpoint."
+        )
+
+
+def _candidates(source: Checkpoint) -> list[Candidate]:
+    where = str(source.directory / "config.json")
+    found = []
+    for name, layer in layer_names(source.names(), source.config, where).items():
+        spec = source.spec(name)
+        if spec.dtype not in _FLOATS or len(spec.shape) != 2 or 0 in spec.shape:
+            continue
+        found.append(
+            Candidate(
+                paths=(layer.path,),
+                shape=spec.shape[::-1] if layer.is_transposed else spec.shape,
+                dtype=spec.dtype,
+                stored_name=name,
+                is_transposed=layer.is_transposed,
+            )
+        )
+    return found
+
+
+def _stored(source: Checkpoint, name: str, plan: LayerPlan | None) -> PlannedTensor:
+    if plan is None:
+        spec = source.spec(name)
+        return plan_plain(name, spec.dtype, spec.shape)
+    is_transposed = plan.choice.candidate.is_transposed
+    return plan_packed(name, plan.packed, is_transposed=is_transposed)
 
 
 def quantize_checkpoint(
@@ -81,6 +157,7 @@ def quantize_checkpoint(
     *,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    exist_ok: bool = False,
 ) -> StreamResult:
     """Quantizes a checkpoint into a directory of safetensors files, tensor by tensor.
 
@@ -97,6 +174,10 @@ def quantize_checkpoint(
       rules: Which matrices, and how; None takes `Rules()`.
       seed: Of everything random.
       max_shard_bytes: Of the data of a shard.
+      exist_ok: Whether `target` may also hold what the same call finished, which is
+        then returned without any work. For this a hidden file stays in it, which tells
+        what it was made from: the source, as its headers and times of change show it,
+        rules, seed, shards and versions.
 
     Raises:
       UsageError: If the rules do not suit the checkpoint, or `target` is taken.
@@ -107,35 +188,38 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(source)
     plan = plan_checkpoint(checkpoint, rules)
     target = _separate(checkpoint.directory, Path(target))
-    digest = fingerprint(checkpoint, rules, seed, max_shard_bytes)
+    digest = fingerprint(checkpoint, rules, seed, max_shard_bytes, plan.tensors)
+    if exist_ok and is_finished(target, digest):
+        files = open_checkpoint(target).files
+        return StreamResult(target, read_report(target / REPORT_NAME), len(files))
     claim_directory(target, digest)
-    root = jax.random.key(seed)
-    names = {layer.path: name for name, layer in plan.layers.items()}
-    scales = InputScales(
-        plan.groups, lambda path: _kernel(checkpoint, names[path], plan)
+    choices = {layer.choice.name: layer.choice for layer in plan.quantized}
+    quantizer = LayerQuantizer(
+        list(choices.values()),
+        rules,
+        jax.random.key(seed),
+        lambda choice: _kernel(checkpoint, choice),
     )
 
-    def write(writer: TensorWriter, name: str) -> dict[str, Any] | None:
-        if name not in plan.layers:
+    def write(writer: TensorWriter, name: str) -> LayerReport | None:
+        if name not in choices:
             checkpoint.copy(name, writer.sink(name))
             return None
-        layer = plan.layers[name]
-        key = layer_key(root, layer.path, plan.groups)
-        # First, and alone in memory: others of its group are read for it.
-        scale = scales(layer.path)
-        kernel = _kernel(checkpoint, name, plan)
-        tensor, report = quantize(kernel, layer.config, key, path=name, in_scale=scale)
-        del kernel
+        tensor, report = quantizer(choices[name])
         write_stored(writer, name, tensor)
-        return _record(name, layer, tensor, report)
+        # Kept until the shard is whole: no arrays.
+        return report.summary()
 
     shards, resumed = _write_shards(target, plan.tensors, max_shard_bytes, write)
     reports = join_parts(target, shards)
     _copy_others(checkpoint.directory, target)
     described = quantization_config(rules_to_json(rules), seed, plan.tensors)
     write_config(target, checkpoint.config, described)
-    release_directory(target)
-    return StreamResult(target, tuple(reports), resumed)
+    if exist_ok:
+        keep_directory(target, digest)
+    else:
+        release_directory(target)
+    return StreamResult(target, reports, resumed)
 
 
 def _separate(source: Path, target: Path) -> Path:
@@ -144,30 +228,10 @@ def _separate(source: Path, target: Path) -> Path:
     return target
 
 
-def _kernel(source: Checkpoint, name: str, plan: Plan) -> Array:
-    stored = source.load(name)
+def _kernel(source: Checkpoint, choice: Choice) -> Array:
+    stored = source.load(choice.name)
     assert isinstance(stored, np.ndarray)
-    return jnp.asarray(stored.T if plan.layers[name].is_transposed else stored)
-
-
-def _record(
-    name: str, layer: LayerPlan, tensor: Any, report: QuantizationReport
-) -> dict[str, Any]:
-    record = {
-        "tensor": name,
-        "path": layer.path,
-        "shape": list(tensor.shape),
-        **config_to_json(layer.config),
-        "stored_bits_per_weight": bits_per_weight(tensor),
-        "relative_squared_error": float(report.relative_squared_error),
-    }
-    if report.decomposition is not None:
-        record |= {
-            key: float(jnp.max(report.decomposition[key]))
-            for key in ("residual", "max_u", "max_v", "num_steps")
-        }
-        record["converged"] = bool(jnp.all(report.decomposition["converged"]))
-    return record
+    return jnp.asarray(stored.T if choice.candidate.is_transposed else stored)
 
 
 def _write_shards(
@@ -191,13 +255,14 @@ def _write_shards(
             path = target / name
             if name not in finished:
                 with open_shard(path, shard) as writer:
-                    found = []
+                    reports = {}
                     for tensor in shard:
                         progress.set_description(tensor.name)
-                        found.append(write(writer, tensor.name))
+                        if (report := write(writer, tensor.name)) is not None:
+                            reports[tensor.name] = report
                         progress.update(tensor.size)
                     # Before the shard appears: a shard without its report is none.
-                    write_part(target, name, [each for each in found if each])
+                    write_part(target, name, reports)
             records.append(record_file(path))
     write_index(target, records)
     return names, len(finished)
@@ -241,9 +306,9 @@ def dequantize_checkpoint(
     if not checkpoint.descriptions:
         raise UsageError(f"{source}: holds no packed tensors; it can be used as it is.")
     target = _separate(checkpoint.directory, Path(target))
-    digest = fingerprint(checkpoint, Rules(), 0, max_shard_bytes)
+    planned = [_stored(checkpoint, name, None) for name in checkpoint.names()]
+    digest = fingerprint(checkpoint, Rules(), 0, max_shard_bytes, planned)
     claim_directory(target, digest)
-    planned = list(_plain(checkpoint))
 
     def write(writer: TensorWriter, name: str) -> None:
         if not checkpoint.is_packed(name):
@@ -260,9 +325,3 @@ def dequantize_checkpoint(
     write_config(target, checkpoint.config)
     release_directory(target)
     return target
-
-
-def _plain(checkpoint: Checkpoint) -> Iterator[PlannedTensor]:
-    for name in checkpoint.names():
-        spec = checkpoint.spec(name)
-        yield plan_plain(name, spec.dtype, spec.shape)

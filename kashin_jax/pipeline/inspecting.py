@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kashin_jax.io import Checkpoint, open_checkpoint
-from kashin_jax.pipeline.records import REPORT_NAME, read_report
+from kashin_jax.pipeline.report import REPORT_NAME, read_report
 
 __all__ = ["Inspection", "TensorRow", "inspect_checkpoint"]
 
@@ -102,6 +102,6 @@ def _errors(report: Path) -> dict[str, float]:
     if not report.exists():
         return {}
     return {
-        str(record["tensor"]): float(record["relative_squared_error"])
-        for record in read_report(report)
+        name: float(found.relative_squared_error)
+        for name, found in read_report(report).items()
     }

@@ -15,7 +15,7 @@ from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
 from kashin_jax.models.loading import LoadedModel, load_opt
-from kashin_jax.pipeline.checkpoint_plan import refuse_foreign
+from kashin_jax.pipeline.checkpoint import refuse_foreign
 from kashin_jax.pipeline.names import layer_names
 from kashin_jax.tensors import QuantizedTensor
 

@@ -1,33 +1,29 @@
 """Whole NNX models: the dense layers of a plan replaced by packed ones."""
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
-from tqdm import tqdm
 
 from kashin_jax.errors import UsageError
-from kashin_jax.layers.packed import Inputs, pack
-from kashin_jax.methods import Method, QuantizationReport
-from kashin_jax.methods.stacks import quantize_stack
-from kashin_jax.pipeline.paths import join
-from kashin_jax.pipeline.plan import Plan, make_plan
-from kashin_jax.pipeline.policy import (
+from kashin_jax.layers.embed import QuantizedEmbed
+from kashin_jax.layers.linear import QuantizedLinear, require_plain_product
+from kashin_jax.layers.packed import Inputs, Packed, pack
+from kashin_jax.methods import Method
+from kashin_jax.pipeline.paths import join, natural
+from kashin_jax.pipeline.plan import (
+    Candidate,
     Choice,
-    Policy,
+    Plan,
     Select,
     choose_methods,
-    default_select,
-    make_policy,
+    make_plan,
 )
-from kashin_jax.pipeline.report import LayerReport, run_layer, warn_of_outliers
-from kashin_jax.pipeline.rules import Rules
-from kashin_jax.pipeline.sharing import InputScales, chosen_groups, layer_key
-from kashin_jax.pipeline.targets import Target, find_targets, other_bytes, put
-from kashin_jax.tensors import QuantizedTensor
+from kashin_jax.pipeline.report import LayerReport
+from kashin_jax.pipeline.rules import Rules, default_select
+from kashin_jax.pipeline.run import Coded, LayerQuantizer, quantize_each, reported
 
 __all__ = [
     "QuantizedModel",
@@ -38,7 +34,10 @@ __all__ = [
 ]
 
 Model = TypeVar("Model", bound=nnx.Module)
-QuantizeLayer = Callable[[str, Array], tuple[QuantizedTensor, QuantizationReport]]
+QuantizeLayer = Callable[[str, Array], Coded]
+
+# The attribute that holds the matrix. Subclasses may compute anything: exact types.
+_MATRIX: dict[type, str] = {nnx.Linear: "kernel", nnx.Embed: "embedding"}
 
 
 class QuantizedModel(NamedTuple):
@@ -51,6 +50,28 @@ class QuantizedModel(NamedTuple):
 
     model: Any
     reports: dict[str, LayerReport]
+
+
+class Layer(NamedTuple):
+    """A dense layer and the attributes or items of the model that hold it."""
+
+    path: str
+    node: Any
+    holders: tuple[tuple[Any, Any], ...]
+
+
+class Target(NamedTuple):
+    """A matrix, and the layers that use it; none where it has to stay.
+
+    Attributes:
+      candidate: What is to be decided about.
+      variable: Holds the matrix.
+      layers: Those of the paths of the candidate, in order.
+    """
+
+    candidate: Candidate
+    variable: nnx.Variable[Array]
+    layers: tuple[Layer, ...]
 
 
 def quantize_model(
@@ -66,9 +87,8 @@ def quantize_model(
 ) -> QuantizedModel:
     """Replaces layers of any NNX model by packed ones.
 
-    Every `nnx.Linear` becomes a `QuantizedLinear`, output heads apart; with rules,
-    those that they say, and an `nnx.Embed` that one of them names becomes a
-    `QuantizedEmbed`.
+    Every `nnx.Linear` that the rules do not leave out becomes a `QuantizedLinear`, and
+    an `nnx.Embed` that one of them names a `QuantizedEmbed`.
     Norms and everything that is not exactly of these types stay as they are. Of a stack
     of kernels, as `nnx.vmap` and `nnx.scan` make them, every matrix is quantized alone,
     with a key folded from its index too, and the layer holds a stack again. Each
@@ -84,9 +104,9 @@ def quantize_model(
       model: Not changed, unless `in_place`.
       config: The method; None takes that of the rules, or joint coding at 4 bits.
       key: Root key; `jax.random.key(0)` when None.
-      rules: A method for each layer.
-      select: Called with paths; false leaves a layer out. None takes every linear but
-        those of the output head, or what the rules say.
+      rules: A method for each layer; None takes `Rules(config=config)`.
+      select: Called with paths; false leaves a layer out. Given without rules, it
+        stands in the place of the default skip list.
       quantize_layer: Called as `(path, kernel)` in place of `quantize`, by callers that
         keep finished layers; None quantizes with the planned method and the layer's
         key.
@@ -107,65 +127,43 @@ def quantize_model(
         print(plan_model(model, config, rules=rules, select=select))
         return QuantizedModel(model, {})
     root = jax.random.key(0) if key is None else key
-    choices = _choices(find_targets(model), make_policy(config, rules, select))
+    # Nothing else holds the targets: in place, it would hold the dense kernels.
+    choices = _choices(find_targets(model), config, rules, select)
+    changed = _Replacing(model if in_place else nnx.clone(model, variables=False))
+    quantizer: Callable[[Choice], tuple[Any, LayerReport]]
     if quantize_layer is None:
         # Methods that cannot code a matrix say so before hours of work, not after.
         make_plan(choices, 0)
-    methods = {c.path: c.config for c in choices if c.config is not None}
-    result = model if in_place else nnx.clone(model, variables=False)
-    pending = deque(
-        target
-        for target in find_targets(result)
-        if target.candidate.paths[0] in methods
-    )
+        quantizer = LayerQuantizer(choices, rules, root, changed.kernel)
+    else:
+        own = quantize_layer
 
-    def kernel_of(path: str) -> Array:
-        (target,) = (each for each in pending if each.candidate.paths[0] == path)
-        return target.variable.get_value()
+        def quantizer(choice: Choice) -> tuple[Any, LayerReport]:
+            kernel = changed.kernel(choice)
+            return reported(choice.path, None, lambda: own(choice.path, kernel))
 
-    groups = chosen_groups(choices, rules)
-    scales = InputScales(groups, kernel_of)
-
-    def run(path: str, kernel: Array) -> tuple[Any, LayerReport]:
-        if quantize_layer is not None:
-            return run_layer(lambda: quantize_layer(path, kernel), None)
-        method, own = methods[path], layer_key(root, path, groups)
-        return run_layer(
-            lambda: quantize_stack(
-                kernel, method, own, path=path, in_scale=scales(path)
-            ),
-            method,
-        )
-
-    result, reports = _replace_each(result, pending, run)
-    warn_of_outliers(reports)
-    return QuantizedModel(result, reports)
+    reports = quantize_each(choices, quantizer, changed.put)
+    return QuantizedModel(changed.model, reports)
 
 
-def _replace_each(
-    model: Any,
-    pending: deque[Target],
-    run: Callable[[str, Array], tuple[Any, LayerReport]],
-) -> tuple[Any, dict[str, LayerReport]]:
-    """Changes the model; a target is let go before the next one is quantized."""
-    reports, known = {}, Inputs()
-    progress = tqdm(
-        total=len(pending), desc="layers", unit="layer", disable=None, leave=False
-    )
-    with progress:
-        while pending:
-            # Still pending while it is quantized: others may want to see its kernel.
-            target = pending[0]
-            path = target.candidate.paths[0]
-            tensor, reports[path] = run(path, target.variable.get_value())
-            packed = pack(tensor, known)
-            for layer in target.layers:
-                new = put(layer, packed)
-                model = new if layer.node is model else model
-            pending.popleft()
-            del target, layer
-            progress.update()
-    return model, reports
+class _Replacing:
+    """A model some of whose layers are packed, and the matrices of all others."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._targets = {each.candidate.paths[0]: each for each in find_targets(model)}
+        self._known: Inputs = {}
+
+    def kernel(self, choice: Choice) -> Array:
+        """The dense matrix."""
+        return self._targets[choice.path].variable.get_value()
+
+    def put(self, choice: Choice, tensor: Any) -> None:
+        """Puts a packed matrix in the place of a dense one, which is let go."""
+        packed = pack(tensor, self._known)
+        for layer in self._targets.pop(choice.path).layers:
+            new = put_layer(layer, packed)
+            self.model = new if layer.node is self.model else self.model
 
 
 def plan_model(
@@ -181,7 +179,7 @@ def plan_model(
       UsageError: As `quantize_model`.
     """
     targets = find_targets(model)
-    choices = _choices(targets, make_policy(config, rules, select))
+    choices = _choices(targets, config, rules, select)
     return make_plan(choices, other_bytes(model, targets))
 
 
@@ -194,7 +192,7 @@ def selected_kernels(
       UsageError: If nothing is selected, or a selected kernel is not a matrix.
     """
     targets = find_targets(model)
-    choices = _choices(targets, make_policy(None, None, select))
+    choices = _choices(targets, None, None, select)
     kernels = {
         choice.path: target.variable.get_value()
         for choice, target in zip(choices, targets, strict=True)
@@ -234,6 +232,146 @@ def replace_kernels(model: Model, kernels: Mapping[str, Array]) -> Model:
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def _choices(targets: list[Target], policy: Policy) -> list[Choice]:
+def _choices(
+    targets: list[Target],
+    config: Method | None,
+    rules: Rules | None,
+    select: Select | None,
+) -> list[Choice]:
     candidates = (target.candidate for target in targets)
-    return choose_methods(candidates, policy, what="nnx.Linear layers")
+    return choose_methods(candidates, config, rules, select, what="nnx.Linear layers")
+
+
+def find_targets(model: nnx.Module) -> list[Target]:
+    """All matrices of layers, in the order of their paths; each one once."""
+    holders: dict[int, list[tuple[Any, Any]]] = {}
+    users: dict[int, list[tuple[str, Any]]] = {}
+    nodes = [(join(parts), node) for parts, node in nnx.iter_graph(model)]
+    for path, node in nodes:
+        for name, child in _children(node):
+            if type(child) in _MATRIX:
+                holders.setdefault(id(child), []).append((node, name))
+            elif isinstance(child, nnx.Variable):
+                users.setdefault(id(child), []).append((f"{path}/{name}", node))
+    groups: dict[int, list[Layer]] = {}
+    variables: dict[int, nnx.Variable[Array]] = {}
+    for path, node in sorted(nodes, key=lambda item: natural(item[0])):
+        variable = _matrix_of(node)
+        if variable is not None:
+            layer = Layer(path, node, tuple(holders.get(id(node), ())))
+            groups.setdefault(id(variable), []).append(layer)
+            variables[id(variable)] = variable
+    return [
+        _target(variables[key], tuple(layers), users.get(key, []))
+        for key, layers in groups.items()
+    ]
+
+
+def put_layer(layer: Layer, packed: Packed) -> QuantizedLinear | QuantizedEmbed:
+    """Puts a packed layer wherever the dense one hangs, and returns it.
+
+    Raises:
+      UsageError: If that is in something that cannot be changed.
+    """
+    new: QuantizedLinear | QuantizedEmbed
+    if type(layer.node) is nnx.Embed:
+        new = QuantizedEmbed.from_embed(layer.node, packed, path=layer.path)
+    else:
+        new = QuantizedLinear.from_linear(layer.node, packed, path=layer.path)
+    for holder, name in layer.holders:
+        if isinstance(holder, nnx.Pytree):
+            setattr(holder, name, new)
+        elif isinstance(holder, list | dict):
+            holder[name] = new
+        else:
+            raise UsageError(
+                f"`{layer.path}` is held by a {type(holder).__name__}, which cannot be "
+                "changed. Use nnx.List or nnx.Dict."
+            )
+    return new
+
+
+def other_bytes(model: nnx.Module, targets: list[Target]) -> int:
+    """Bytes of all parameters that are no target's."""
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    matrices = [
+        target.variable.get_value()
+        for target in targets
+        if isinstance(target.variable, nnx.Param)
+    ]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in params) - sum(
+        leaf.size * leaf.dtype.itemsize for leaf in matrices
+    )
+
+
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    if isinstance(node, nnx.Pytree):
+        return list(vars(node).items())
+    if isinstance(node, list | tuple):
+        return list(enumerate(node))
+    return list(node.items()) if isinstance(node, dict) else []
+
+
+def _matrix_of(node: Any) -> nnx.Variable[Array] | None:
+    """What a layer multiplies by, if it is an array of two axes or more."""
+    if not isinstance(node, nnx.Module):
+        return None
+    for name in _MATRIX.values():
+        found = vars(node).get(name)
+        # Abstract arrays can be planned for.
+        if isinstance(found, nnx.Param) and getattr(found.get_value(), "ndim", 0) >= 2:
+            return found
+    return None
+
+
+def _target(
+    variable: nnx.Variable[Array],
+    layers: tuple[Layer, ...],
+    users: list[tuple[str, Any]],
+) -> Target:
+    value = variable.get_value()
+    kinds = [type(layer.node) for layer in layers]
+    nodes = {id(layer.node) for layer in layers}
+    left = problem = None
+    if strange := [layer for layer in layers if type(layer.node) not in _MATRIX]:
+        left = f"in a {type(strange[0].node).__name__}"
+    elif outside := [path for path, node in users if id(node) not in nodes]:
+        left = f"tied to {outside[0]}"
+    else:
+        problem = _problem(layers, value)
+    return Target(
+        Candidate(
+            paths=tuple(layer.path for layer in layers),
+            shape=value.shape,
+            dtype=value.dtype.name,
+            only_by_rule=nnx.Embed in kinds,
+            left=left,
+            problem=problem,
+        ),
+        variable,
+        layers if left is None else (),
+    )
+
+
+def _problem(layers: tuple[Layer, ...], value: Any) -> str | None:
+    path = layers[0].path
+    for layer in layers:
+        if value.ndim != 2 and not _is_stack(layer.node, value.shape):
+            name = _MATRIX[type(layer.node)]
+            return (
+                f"`{path}/{name}` has shape {value.shape}; only matrices can be "
+                "quantized, and stacks of kernels [in, out] along leading axes. Leave "
+                "it out by `select` or a rule."
+            )
+        try:
+            require_plain_product(layer.node, layer.path)
+        except UsageError as error:
+            return str(error)
+    return None
+
+
+def _is_stack(layer: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a kernel is some matrices of the layer along leading axes."""
+    if type(layer) is not nnx.Linear or 0 in shape[:-2]:
+        return False
+    return shape[-2:] == (layer.in_features, layer.out_features)

@@ -6,21 +6,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
-from tqdm import tqdm
 
-from kashin_jax.methods import Method, quantize
+from kashin_jax.methods import Method
 from kashin_jax.pipeline.paths import join, natural
-from kashin_jax.pipeline.plan import Plan, make_plan
-from kashin_jax.pipeline.policy import (
+from kashin_jax.pipeline.plan import (
     Candidate,
     Choice,
+    Plan,
     Select,
     choose_methods,
-    make_policy,
+    make_plan,
 )
-from kashin_jax.pipeline.report import LayerReport, run_layer, warn_of_outliers
+from kashin_jax.pipeline.report import LayerReport
 from kashin_jax.pipeline.rules import Rules
-from kashin_jax.pipeline.sharing import InputScales, chosen_groups, layer_key
+from kashin_jax.pipeline.run import LayerQuantizer, quantize_each
 from kashin_jax.tensors import QuantizedTensor, dequantize
 
 __all__ = ["QuantizedParams", "dequantize_params", "plan_params", "quantize_params"]
@@ -63,21 +62,22 @@ def quantize_params(
 
     Paths leave out the collection `params` and, for matrices called `kernel`, that
     name: `{"params": {"Dense_0": {"kernel": ...}}}` has the layer `Dense_0`. Kernels
-    are quantized, output heads apart; with rules, those that they say. A matrix of
-    another name, such as `Embed_0/embedding`, needs a rule that names it. Kernels of
-    more than two axes (`nn.DenseGeneral`, `nn.Conv`) stay: how they are to be read as a
-    matrix is not in the tree. `QuantizedDense` takes what comes out; `packed_dense`
+    that the rules do not leave out are quantized. A matrix of another name, such as
+    `Embed_0/embedding`, needs a rule that names it. Kernels of more than two axes
+    (`nn.DenseGeneral`, `nn.Conv`) stay: how they are to be read as a matrix is not in
+    the tree. `QuantizedDense` takes what comes out; `packed_dense`
     lets a model that knows only `nn.Dense` take it.
 
     Args:
       params: Not changed.
       config: The method; None takes that of the rules, or joint coding at 4 bits.
       key: Root key, folded with each path; `jax.random.key(0)` when None.
-      rules: A method for each layer. The layers of a group of `share` have a seed and a
-        scale of inputs in common, equal arrays in every matrix; their products each
-        transform the input, unless `QuantizedLinear` layers are made of them.
-      select: Called with paths; false leaves a layer out. None takes every kernel but
-        those of the output head, or what the rules say.
+      rules: A method for each layer; None takes `Rules(config=config)`. The layers of
+        a group of `share` have a seed and a scale of inputs in common, equal arrays in
+        every matrix; their products each transform the input, unless `QuantizedLinear`
+        layers are made of them.
+      select: Called with paths; false leaves a layer out. Given without rules, it
+        stands in the place of the default skip list.
       dry_run: Whether to print the plan, see `plan_params`, and stop there.
 
     Returns:
@@ -97,24 +97,17 @@ def quantize_params(
     choices = _choices(known, config, rules, select)
     # Methods that cannot code a matrix say so before hours of work, not after.
     make_plan(choices, 0)
-    reports = {}
-    chosen = [
-        (leaf, choice.config)
-        for leaf, choice in zip(known, choices, strict=True)
-        if choice.config is not None
-    ]
-    kernels = {leaf.candidate.paths[0]: leaf.value for leaf, _ in chosen}
-    groups = chosen_groups(choices, rules)
-    scales = InputScales(groups, kernels.__getitem__)
-    for leaf, method in tqdm(
-        chosen, desc="layers", unit="layer", disable=None, leave=False
-    ):
-        path = leaf.candidate.paths[0]
-        own = layer_key(root, path, groups)
-        tensor, reports[path] = _coded(leaf.value, method, own, path, scales)
-        for place in leaf.places:
+    by_path = {leaf.candidate.paths[0]: leaf for leaf in known}
+
+    def kernel(choice: Choice) -> Array:
+        return jnp.asarray(by_path[choice.path].value)
+
+    def put(choice: Choice, tensor: Any) -> None:
+        for place in by_path[choice.path].places:
             leaves[place] = tensor
-    warn_of_outliers(reports)
+
+    quantizer = LayerQuantizer(choices, rules, root, kernel)
+    reports = quantize_each(choices, quantizer, put)
     return QuantizedParams(jax.tree.unflatten(treedef, leaves), reports)
 
 
@@ -153,18 +146,6 @@ def dequantize_params(params: PyTree[Any]) -> PyTree[Any]:
     )
 
 
-def _coded(
-    weight: Any,
-    config: Method,
-    key: Key[Array, ""],
-    path: str,
-    scales: InputScales,
-) -> tuple[Any, LayerReport]:
-    return run_layer(
-        lambda: quantize(weight, config, key, path=path, in_scale=scales(path)), config
-    )
-
-
 def _choices(
     known: Sequence[_Leaf],
     config: Method | None,
@@ -172,8 +153,7 @@ def _choices(
     select: Select | None,
 ) -> list[Choice]:
     candidates = (leaf.candidate for leaf in known)
-    policy = make_policy(config, rules, select)
-    return choose_methods(candidates, policy, what="kernels")
+    return choose_methods(candidates, config, rules, select, what="kernels")
 
 
 def _matrices(params: PyTree[Any]) -> list[_Leaf]:

@@ -1,19 +1,83 @@
 """What quantizing a model would do and what it would take: computed, not tried."""
 
+import functools
 import math
-from collections.abc import Iterable
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kashin_jax.errors import UsageError
+from kashin_jax.io import PlannedTensor
 from kashin_jax.methods import Method, config_to_json, encode
-from kashin_jax.pipeline.policy import Candidate, Choice
+from kashin_jax.pipeline.rules import Rules, resolve_rules
 from kashin_jax.pipeline.table import aligned
+from kashin_jax.tensors import stored_bits
 
-__all__ = ["LayerPlan", "Plan", "make_plan", "method_name"]
+__all__ = [
+    "Candidate",
+    "Choice",
+    "LayerPlan",
+    "Plan",
+    "Select",
+    "choose_methods",
+    "make_plan",
+    "method_name",
+    "packed_shape",
+    "packed_size",
+]
+
+Select = Callable[[str], bool]
+
+
+class Candidate(NamedTuple):
+    """A matrix of a model that could be quantized.
+
+    Attributes:
+      paths: Of all layers that use it; the first one names it.
+      shape: Of the array as `[in, out]`, after the axes of a stack; where it stays,
+        not always a matrix.
+      dtype: Its type.
+      only_by_rule: Whether it is left alone unless a rule names it.
+      left: Why it stays, whatever is asked for; None if it need not.
+      problem: Why asking for it is an error; None if it is not.
+      stored_name: What a checkpoint calls it; None for models in memory.
+      is_transposed: Whether a checkpoint stores it as `[out, in]`.
+    """
+
+    paths: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    only_by_rule: bool = False
+    left: str | None = None
+    problem: str | None = None
+    stored_name: str | None = None
+    is_transposed: bool = False
+
+
+class Choice(NamedTuple):
+    """What happens to one matrix.
+
+    Attributes:
+      candidate: The matrix.
+      config: The method; None for full precision.
+      reason: Why it stays in full precision; None if it does not.
+    """
+
+    candidate: Candidate
+    config: Method | None
+    reason: str | None
+
+    @property
+    def path(self) -> str:
+        """The layer that keys are folded from."""
+        return self.candidate.paths[0]
+
+    @property
+    def name(self) -> str:
+        """What messages call the matrix: its name in the checkpoint, or its path."""
+        return self.candidate.stored_name or self.path
 
 
 class LayerPlan(NamedTuple):
@@ -21,11 +85,19 @@ class LayerPlan(NamedTuple):
 
     Attributes:
       choice: The matrix and its method.
-      stored_bits: That it will take; in full precision, those of its type.
+      packed: The packed matrix, of a stack each, with shapes and types in the place of
+        its arrays; None in full precision.
     """
 
     choice: Choice
-    stored_bits: int
+    packed: Any
+
+    @property
+    def stored_bits(self) -> int:
+        """What the matrix will take; in full precision, the bits of its type."""
+        if self.packed is None:
+            return _dense_bits(self.choice.candidate)
+        return math.prod(self.choice.candidate.shape[:-2]) * stored_bits(self.packed)
 
     @property
     def bytes_before(self) -> int:
@@ -46,10 +118,13 @@ class Plan(NamedTuple):
     Attributes:
       layers: Every matrix that could be quantized, or might be expected to.
       other_bytes: Of all other parameters: norms, biases.
+      tensors: What a checkpoint will hold, in the order of its source; empty for
+        models in memory.
     """
 
     layers: tuple[LayerPlan, ...]
     other_bytes: int
+    tensors: tuple[PlannedTensor, ...] = ()
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -83,7 +158,75 @@ class Plan(NamedTuple):
         return aligned([header, *rows], left=3)
 
 
-def make_plan(choices: Iterable[Choice], other_bytes: int) -> Plan:
+def choose_methods(
+    candidates: Iterable[Candidate],
+    config: Method | None,
+    rules: Rules | None,
+    select: Select | None,
+    *,
+    what: str,
+) -> list[Choice]:
+    """Decides about every matrix.
+
+    Args:
+      candidates: In the order of the table.
+      config: The method; None takes that of the rules.
+      rules: A method for each layer; None takes `Rules(config=config)`.
+      select: Layers to leave out where it is false. Given without rules, it stands in
+        the place of the default skip list.
+      what: What can be quantized, in messages: `nnx.Linear layers`.
+
+    Raises:
+      UsageError: If a rule matches nothing, nothing is chosen, a chosen matrix cannot
+        be quantized, or layers that share a matrix have different methods.
+    """
+    known = list(candidates)
+    meant = resolve_rules(config, rules)
+    possible = [each for each in known if each.left is None]
+    meant.check(path for each in possible for path in each.paths)
+
+    def decide(path: str, only_by_rule: bool) -> tuple[Method | None, str]:
+        if only_by_rule and not meant.names(path):
+            return None, "no rule names it"
+        if select is None:
+            return meant.decide(path)
+        if not select(path):
+            return None, "not selected"
+        return (meant.config, "") if rules is None else meant.decide(path)
+
+    choices = [_choose(each, decide) for each in known]
+    if all(choice.config is None for choice in choices):
+        count = sum(len(each.paths) for each in possible if not each.only_by_rule)
+        given = "the rules quantize none; change them"
+        if select is not None:
+            given = "`select` takes none that the rules do not leave out; change them"
+        raise UsageError(f"Of {count} {what} {given}.")
+    return choices
+
+
+def _choose(
+    each: Candidate, decide: Callable[[str, bool], tuple[Method | None, str]]
+) -> Choice:
+    if each.left is not None:
+        return Choice(each, None, each.left)
+    found = {path: decide(path, each.only_by_rule) for path in each.paths}
+    kept = [path for path, (config, _) in found.items() if config is None]
+    if kept:
+        # What shares a matrix stays together: all packed, or none.
+        alone = len(kept) == len(found)
+        return Choice(each, None, found[kept[0]][1] if alone else f"tied to {kept[0]}")
+    configs = {config for config, _ in found.values()}
+    if len(configs) > 1:
+        raise UsageError(
+            f"`{'` and `'.join(each.paths)}` share one matrix, but the rules give "
+            f"{len(configs)} methods for it. Give one."
+        )
+    if each.problem is not None:
+        raise UsageError(each.problem)
+    return Choice(each, configs.pop(), None)
+
+
+def make_plan(choices: Sequence[Choice], other_bytes: int) -> Plan:
     """Adds sizes, those of the arrays that the coder would return: nothing is coded.
 
     Args:
@@ -91,21 +234,47 @@ def make_plan(choices: Iterable[Choice], other_bytes: int) -> Plan:
       other_bytes: Of all other parameters.
 
     Raises:
-      UsageError: If a method cannot code a matrix; names its path.
+      UsageError: If a method cannot code a matrix; names it.
     """
-    sizes: dict[tuple[tuple[int, ...], str, Method], int] = {}
+    return Plan(tuple(map(_planned, choices)), other_bytes)
 
-    def planned(choice: Choice) -> LayerPlan:
-        candidate, config = choice.candidate, choice.config
-        if config is None:
-            return LayerPlan(choice, _dense_bits(candidate))
-        *stack, m, n = candidate.shape
-        kind = ((m, n), candidate.dtype, config)
-        if kind not in sizes:
-            sizes[kind] = _coded_bits(*kind, choice.path)
-        return LayerPlan(choice, math.prod(stack) * sizes[kind])
 
-    return Plan(tuple(map(planned, choices)), other_bytes)
+def packed_shape(shape: tuple[int, int], dtype: str, config: Method) -> Any:
+    """The packed matrix with shapes and types in the place of its arrays.
+
+    Args:
+      shape: Of the matrix, `[in, out]`.
+      dtype: Its type.
+      config: The method.
+
+    Raises:
+      ValueError: If the method cannot code such a matrix.
+    """
+    # NumPy's float64 becomes float32 on its way into JAX.
+    return _packed_shape(shape, jax.dtypes.canonicalize_dtype(dtype).name, config)
+
+
+def packed_size(shape: tuple[int, int], dtype: str, config: Method) -> int:
+    """Bits that a packed matrix will take; arguments and errors of `packed_shape`."""
+    return stored_bits(packed_shape(shape, dtype, config))
+
+
+@functools.lru_cache(maxsize=256)
+def _packed_shape(shape: tuple[int, int], dtype: str, config: Method) -> Any:
+    matrix = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda w, k: encode(w, k, config)[0], matrix, key)
+
+
+def _planned(choice: Choice) -> LayerPlan:
+    if choice.config is None:
+        return LayerPlan(choice, None)
+    m, n = choice.candidate.shape[-2:]
+    try:
+        packed = packed_shape((m, n), choice.candidate.dtype, choice.config)
+    except ValueError as error:
+        raise UsageError(f"`{choice.name}`: {str(error).splitlines()[0]}") from None
+    return LayerPlan(choice, packed)
 
 
 def method_name(config: Method) -> str:
@@ -115,18 +284,6 @@ def method_name(config: Method) -> str:
 
 def _dense_bits(each: Candidate) -> int:
     return 8 * math.prod(each.shape) * jnp.dtype(each.dtype).itemsize
-
-
-def _coded_bits(shape: tuple[int, ...], dtype: str, config: Method, path: str) -> int:
-    # NumPy's float64 becomes float32 on its way into JAX.
-    weight = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
-    try:
-        tensor, _ = jax.eval_shape(
-            partial(encode, config=config), weight, jax.random.key(0)
-        )
-    except ValueError as error:
-        raise UsageError(f"`{path}`: {str(error).splitlines()[0]}") from None
-    return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensor))
 
 
 def _row(layer: LayerPlan) -> Iterable[str]:

@@ -1,23 +1,33 @@
 """What quantizing the layers of a model lost and took, and which of them stand out."""
 
+import json
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kashin_jax.methods import Method, QuantizationReport
-from kashin_jax.methods.stacks import full_shape
+from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.io import atomic_path
+from kashin_jax.methods import Method, config_from_json, config_to_json
 from kashin_jax.pipeline.plan import method_name
 from kashin_jax.pipeline.table import aligned
-from kashin_jax.tensors import QuantizedTensor, stored_bits
 
-__all__ = ["LayerReport", "outliers", "report_table", "run_layer", "warn_of_outliers"]
+__all__ = [
+    "REPORT_NAME",
+    "LayerReport",
+    "outliers",
+    "read_report",
+    "report_table",
+    "warn_of_outliers",
+    "write_report",
+]
+
+REPORT_NAME = "quantization_report.jsonl"
+"""The file of a quantized checkpoint that holds a report per line."""
 
 # Iglewicz and Hoaglin's limit for a modified z-score.
 _LIMIT = 3.5
@@ -26,6 +36,16 @@ _LIMIT = 3.5
 _SPREAD = 0.02
 # Fewer layers than this have no spread to speak of.
 _FEWEST = 5
+
+# Of a decomposition, what a file says: the largest of all blocks.
+_LARGEST = ("residual", "max_u", "max_v", "num_steps")
+# All that is no field of the method in a line of the file.
+_FIELDS = frozenset({
+    "tensor", "path", "shape", "stored_bits_per_weight", "relative_squared_error",
+    "converged", *_LARGEST,
+})  # fmt: skip
+# Deep nesting ends in a RecursionError, a huge integer in an OverflowError.
+_FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError)
 
 _logger = logging.getLogger(__name__)
 
@@ -36,22 +56,25 @@ class LayerReport(NamedTuple):
     Attributes:
       relative_squared_error: `|W - W_q|^2 / |W|^2`, measured on what is stored; the
         mean over a stack.
-      decomposition: Residuals, steps and verdicts of the Kashin coder; None for the
-        other methods.
+      decomposition: Residuals, steps and verdicts of the Kashin coder, those of all
+        blocks or, read from a file, the worst; None for the other methods.
       shape: Of the matrix, after the axes of the stack.
-      config: The method; None where the caller's own function chose it.
-      stored_bits: That the packed matrix takes.
-      seconds: Of wall clock, compilation included.
+      config: The method; None where the caller's own function chose it, or this program
+        does not know it.
+      stored_bits: What the packed matrix takes.
+      seconds: Of wall clock, compilation included; None for a report from a file.
       worst_squared_error: The largest of a stack; None for a single matrix.
+      path: Of the layer.
     """
 
-    relative_squared_error: Float[Array, ""]
-    decomposition: dict[str, Array] | None
+    relative_squared_error: Float[Array, ""] | float
+    decomposition: Mapping[str, Any] | None
     shape: tuple[int, ...]
     config: Method | None
     stored_bits: int
-    seconds: float
+    seconds: float | None
     worst_squared_error: Float[Array, ""] | None = None
+    path: str = ""
 
     @property
     def relative_error(self) -> float:
@@ -68,10 +91,59 @@ class LayerReport(NamedTuple):
         return self._largest("residual")
 
     @property
+    def converged(self) -> bool | None:
+        """Whether every block's decomposition met its tolerance, if there is one."""
+        if self.decomposition is None:
+            return None
+        return bool(np.all(np.asarray(self.decomposition["converged"])))
+
+    @property
     def linf_levels(self) -> tuple[float, float] | None:
         """Largest entries of u and v in any block: sqrt(N) |u|_inf / |x|_2."""
         u, v = self._largest("max_u"), self._largest("max_v")
         return None if u is None or v is None else (u, v)
+
+    def summary(self) -> "LayerReport":
+        """The same with the worst of all blocks in the place of an array of each."""
+        if self.decomposition is None:
+            return self
+        worst: dict[str, Any] = {name: self._largest(name) for name in _LARGEST}
+        return self._replace(decomposition=worst | {"converged": self.converged})
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of the file, but for the name of the tensor."""
+        method = {} if self.config is None else config_to_json(self.config)
+        record = {
+            "path": self.path,
+            "shape": list(self.shape),
+            **method,
+            "stored_bits_per_weight": self.bits_per_weight,
+            "relative_squared_error": float(self.relative_squared_error),
+        }
+        return record | dict(self.summary().decomposition or {})
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "LayerReport":
+        """Inverts `to_json`, but for what it leaves out.
+
+        Raises:
+          ValueError, LookupError, TypeError: If the record is damaged.
+        """
+        shape = tuple(int(size) for size in record["shape"])
+        method = {k: v for k, v in record.items() if k not in _FIELDS}
+        decomposition = None
+        if "converged" in record:
+            decomposition = {name: float(record[name]) for name in _LARGEST}
+            decomposition["converged"] = bool(record["converged"])
+        return cls(
+            relative_squared_error=float(record["relative_squared_error"]),
+            decomposition=decomposition,
+            shape=shape,
+            config=_known_method(method),
+            stored_bits=round(record["stored_bits_per_weight"] * math.prod(shape)),
+            seconds=None,
+            path=str(record["path"]),
+        )
 
     def _largest(self, name: str) -> float | None:
         if self.decomposition is None or name not in self.decomposition:
@@ -79,20 +151,42 @@ class LayerReport(NamedTuple):
         return float(np.max(np.asarray(self.decomposition[name])))
 
 
-def run_layer(
-    quantizer: Callable[[], tuple[QuantizedTensor, QuantizationReport]],
-    config: Method | None,
-) -> tuple[Any, LayerReport]:
-    """The packed matrix that a function returns, and what it took."""
-    start = time.perf_counter()
-    tensor, report = jax.block_until_ready(quantizer())
-    seconds = time.perf_counter() - start
-    errors = report.relative_squared_error
-    worst = None if errors.ndim == 0 else jnp.max(errors)
-    return tensor, LayerReport(
-        errors if worst is None else jnp.mean(errors), report.decomposition,
-        full_shape(tensor), config, stored_bits(tensor), seconds, worst,
-    )  # fmt: skip
+def _known_method(fields: Mapping[str, Any]) -> Method | None:
+    """The method; None for one that only the program knew that wrote the file."""
+    try:
+        return config_from_json(fields) if fields else None
+    except UsageError:
+        return None
+
+
+def write_report(path: Path, reports: Mapping[str, LayerReport]) -> None:
+    """Writes a line for every tensor, durably and in one step.
+
+    Raises:
+      CheckpointError: If the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        lines = (
+            json.dumps({"tensor": name, **report.to_json()}) + "\n"
+            for name, report in reports.items()
+        )
+        temporary.write_text("".join(lines), "utf-8")
+
+
+def read_report(path: Path) -> dict[str, LayerReport]:
+    """The reports of a file by the name of their tensor.
+
+    Raises:
+      CheckpointError: If the file is missing or damaged.
+    """
+    try:
+        found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return {str(each["tensor"]): LayerReport.from_json(each) for each in found}
+    except _FAULTS as error:
+        raise CheckpointError(
+            f"{path}: is missing or damaged ({type(error).__name__}); remove it, or "
+            "quantize the original again."
+        ) from error
 
 
 def outliers(reports: Mapping[str, LayerReport]) -> list[str]:
@@ -139,7 +233,7 @@ def report_table(reports: Mapping[str, LayerReport]) -> str:
     rows = [_row(path, report) for path, report in reports.items()]
     bits = sum(report.stored_bits for report in reports.values())
     weights = sum(math.prod(report.shape) for report in reports.values())
-    seconds = sum(report.seconds for report in reports.values())
+    seconds = sum(report.seconds or 0.0 for report in reports.values())
     total = (f"{len(rows)} layers", "", "", "", "", "")
     rows.append((*total, f"{bits / max(weights, 1):.3f}", f"{seconds:.1f}"))
     return aligned([header, *rows], left=2)
@@ -157,7 +251,7 @@ def _row(path: str, report: LayerReport) -> tuple[str, ...]:
         error,
         *("" if number is None else f"{number:.3g}" for number in numbers),
         f"{report.bits_per_weight:.3f}",
-        f"{report.seconds:.1f}",
+        "" if report.seconds is None else f"{report.seconds:.1f}",
     )
 
 

@@ -1,24 +1,49 @@
-"""What an unfinished run leaves behind, so that it goes on and never meets another."""
+"""What an unfinished run leaves behind, so that it goes on and never meets another.
+
+A run writes into a directory of its own. Who the directory belongs to stands in a
+hidden file, as a fingerprint of everything that the result depends on; a shard that is
+there is finished; and what was lost in it stands in a hidden file beside it.
+"""
 
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from kashin_jax.errors import UsageError
-from kashin_jax.io import Checkpoint, read_json, write_json
+from kashin_jax.io import Checkpoint, PlannedTensor, read_json, write_json
+from kashin_jax.pipeline.report import (
+    REPORT_NAME,
+    LayerReport,
+    read_report,
+    write_report,
+)
 from kashin_jax.pipeline.rules import Rules, rules_to_json
 
-__all__ = ["claim_directory", "fingerprint", "release_directory"]
+__all__ = [
+    "claim_directory",
+    "fingerprint",
+    "is_finished",
+    "join_parts",
+    "keep_directory",
+    "release_directory",
+    "remove_parts",
+    "write_part",
+]
 
 _STATE = ".kashin_quantize.json"
 
 
-def fingerprint(source: Checkpoint, rules: Rules, seed: int, shard_bytes: int) -> str:
+def fingerprint(
+    source: Checkpoint,
+    rules: Rules,
+    seed: int,
+    shard_bytes: int,
+    tensors: Sequence[PlannedTensor],
+) -> str:
     """A digest of everything that the bytes of the result depend on.
 
     Of the source it sees names, sizes, times of change and headers: hashing the data
@@ -35,12 +60,32 @@ def fingerprint(source: Checkpoint, rules: Rules, seed: int, shard_bytes: int) -
         "rules": rules_to_json(rules),
         "seed": seed,
         "shard_bytes": shard_bytes,
+        # What the rules of this version came to.
+        "packed": [tensor.name for tensor in tensors if tensor.description],
         "kashin_jax": importlib.metadata.version("kashin_jax"),
         "jax": jax.__version__,
         "backend": jax.default_backend(),
     }
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_finished(directory: Path, digest: str) -> bool:
+    """Whether a directory was kept by a finished run of this fingerprint.
+
+    Raises:
+      UsageError: If it was kept by another one.
+    """
+    state = _state(directory)
+    if not state.get("finished"):
+        return False
+    if (found := state.get("fingerprint")) != digest:
+        raise UsageError(
+            f"{directory}: holds a finished run with other weights, rules, seed, "
+            f"shards or versions ({str(found)[:12]}, not {digest[:12]}). Name another "
+            "directory, or remove this one."
+        )
+    return True
 
 
 def claim_directory(directory: Path, digest: str) -> None:
@@ -51,9 +96,9 @@ def claim_directory(directory: Path, digest: str) -> None:
     Raises:
       UsageError: If it is another run's, or holds something else.
     """
-    state = directory / _STATE
-    if state.exists():
-        if (found := read_json(state).get("fingerprint")) != digest:
+    state = _state(directory)
+    if state and not state.get("finished"):
+        if (found := state.get("fingerprint")) != digest:
             raise UsageError(
                 f"{directory}: holds an unfinished run with other weights, rules, "
                 f"seed, shards or versions ({str(found)[:12]}, not {digest[:12]}). "
@@ -71,13 +116,54 @@ def claim_directory(directory: Path, digest: str) -> None:
                 f"{directory}: is not empty; name a directory that does not exist."
             )
     directory.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {"fingerprint": digest}
-    write_json(state, content)
+    write_json(directory / _STATE, {"fingerprint": digest})
 
 
 def release_directory(directory: Path) -> None:
-    """Marks the run as finished."""
+    """Marks the run as finished; nothing tells any more which one it was."""
     (directory / _STATE).unlink(missing_ok=True)
+
+
+def keep_directory(directory: Path, digest: str) -> None:
+    """Marks the run as finished and lets `is_finished` recognize it."""
+    write_json(directory / _STATE, {"fingerprint": digest, "finished": True})
+
+
+def write_part(directory: Path, shard: str, reports: Mapping[str, LayerReport]) -> None:
+    """Writes the reports of a shard, before the shard itself appears."""
+    write_report(_part(directory, shard), reports)
+
+
+def join_parts(directory: Path, shards: Sequence[str]) -> dict[str, LayerReport]:
+    """Makes the report of its parts, unless an earlier run did; returns all reports.
+
+    Raises:
+      CheckpointError: If part of it was removed or changed.
+    """
+    path = directory / REPORT_NAME
+    if all(_part(directory, shard).exists() for shard in shards):
+        joined: dict[str, LayerReport] = {}
+        for shard in shards:
+            joined |= read_report(_part(directory, shard))
+        write_report(path, joined)
+    remove_parts(directory, shards)
+    return read_report(path)
+
+
+def remove_parts(directory: Path, shards: Sequence[str]) -> None:
+    """Removes the reports of single shards."""
+    for shard in shards:
+        _part(directory, shard).unlink(missing_ok=True)
+
+
+def _part(directory: Path, shard: str) -> Path:
+    return directory / f".{shard}.report.jsonl"
+
+
+def _state(directory: Path) -> Mapping[str, object]:
+    """What the hidden file says; empty where there is none."""
+    path = directory / _STATE
+    return read_json(path) if path.exists() else {}
 
 
 def _remove(paths: Iterable[Path]) -> None:

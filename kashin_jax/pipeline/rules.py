@@ -14,6 +14,8 @@ __all__ = [
     "SHARED_INPUTS",
     "Rule",
     "Rules",
+    "default_select",
+    "resolve_rules",
     "rules_from_json",
     "rules_to_json",
 ]
@@ -23,7 +25,11 @@ DEFAULT_SKIPS = (
     r"(^|[/_])(embed|embeddings?|embed_tokens|embed_positions|wte|wpe|shared)(/|$)",
     r"(^|[/_])(norm|layer_?norm|rms_?norm|ln(_\w+)?)(/|$)",
 )
-"""Output heads, embeddings and norms: what published tables leave in full precision."""
+"""Output heads, embeddings and norms: what published tables leave in full precision.
+
+The only list of this kind. A method that has a `default_skip` puts it in the place of
+this one.
+"""
 
 SHARED_INPUTS = (
     r"\b[qkv]_proj$",
@@ -61,12 +67,12 @@ class Rules:
     """A method for every layer.
 
     The first of these that speaks about a path decides: `skip`, then `rules` in order,
-    then `DEFAULT_SKIPS`, then `config`.
+    then `default_skip`, then `config`.
 
     Attributes:
       config: For layers that nothing else speaks about.
       rules: The first one that matches a path decides.
-      skip: Patterns of layers to leave in full precision, beside `DEFAULT_SKIPS`.
+      skip: Patterns of layers to leave in full precision, beside `default_skip`.
       share: Patterns of layers that read the same input, such as `SHARED_INPUTS`. Those
         that the same pattern is found in, whose paths become equal once what it matches
         is cut out, and which have the same method and number of inputs, are quantized
@@ -85,16 +91,30 @@ class Rules:
         for pattern in (*self.skip, *self.share):
             _compiled(pattern)
 
+    @property
+    def default_skip(self) -> Sequence[str]:
+        """Patterns of layers that stay unless a rule names them."""
+        own: Sequence[str] | None = self.config.default_skip
+        return DEFAULT_SKIPS if own is None else own
+
     def config_for(self, path: str) -> Method | None:
         """The method of a layer; None leaves it in full precision."""
-        if any(_compiled(pattern).search(path) for pattern in self.skip):
-            return None
+        return self.decide(path)[0]
+
+    def decide(self, path: str) -> tuple[Method | None, str]:
+        """The method of a layer, or None and the reason why it stays."""
+        if _any_found(self.skip, path):
+            return None, "skipped by the rules"
         for rule in self.rules:
             if rule.matches(path):
-                return rule.config
-        if any(_compiled(pattern).search(path) for pattern in DEFAULT_SKIPS):
-            return None
-        return self.config
+                return rule.config, "skipped by the rules"
+        if _any_found(self.default_skip, path):
+            return None, "skipped by default"
+        return self.config, ""
+
+    def names(self, path: str) -> bool:
+        """Whether one of `rules` is about a path."""
+        return any(rule.matches(path) for rule in self.rules)
 
     def shared_name(self, path: str) -> tuple[str, str] | None:
         """The first pattern of `share` found in a path, and the path without it."""
@@ -111,7 +131,7 @@ class Rules:
         known = list(paths)
         own = [pattern for pattern in self.share if pattern not in SHARED_INPUTS]
         for pattern in (*(rule.pattern for rule in self.rules), *self.skip, *own):
-            if not any(_compiled(pattern).search(path) for path in known):
+            if not any(_any_found((pattern,), path) for path in known):
                 raise UsageError(
                     f"Rule {pattern!r} matches none of {len(known)} layers, such as "
                     f"{', '.join(known[:2]) or 'none'}. Correct or remove it."
@@ -124,6 +144,32 @@ class Rules:
                     f"{len(known)} layers share an input, such as "
                     f"{', '.join(known[:2]) or 'none'}. Correct or remove it."
                 )
+
+
+def default_select(path: str) -> bool:
+    """Whether a layer is quantized where nobody says anything about it."""
+    return Rules().config_for(path) is not None
+
+
+def resolve_rules(config: Method | None, rules: Rules | None) -> Rules:
+    """The rules that a caller means; `config` alone is `Rules(config=config)`.
+
+    Raises:
+      UsageError: If both are given and the rules have another `config`.
+    """
+    if rules is None:
+        return Rules(config=DEFAULT_CONFIG if config is None else config)
+    if config is None:
+        return rules
+    if rules.config not in (config, DEFAULT_CONFIG):
+        raise UsageError(
+            f"`config`={config} and `rules.config`={rules.config} differ; give one."
+        )
+    return dataclasses.replace(rules, config=config)
+
+
+def _any_found(patterns: Iterable[str], path: str) -> bool:
+    return any(_compiled(pattern).search(path) for pattern in patterns)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

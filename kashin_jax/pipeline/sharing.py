@@ -8,31 +8,10 @@ from jaxtyping import Array, Float16, Key
 
 from kashin_jax.methods import Method, require_finite
 from kashin_jax.pipeline.paths import path_key
-from kashin_jax.pipeline.policy import Choice
+from kashin_jax.pipeline.plan import Choice
 from kashin_jax.pipeline.rules import Rules
 
-__all__ = [
-    "Group",
-    "InputScales",
-    "Reader",
-    "chosen_groups",
-    "find_groups",
-    "layer_key",
-]
-
-
-class Reader(NamedTuple):
-    """A layer that will be quantized.
-
-    Attributes:
-      path: Its path.
-      config: The method.
-      inputs: Their number, after the sizes of the axes of a stack.
-    """
-
-    path: str
-    config: Method
-    inputs: tuple[int, ...]
+__all__ = ["Group", "InputScales", "find_groups", "layer_key"]
 
 
 class Group(NamedTuple):
@@ -40,42 +19,35 @@ class Group(NamedTuple):
 
     Attributes:
       name: What is left of their paths.
-      paths: Those, in order.
+      members: Their matrices, in the order of the paths.
       config: The method of all of them.
     """
 
     name: str
-    paths: tuple[str, ...]
+    members: tuple[Choice, ...]
     config: Method
 
 
-def find_groups(layers: Iterable[Reader], rules: Rules | None) -> dict[str, Group]:
+def find_groups(choices: Iterable[Choice], rules: Rules | None) -> dict[str, Group]:
     """The group of every layer that has one, by its path.
 
     One layer alone is none: it keeps the key of its path.
     """
-    found: dict[tuple[Any, Method, tuple[int, ...]], list[str]] = {}
-    for path, config, inputs in layers:
-        name = None if rules is None else rules.shared_name(path)
-        if name is not None:
-            found.setdefault((name, config, inputs), []).append(path)
+    found: dict[tuple[Any, Method, tuple[int, ...]], dict[str, Choice]] = {}
+    for choice in choices:
+        name = None if rules is None else rules.shared_name(choice.path)
+        if name is None or choice.config is None:
+            continue
+        # Of a stack the axes too, not only the number of inputs.
+        kind = (name, choice.config, choice.candidate.shape[:-1])
+        found.setdefault(kind, {})[choice.path] = choice
     groups = [
         # One order, that of sums too, whatever the order of the layers.
-        Group(name, tuple(sorted(set(paths))), config)
-        for ((_, name), config, _), paths in found.items()
-        if len(set(paths)) > 1
+        Group(name, tuple(members[path] for path in sorted(members)), config)
+        for ((_, name), config, _), members in found.items()
+        if len(members) > 1
     ]
-    return {path: group for group in groups for path in group.paths}
-
-
-def chosen_groups(choices: Iterable[Choice], rules: Rules | None) -> dict[str, Group]:
-    """`find_groups` among the matrices that will be packed."""
-    layers = (
-        Reader(choice.path, choice.config, choice.candidate.shape[:-1])
-        for choice in choices
-        if choice.config is not None
-    )
-    return find_groups(layers, rules)
+    return {member.path: group for group in groups for member in group.members}
 
 
 def layer_key(
@@ -88,13 +60,15 @@ def layer_key(
 class InputScales:
     """Scales of the inputs that layers share, computed when first asked for."""
 
-    def __init__(self, groups: Mapping[str, Group], kernel: Callable[[str], Array]):
+    def __init__(
+        self, groups: Mapping[str, Group], kernel: Callable[[Choice], Array]
+    ) -> None:
         """Computes nothing.
 
         Args:
           groups: From `find_groups`.
-          kernel: Gives the kernel of a path; called once for every member of a group,
-            before any of its scales is returned. Nothing that it gives is kept.
+          kernel: Gives a matrix; called once for every member of a group, before any
+            of its scales is returned. Nothing that it gives is kept.
         """
         self._groups = groups
         self._kernel = kernel
@@ -110,13 +84,13 @@ class InputScales:
         if group is None:
             return None
         if group not in self._known:
-            kernels = self._finite(group.paths)
+            kernels = self._finite(group)
             self._known[group] = group.config.common_input_scale(kernels)
         return self._known[group]
 
-    def _finite(self, paths: Iterable[str]) -> Iterator[Array]:
-        for path in paths:
-            kernel = jnp.asarray(self._kernel(path))
-            require_finite(kernel, path)
+    def _finite(self, group: Group) -> Iterator[Array]:
+        for member in group.members:
+            kernel = jnp.asarray(self._kernel(member))
+            require_finite(kernel, member.path)
             yield kernel
             del kernel
