@@ -109,12 +109,16 @@ def whole(source):
     return quantize_checkpoint(source, source.parent / "whole", RTN_RULES)
 
 
+def lines(result):
+    return {name: report.to_json() for name, report in result.reports.items()}
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_shards_of_any_size_hold_the_same_tensors(source, whole, tmp_path, size):
     result = quantize_checkpoint(
         source, tmp_path / "cut", RTN_RULES, max_shard_bytes=size
     )
-    assert result.reports == whole.reports
+    assert lines(result) == lines(whole)
     expected, found = (
         open_checkpoint(whole.directory),
         open_checkpoint(tmp_path / "cut"),

@@ -39,11 +39,11 @@ from kashin_jax.pipeline.plan import (
     choose_methods,
     make_plan,
 )
-from kashin_jax.pipeline.report import REPORT_NAME, LayerReport, read_report
+from kashin_jax.pipeline.report import REPORT_NAME, LayerReport
 from kashin_jax.pipeline.resume import (
     claim_directory,
     fingerprint,
-    is_finished,
+    finished_run,
     join_parts,
     keep_directory,
     release_directory,
@@ -175,9 +175,9 @@ def quantize_checkpoint(
       seed: Of everything random.
       max_shard_bytes: Of the data of a shard.
       exist_ok: Whether `target` may also hold what the same call finished, which is
-        then returned without any work. For this a hidden file stays in it, which tells
-        what it was made from: the source, as its headers and times of change show it,
-        rules, seed, shards and versions.
+        then returned without any work. For this a hidden file stays in it: a digest of
+        what it was made from (the source, as its headers and times of change show it,
+        rules, seed, shards and versions) and the seconds that layers took.
 
     Raises:
       UsageError: If the rules do not suit the checkpoint, or `target` is taken.
@@ -189,9 +189,8 @@ def quantize_checkpoint(
     plan = plan_checkpoint(checkpoint, rules)
     target = _separate(checkpoint.directory, Path(target))
     digest = fingerprint(checkpoint, rules, seed, max_shard_bytes, plan.tensors)
-    if exist_ok and is_finished(target, digest):
-        files = open_checkpoint(target).files
-        return StreamResult(target, read_report(target / REPORT_NAME), len(files))
+    if exist_ok and (found := finished_run(target, digest)) is not None:
+        return StreamResult(target, found, len(open_checkpoint(target).files))
     claim_directory(target, digest)
     choices = {layer.choice.name: layer.choice for layer in plan.quantized}
     quantizer = LayerQuantizer(
@@ -216,7 +215,7 @@ def quantize_checkpoint(
     described = quantization_config(rules_to_json(rules), seed, plan.tensors)
     write_config(target, checkpoint.config, described)
     if exist_ok:
-        keep_directory(target, digest)
+        keep_directory(target, digest, reports)
     else:
         release_directory(target)
     return StreamResult(target, reports, resumed)

@@ -42,7 +42,7 @@ _LARGEST = ("residual", "max_u", "max_v", "num_steps")
 # All that is no field of the method in a line of the file.
 _FIELDS = frozenset({
     "tensor", "path", "shape", "stored_bits_per_weight", "relative_squared_error",
-    "converged", *_LARGEST,
+    "converged", "seconds", *_LARGEST,
 })  # fmt: skip
 # Deep nesting ends in a RecursionError, a huge integer in an OverflowError.
 _FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError)
@@ -62,7 +62,7 @@ class LayerReport(NamedTuple):
       config: The method; None where the caller's own function chose it, or this program
         does not know it.
       stored_bits: What the packed matrix takes.
-      seconds: Of wall clock, compilation included; None for a report from a file.
+      seconds: Of wall clock, compilation included; None where nobody kept them.
       worst_squared_error: The largest of a stack; None for a single matrix.
       path: Of the layer.
     """
@@ -111,7 +111,10 @@ class LayerReport(NamedTuple):
         return self._replace(decomposition=worst | {"converged": self.converged})
 
     def to_json(self) -> dict[str, Any]:
-        """A line of the file, but for the name of the tensor."""
+        """A line of the file without the name of the tensor.
+
+        Seconds are left out: equal runs write equal bytes.
+        """
         method = {} if self.config is None else config_to_json(self.config)
         record = {
             "path": self.path,
@@ -124,13 +127,14 @@ class LayerReport(NamedTuple):
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "LayerReport":
-        """Inverts `to_json`, but for what it leaves out.
+        """Inverts `to_json`; takes `seconds` too.
 
         Raises:
           ValueError, LookupError, TypeError: If the record is damaged.
         """
         shape = tuple(int(size) for size in record["shape"])
         method = {k: v for k, v in record.items() if k not in _FIELDS}
+        seconds = record.get("seconds")
         decomposition = None
         if "converged" in record:
             decomposition = {name: float(record[name]) for name in _LARGEST}
@@ -141,7 +145,7 @@ class LayerReport(NamedTuple):
             shape=shape,
             config=_known_method(method),
             stored_bits=round(record["stored_bits_per_weight"] * math.prod(shape)),
-            seconds=None,
+            seconds=None if seconds is None else float(seconds),
             path=str(record["path"]),
         )
 
@@ -159,18 +163,20 @@ def _known_method(fields: Mapping[str, Any]) -> Method | None:
         return None
 
 
-def write_report(path: Path, reports: Mapping[str, LayerReport]) -> None:
+def write_report(
+    path: Path, reports: Mapping[str, LayerReport], *, with_seconds: bool = False
+) -> None:
     """Writes a line for every tensor, durably and in one step.
 
     Raises:
       CheckpointError: If the file cannot be written.
     """
     with atomic_path(path) as temporary:
-        lines = (
-            json.dumps({"tensor": name, **report.to_json()}) + "\n"
-            for name, report in reports.items()
-        )
-        temporary.write_text("".join(lines), "utf-8")
+        lines = []
+        for name, report in reports.items():
+            seconds = {"seconds": report.seconds} if with_seconds else {}
+            lines.append(json.dumps({"tensor": name, **report.to_json(), **seconds}))
+        temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
 def read_report(path: Path) -> dict[str, LayerReport]:

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -26,7 +27,7 @@ from kashin_jax.pipeline.rules import Rules, rules_to_json
 __all__ = [
     "claim_directory",
     "fingerprint",
-    "is_finished",
+    "finished_run",
     "join_parts",
     "keep_directory",
     "release_directory",
@@ -70,22 +71,24 @@ def fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_finished(directory: Path, digest: str) -> bool:
-    """Whether a directory was kept by a finished run of this fingerprint.
+def finished_run(directory: Path, digest: str) -> dict[str, LayerReport] | None:
+    """The reports of a finished run of this fingerprint; None if there is no such run.
 
     Raises:
-      UsageError: If it was kept by another one.
+      UsageError: If another run was finished and kept there.
+      CheckpointError: If its files are damaged.
     """
     state = _state(directory)
     if not state.get("finished"):
-        return False
-    if (found := state.get("fingerprint")) != digest:
-        raise UsageError(
-            f"{directory}: holds a finished run with other weights, rules, seed, "
-            f"shards or versions ({str(found)[:12]}, not {digest[:12]}). Name another "
-            "directory, or remove this one."
-        )
-    return True
+        return None
+    _check_owner(
+        state, digest, f"{directory}: holds a finished run", "Name another one"
+    )
+    seconds = state.get("seconds", {})
+    return {
+        name: report._replace(seconds=seconds.get(name))
+        for name, report in read_report(directory / REPORT_NAME).items()
+    }
 
 
 def claim_directory(directory: Path, digest: str) -> None:
@@ -98,12 +101,8 @@ def claim_directory(directory: Path, digest: str) -> None:
     """
     state = _state(directory)
     if state and not state.get("finished"):
-        if (found := state.get("fingerprint")) != digest:
-            raise UsageError(
-                f"{directory}: holds an unfinished run with other weights, rules, "
-                f"seed, shards or versions ({str(found)[:12]}, not {digest[:12]}). "
-                "Repeat its command, or remove the directory."
-            )
+        where = f"{directory}: holds an unfinished run"
+        _check_owner(state, digest, where, "Repeat its command")
         _remove(directory.glob(".*.partial"))
         return
     if directory.exists() and not directory.is_dir():
@@ -124,14 +123,18 @@ def release_directory(directory: Path) -> None:
     (directory / _STATE).unlink(missing_ok=True)
 
 
-def keep_directory(directory: Path, digest: str) -> None:
-    """Marks the run as finished and lets `is_finished` recognize it."""
-    write_json(directory / _STATE, {"fingerprint": digest, "finished": True})
+def keep_directory(
+    directory: Path, digest: str, reports: Mapping[str, LayerReport]
+) -> None:
+    """Marks the run as finished and lets `finished_run` recognize it."""
+    seconds = {name: report.seconds for name, report in reports.items()}
+    content = {"fingerprint": digest, "finished": True, "seconds": seconds}
+    write_json(directory / _STATE, content)
 
 
 def write_part(directory: Path, shard: str, reports: Mapping[str, LayerReport]) -> None:
     """Writes the reports of a shard, before the shard itself appears."""
-    write_report(_part(directory, shard), reports)
+    write_report(_part(directory, shard), reports, with_seconds=True)
 
 
 def join_parts(directory: Path, shards: Sequence[str]) -> dict[str, LayerReport]:
@@ -140,14 +143,15 @@ def join_parts(directory: Path, shards: Sequence[str]) -> dict[str, LayerReport]
     Raises:
       CheckpointError: If part of it was removed or changed.
     """
-    path = directory / REPORT_NAME
-    if all(_part(directory, shard).exists() for shard in shards):
-        joined: dict[str, LayerReport] = {}
+    path, joined = directory / REPORT_NAME, dict[str, LayerReport]()
+    if not all(_part(directory, shard).exists() for shard in shards):
+        joined = read_report(path)
+    else:
         for shard in shards:
             joined |= read_report(_part(directory, shard))
         write_report(path, joined)
     remove_parts(directory, shards)
-    return read_report(path)
+    return joined
 
 
 def remove_parts(directory: Path, shards: Sequence[str]) -> None:
@@ -160,7 +164,18 @@ def _part(directory: Path, shard: str) -> Path:
     return directory / f".{shard}.report.jsonl"
 
 
-def _state(directory: Path) -> Mapping[str, object]:
+def _check_owner(
+    state: Mapping[str, Any], digest: str, where: str, remedy: str
+) -> None:
+    if (found := state.get("fingerprint")) != digest:
+        raise UsageError(
+            f"{where} with other weights, rules, seed, shards or versions "
+            f"({str(found)[:12]}, not {digest[:12]}). {remedy}, or remove the "
+            "directory."
+        )
+
+
+def _state(directory: Path) -> dict[str, Any]:
     """What the hidden file says; empty where there is none."""
     path = directory / _STATE
     return read_json(path) if path.exists() else {}
