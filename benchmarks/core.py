@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments.cli import check_flags, flag, run_program
-from experiments.results import environment_fields, merge_records, prepare_output
-from experiments.tables import Column, aligned_table, fixed
-from experiments.text import ASSETS
-from experiments.timing import median_seconds
+from experiments.common.flags import check_flags, flag, run_program
+from experiments.common.results import environment_fields, merge_records, prepare_output
+from experiments.common.tables import Column, aligned_table, fixed
+from experiments.common.text import ASSETS
+from experiments.common.timing import median_seconds
 from kashin_jax import (
     BasisSpec,
     GreedyKashin,

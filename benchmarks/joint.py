@@ -23,16 +23,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from experiments.cli import GIVEN, check_flags, flag, run_program
-from experiments.flag_values import parse_numbers
-from experiments.plots import COLOURS
-from experiments.results import (
+from experiments.common.flag_values import parse_numbers
+from experiments.common.flags import GIVEN, check_flags, flag, run_program
+from experiments.common.plots import COLOURS
+from experiments.common.results import (
     atomic_path,
     environment_fields,
     merge_records,
     prepare_output,
 )
-from experiments.tables import Column, Record, aligned_table, fixed
+from experiments.common.tables import Column, Record, aligned_table, fixed
 from kashin_jax import BasisSpec, JointKashin, make_pair
 from kashin_jax.methods.joint.anneal import anneal
 from kashin_jax.methods.joint.coder import EFFORTS, joint_code

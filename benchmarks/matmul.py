@@ -28,17 +28,17 @@ from jaxtyping import Array, Float
 
 from benchmarks.blocks import BLOCKS, chain, random_layers
 from benchmarks.methods import TIMED, method_config
-from experiments.cli import check_flags, flag, run_program
-from experiments.flag_values import chosen_names, parse_numbers, parse_widths
-from experiments.result_files import RESULT_FILES
-from experiments.results import (
+from experiments.common.flag_values import chosen_names, parse_numbers, parse_widths
+from experiments.common.flags import check_flags, flag, run_program
+from experiments.common.result_files import RESULT_FILES
+from experiments.common.results import (
     environment_fields,
     merge_records,
     prepare_output,
     read_jsonl,
     record_key,
 )
-from experiments.tables import Column, aligned_table, fixed, share
+from experiments.common.tables import Column, aligned_table, fixed, share
 from kashin_jax import matmul, stored_bits
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.bases.identity import IdentityBasis

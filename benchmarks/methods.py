@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from experiments.methods import JOINT, METHODS, Width
+from experiments.common.methods import JOINT, METHODS, Width
 from kashin_jax import BasisSpec
 from kashin_jax.methods import Method
 

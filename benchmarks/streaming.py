@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.layouts import LAYOUTS, Layout
-from experiments.cli import check_flags, flag, run_program
-from experiments.results import environment_fields, merge_records, prepare_output
-from experiments.tables import Column, aligned_table, fixed
+from experiments.common.flags import check_flags, flag, run_program
+from experiments.common.results import environment_fields, merge_records, prepare_output
+from experiments.common.tables import Column, aligned_table, fixed
 from kashin_jax.errors import UsageError
 from kashin_jax.io import (
     PlannedTensor,

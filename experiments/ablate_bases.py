@@ -26,7 +26,13 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from experiments.cli import (
+from experiments.common.flag_values import (
+    ALL,
+    chosen_names,
+    command_line,
+    short_model_name,
+)
+from experiments.common.flags import (
     GIVEN,
     POSITIVE,
     POSITIVE_COUNT,
@@ -34,23 +40,23 @@ from experiments.cli import (
     flag,
     run_program,
 )
-from experiments.convergence.ablation import ablate, cost_fields, seeded_bases
-from experiments.convergence.layers import EMBEDDED, Kernels, model_kernels
-from experiments.convergence.spread import spread_fields
-from experiments.convergence.trade_off import draw_trade_off
-from experiments.flag_values import (
-    ALL,
-    chosen_names,
-    command_line,
-    short_model_name,
-)
-from experiments.results import (
+from experiments.common.kernels import EMBEDDED, Kernels, model_kernels
+from experiments.common.results import (
     atomic_path,
     environment_fields,
     prepare_output,
     write_results,
 )
-from experiments.tables import Column, Record, aligned_table, fixed, markdown_table
+from experiments.common.seeds import spread_fields
+from experiments.common.tables import (
+    Column,
+    Record,
+    aligned_table,
+    fixed,
+    markdown_table,
+)
+from experiments.convergence.ablation import ablate, cost_fields, seeded_bases
+from experiments.convergence.trade_off import draw_trade_off
 from kashin_jax import GreedyKashin
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError

@@ -46,7 +46,7 @@ checkpoint unusable, or loss not finite; 2: wrong flag; 3: stopped, steps are le
 
 import sys
 
-from experiments.cli import run_program
+from experiments.common.flags import run_program
 from experiments.finetuning.config import FinetuneConfig
 from experiments.finetuning.run import finetune
 

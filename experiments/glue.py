@@ -35,24 +35,30 @@ from experiments.classification.rows import (
 )
 from experiments.classification.table import glue_columns, table_rows
 from experiments.classification.tasks import TASKS, Task, choose_tasks, data_title
-from experiments.cli import GIVEN, POSITIVE_COUNT, check_flags, flag, run_program
-from experiments.flag_values import (
+from experiments.common.flag_values import (
     command_line,
     parse_bases,
     parse_widths,
     plain_differences,
     short_model_name,
 )
-from experiments.methods import GLUE_METHODS, METHODS, choose_methods, table_grid
-from experiments.results import (
+from experiments.common.flags import (
+    GIVEN,
+    POSITIVE_COUNT,
+    check_flags,
+    flag,
+    run_program,
+)
+from experiments.common.methods import GLUE_METHODS, METHODS, choose_methods, table_grid
+from experiments.common.results import (
     environment_fields,
     prepare_output,
     remove_work,
     start_work,
     write_results,
 )
-from experiments.tables import Record, aligned_table
-from experiments.text import ASSETS
+from experiments.common.tables import Record, aligned_table
+from experiments.common.text import ASSETS
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
 

@@ -29,7 +29,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from experiments.cli import (
+from experiments.common.flag_values import command_line, short_model_name
+from experiments.common.flags import (
     GIVEN,
     POSITIVE,
     POSITIVE_COUNT,
@@ -37,10 +38,9 @@ from experiments.cli import (
     flag,
     run_program,
 )
-from experiments.flag_values import command_line, short_model_name
-from experiments.results import environment_fields, prepare_output, write_results
-from experiments.tables import Column, aligned_table, fixed, increase
-from experiments.text import ASSETS
+from experiments.common.results import environment_fields, prepare_output, write_results
+from experiments.common.tables import Column, aligned_table, fixed, increase
+from experiments.common.text import ASSETS
 from kashin_jax import BasisSpec, KroneckerBasis, make_pair
 from kashin_jax.bases.learn import (
     LearnedBasis,

@@ -3,11 +3,11 @@
     python -m experiments.make_results --only=table2_opt
     python -m experiments.make_results --only=table3_glue,refine_glue --data_dir=DATA
 
-Runs the commands of `experiments/result_files.py` into `results/`; records that are
-measured again replace their like. Commands on data that cannot be shipped (`$DATA`) are
-left out, each with a line, unless `--data_dir` names the folder. An interrupted command
-goes on when this one is repeated. All of it takes many hours on two cores. Afterwards
-`python -m experiments.render` brings README and docs up to date.
+Runs the commands of `experiments/common/result_files.py` into `results/`; records that
+are measured again replace their like. Commands on data that cannot be shipped (`$DATA`)
+are left out, each with a line, unless `--data_dir` names the folder. An interrupted
+command goes on when this one is repeated. All of it takes many hours on two cores.
+Afterwards `python -m experiments.render` brings README and docs up to date.
 
 Exit code 0: done; 2: wrong flag; else that of the command that failed.
 """
@@ -19,9 +19,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.cli import check_flags, flag, run_program
-from experiments.flag_values import ALL, chosen_names
-from experiments.result_files import RESULT_FILES
+from experiments.common.flag_values import ALL, chosen_names
+from experiments.common.flags import check_flags, flag, run_program
+from experiments.common.result_files import RESULT_FILES
 
 __all__ = ["MakeResultsConfig", "commands", "main", "run"]
 

@@ -22,30 +22,30 @@ from typing import Any
 
 import jax
 
-from experiments.cli import check_flags, flag, run_program
-from experiments.comparison import COMPARISON_TITLE, comparison_tables
-from experiments.flag_values import (
+from experiments.classification.quantized import dense_directory
+from experiments.common.comparison import COMPARISON_TITLE, comparison_tables
+from experiments.common.flag_values import (
     command_line,
     parse_bases,
     parse_numbers,
     parse_widths,
     short_model_name,
 )
-from experiments.methods import METHODS, choose_methods, table_grid
-from experiments.perplexity_rows import Bench, full_precision_row, quantized_row
-from experiments.plots import plot_perplexity
-from experiments.published import published_perplexity
-from experiments.quantized_checkpoint import dense_directory
-from experiments.quantized_layers import checkpoint_sha256
-from experiments.results import (
+from experiments.common.flags import check_flags, flag, run_program
+from experiments.common.methods import METHODS, choose_methods, table_grid
+from experiments.common.perplexity import Bench, full_precision_row, quantized_row
+from experiments.common.plots import plot_perplexity
+from experiments.common.published import published_perplexity
+from experiments.common.quantized_layers import checkpoint_sha256
+from experiments.common.results import (
     environment_fields,
     prepare_output,
     remove_work,
     start_work,
     write_results,
 )
-from experiments.tables import PERPLEXITY_COLUMNS, Column, aligned_table, fixed
-from experiments.text import (
+from experiments.common.tables import PERPLEXITY_COLUMNS, Column, aligned_table, fixed
+from experiments.common.text import (
     ASSETS,
     DATASETS,
     EvaluationText,

@@ -23,17 +23,13 @@ from typing import Any
 
 import jax
 
-from experiments.cli import GIVEN, Allowed, check_flags, flag, run_program
-from experiments.flag_values import (
-    command_line,
-    flag_text,
-    parse_widths,
-)
-from experiments.methods import JOINT, METHODS, choose_methods
+from experiments.common.flag_values import command_line, flag_text, parse_widths
+from experiments.common.flags import GIVEN, Allowed, check_flags, flag, run_program
+from experiments.common.methods import JOINT, METHODS, choose_methods
+from experiments.common.results import prepare_output, write_results
+from experiments.common.tables import Column, Record, aligned_table, fixed, increase
 from experiments.rate_distortion_plot import plot_rate_distortion
 from experiments.rate_distortion_rows import rate_row, won_matrices
-from experiments.results import prepare_output, write_results
-from experiments.tables import Column, Record, aligned_table, fixed, increase
 from experiments.weight_sources import (
     MIN_SIDE,
     ROWS,

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.plots import COLOURS
-from experiments.results import atomic_path
-from experiments.tables import Record
+from experiments.common.plots import COLOURS
+from experiments.common.results import atomic_path
+from experiments.common.tables import Record
 
 __all__ = ["plot_rate_distortion"]
 

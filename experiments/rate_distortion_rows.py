@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from experiments.methods import JOINT, RowKind
-from experiments.results import environment_fields
-from experiments.tables import Record
+from experiments.common.methods import JOINT, RowKind
+from experiments.common.results import environment_fields
+from experiments.common.tables import Record
 from experiments.weight_sources import WeightSource
 from kashin_jax import BasisSpec, JointKashin, quantize, stored_bits
 from kashin_jax.errors import NonFiniteError

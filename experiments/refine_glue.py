@@ -29,7 +29,13 @@ from experiments.classification.rows import (
     unchanged_records,
 )
 from experiments.classification.tasks import GLUE_TASKS, TASKS, Task
-from experiments.cli import (
+from experiments.common.flag_values import (
+    command_line,
+    parse_bases,
+    parse_numbers,
+    short_model_name,
+)
+from experiments.common.flags import (
     COUNT,
     GIVEN,
     POSITIVE,
@@ -38,24 +44,18 @@ from experiments.cli import (
     flag,
     run_program,
 )
-from experiments.finetuning.config import FinetuneConfig
-from experiments.finetuning.run import FinetuneResult, finetune
-from experiments.flag_values import (
-    command_line,
-    parse_bases,
-    parse_numbers,
-    short_model_name,
-)
-from experiments.methods import METHODS, choose_methods, table_grid
-from experiments.results import (
+from experiments.common.methods import METHODS, choose_methods, table_grid
+from experiments.common.results import (
     environment_fields,
     prepare_output,
     remove_work,
     start_work,
     write_results,
 )
-from experiments.tables import Column, Record, aligned_table, fixed, increase
-from experiments.text import ASSETS
+from experiments.common.tables import Column, Record, aligned_table, fixed, increase
+from experiments.common.text import ASSETS
+from experiments.finetuning.config import FinetuneConfig
+from experiments.finetuning.run import FinetuneResult, finetune
 
 __all__ = ["RefineConfig", "main", "run", "table"]
 

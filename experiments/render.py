@@ -4,9 +4,9 @@
     python -m experiments.render --check
 
 Whatever stands between `<!-- table: NAME -->` and `<!-- end of table -->` is replaced
-by the view NAME of `experiments/views.py`, and every picture `img/NAME.png` that a
-document shows is drawn anew unless it is of just these records
-(`experiments/pictures.py`). Numbers in prose are not replaced but compared:
+by the view NAME of `experiments/documents/views.py`, and every picture `img/NAME.png`
+that a document shows is drawn anew unless it is of just these records
+(`experiments/documents/pictures.py`). Numbers in prose are not replaced but compared:
 `docs/quoted.toml` says what they quote. With `--check` nothing is written.
 
 Exit code 0: all is as it should be; 1: something differs, named line by line, or has no
@@ -19,13 +19,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from experiments.cli import flag, run_program
-from experiments.pictures import PICTURES, draw_picture, is_current
-from experiments.quotes import missing_quotes, read_quotes
-from experiments.result_files import RESULT_FILES
-from experiments.results import atomic_path, read_jsonl
-from experiments.tables import Column, Record, markdown_table
-from experiments.views import VIEWS, select
+from experiments.common.flags import flag, run_program
+from experiments.common.result_files import RESULT_FILES
+from experiments.common.results import atomic_path, read_jsonl
+from experiments.common.tables import Column, Record, markdown_table
+from experiments.documents.pictures import PICTURES, draw_picture, is_current
+from experiments.documents.quotes import missing_quotes, read_quotes
+from experiments.documents.views import VIEWS, select
 from kashin_jax.errors import DataError
 
 __all__ = ["RenderConfig", "documents", "main", "read_files", "run", "with_tables"]

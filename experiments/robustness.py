@@ -27,7 +27,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from experiments.cli import (
+from experiments.common.flag_values import ALL, chosen_names, command_line
+from experiments.common.flags import (
     GIVEN,
     POSITIVE,
     POSITIVE_COUNT,
@@ -35,22 +36,23 @@ from experiments.cli import (
     flag,
     run_program,
 )
-from experiments.convergence.heat_map import draw_heat_map, one_decimal
-from experiments.convergence.matrices import MATRICES, MAX_SIZE, draw_matrices
-from experiments.convergence.spread import spread_fields
-from experiments.convergence.sweep import Convergence, stack_bases, sweep
-from experiments.flag_values import (
-    ALL,
-    chosen_names,
-    command_line,
-)
-from experiments.results import (
+from experiments.common.results import (
     atomic_path,
     environment_fields,
     prepare_output,
     write_results,
 )
-from experiments.tables import Column, Record, aligned_table, fixed, markdown_table
+from experiments.common.seeds import spread_fields
+from experiments.common.tables import (
+    Column,
+    Record,
+    aligned_table,
+    fixed,
+    markdown_table,
+)
+from experiments.convergence.heat_map import draw_heat_map, one_decimal
+from experiments.convergence.matrices import MATRICES, MAX_SIZE, draw_matrices
+from experiments.convergence.sweep import Convergence, stack_bases, sweep
 from kashin_jax.bases import FAMILIES
 from kashin_jax.theory import rank_one_counter_example
 

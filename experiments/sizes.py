@@ -21,17 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.cli import COUNT, GIVEN, check_flags, flag, run_program
-from experiments.convergence.layers import EMBEDDED
-from experiments.flag_values import (
-    command_line,
-    parse_widths,
-    short_model_name,
-)
-from experiments.methods import JOINT, METHODS, Width, choose_methods
-from experiments.quantized_checkpoint import dense_directory
-from experiments.quantized_layers import checkpoint_sha256
-from experiments.results import (
+from experiments.classification.quantized import dense_directory
+from experiments.common.flag_values import command_line, parse_widths, short_model_name
+from experiments.common.flags import COUNT, GIVEN, check_flags, flag, run_program
+from experiments.common.kernels import EMBEDDED
+from experiments.common.methods import JOINT, METHODS, Width, choose_methods
+from experiments.common.quantized_layers import checkpoint_sha256
+from experiments.common.results import (
     append_jsonl,
     environment_fields,
     prepare_output,
@@ -40,7 +36,7 @@ from experiments.results import (
     start_work,
     write_results,
 )
-from experiments.tables import Column, Record, aligned_table, fixed
+from experiments.common.tables import Column, Record, aligned_table, fixed
 from kashin_jax import BasisSpec, JointKashin, Rules
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import open_safetensors

@@ -20,16 +20,19 @@ import sys
 
 import jax
 
-from experiments.cli import COUNT, GIVEN, POSITIVE_COUNT, check_flags, flag, run_program
-from experiments.flag_values import (
-    chosen_names,
-    command_line,
-    parse_numbers,
+from experiments.common.figures import write_artifact
+from experiments.common.flag_values import chosen_names, command_line, parse_numbers
+from experiments.common.flags import (
+    COUNT,
+    GIVEN,
+    POSITIVE_COUNT,
+    check_flags,
+    flag,
+    run_program,
 )
-from experiments.paper.artifact import write_artifact
+from experiments.common.results import prepare_output
+from experiments.common.tables import aligned_table
 from experiments.paper.table1_ratios import SEEDS, SIZES, STARTS, STEPS, table1
-from experiments.results import prepare_output
-from experiments.tables import aligned_table
 from kashin_jax.bases import FAMILIES
 
 __all__ = ["Table1Config", "main", "run"]

@@ -31,9 +31,9 @@ or checkpoint unusable, or loss not finite; 2: wrong flag; 3: stopped, steps are
 
 import sys
 
-from experiments.cli import run_program
-from experiments.training.config import TrainConfig
-from experiments.training.run import run
+from experiments.common.flags import run_program
+from experiments.train.config import TrainConfig
+from experiments.train.run import run
 
 __all__ = ["main"]
 

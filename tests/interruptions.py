@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import layer_store
+from experiments.common import layer_store
 
 
 class Calls:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from experiments.assets.make_texts import recorded_sha256
-from experiments.text import ASSETS, trained_context
+from experiments.common.text import ASSETS, trained_context
 from kashin_jax.errors import CheckpointError
 
 ROW = re.compile(r"\| `([^`]+)` \| [^|]+ \| ([\d,]+) \| `([0-9a-f]{64})` \|")

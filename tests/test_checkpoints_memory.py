@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.layouts import LAYOUTS, Layout
 from benchmarks.streaming import StreamingConfig, main, measure, write_checkpoint
-from experiments.results import read_jsonl
+from experiments.common.results import read_jsonl
 from kashin_jax.io import open_checkpoint
 
 pytestmark = pytest.mark.skipif(

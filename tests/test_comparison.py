@@ -5,12 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from experiments.comparison import (
+from experiments.common.comparison import (
     comparison_rows,
     comparison_tables,
     interpolated,
 )
-from experiments.seed_means import mean_columns, mean_rows, seed_means, short_table
+from experiments.common.seed_means import (
+    mean_columns,
+    mean_rows,
+    seed_means,
+    short_table,
+)
 
 
 def record(method, bits, stored, perplexity, seed=None, basis=None):

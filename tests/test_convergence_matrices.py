@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from experiments.convergence.layers import EMBEDDED, model_kernels
+from experiments.common.kernels import EMBEDDED, model_kernels
 from experiments.convergence.matrices import (
     COLUMN_FACTOR,
     MATRICES,

@@ -7,9 +7,9 @@ import types
 import numpy as np
 import pytest
 
-from experiments import corpora
-from experiments.corpora import DATASETS
-from experiments.text import load_text
+from experiments.common import corpora
+from experiments.common.corpora import DATASETS
+from experiments.common.text import load_text
 from kashin_jax.errors import DataError
 
 PTB = ["no it was n't <unk> monday", "the index fell N points"]

@@ -9,11 +9,11 @@ from tiny_checkpoint import LINEARS, as_in_tests, tiny
 from tiny_classifier import LINEARS as CLASSIFIER_LINEARS
 from tiny_classifier import MAX_LENGTH, TASKS_OF_TABLE, given
 
+from experiments.common.results import read_jsonl
 from experiments.depth.config import DepthConfig
-from experiments.depth.curves import Curve, CurvePoint, curves
 from experiments.depth.program import main
 from experiments.depth.table import setting_rows, summary_rows
-from experiments.results import read_jsonl
+from experiments.depth_curves import Curve, CurvePoint, curves
 
 __all__ = ["given", "quantize", "tiny"]  # fixtures
 

@@ -12,13 +12,13 @@ import pytest
 import safetensors.numpy
 from tiny_finetuning import arguments, config_of, tokenizer, write_model, write_tasks
 
+from experiments.common.results import read_jsonl, write_jsonl
 from experiments.finetune_glue import main
 from experiments.finetuning.model import load_start
 from experiments.finetuning.run import finetune
-from experiments.results import read_jsonl, write_jsonl
-from experiments.training.checkpoints import Checkpoints
-from experiments.training.optimizer import decays, make_optimizer
-from experiments.training.step import init_state
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.optimizer import decays, make_optimizer
+from experiments.train.step import init_state
 from kashin_jax.models.classifier_loading import load_classifier
 
 # A whole program on tiny models; its parts have tests of their own.

@@ -4,8 +4,8 @@ import pytest
 
 from experiments.classification.data import load_examples
 from experiments.classification.tasks import TASKS
+from experiments.common.results import read_jsonl
 from experiments.finetune_glue import main
-from experiments.results import read_jsonl
 
 
 def rated_sentences(count):

@@ -5,8 +5,7 @@ import shlex
 
 import pytest
 
-from experiments.cli import flag
-from experiments.flag_values import (
+from experiments.common.flag_values import (
     command_line,
     file_stem,
     flag_text,
@@ -16,6 +15,7 @@ from experiments.flag_values import (
     plain_differences,
     short_model_name,
 )
+from experiments.common.flags import flag
 from kashin_jax import BasisSpec
 from kashin_jax.errors import UsageError
 

@@ -13,8 +13,8 @@ from tokenizers.trainers import BpeTrainer
 from experiments.classification.data import Examples, load_examples
 from experiments.classification.encoding import encode_examples
 from experiments.classification.tasks import TASKS
-from experiments.text import ASSETS
-from experiments.training import bpe
+from experiments.common.text import ASSETS
+from experiments.train import bpe
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.models.tokenizer import (
     check_padding,

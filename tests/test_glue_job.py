@@ -25,8 +25,8 @@ from tiny_classifier import (
 
 from experiments.classification import evaluation
 from experiments.classification.tasks import TASKS
+from experiments.common.methods import GLUE_METHODS, METHODS
 from experiments.glue import GlueConfig, main
-from experiments.methods import GLUE_METHODS, METHODS
 
 __all__ = ["finished", "given"]  # fixtures
 
@@ -231,7 +231,7 @@ def several_heads(directory, tasks):
 
 
 def test_a_shared_encoder_is_quantized_once(given, tmp_path, monkeypatch):
-    from experiments import layer_store
+    from experiments.common import layer_store
 
     calls = []
     original = layer_store.quantize

@@ -17,11 +17,11 @@ from tiny_classifier import (
     write_rows,
 )
 
-from experiments import layer_store
 from experiments.classification.labels import output_order
+from experiments.classification.quantized import load_classifier_packed
 from experiments.classification.tasks import TASKS
+from experiments.common import layer_store
 from experiments.glue import main
-from experiments.quantized_checkpoint import load_classifier_packed
 
 __all__ = ["copy", "given"]  # fixtures
 

@@ -18,8 +18,8 @@ from tiny_classifier import (
     table,
 )
 
+from experiments.common.results import read_jsonl
 from experiments.glue import main
-from experiments.results import read_jsonl
 from kashin_jax import BasisSpec, GreedyKashin, dequantize, quantize
 from kashin_jax.models.classifier_loading import load_classifier
 from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels

@@ -3,8 +3,8 @@
 import pytest
 from tiny_classifier import arguments, given, pick, table
 
+from experiments.common.methods import AS_STORED
 from experiments.glue import main
-from experiments.methods import AS_STORED
 from kashin_jax import Rules, Uniform
 from kashin_jax.pipeline import inspect_checkpoint, quantize_checkpoint
 

@@ -5,9 +5,14 @@ import pytest
 from experiments.classification.plot import plot_glue
 from experiments.classification.table import glue_columns, table_rows
 from experiments.classification.tasks import GLUE_TASKS, TASKS
-from experiments.methods import FULL_PRECISION, GLUE_METHODS, METHODS, choose_methods
-from experiments.published import published_glue
-from experiments.tables import aligned_table
+from experiments.common.methods import (
+    FULL_PRECISION,
+    GLUE_METHODS,
+    METHODS,
+    choose_methods,
+)
+from experiments.common.published import published_glue
+from experiments.common.tables import aligned_table
 from kashin_jax.models.classifier import ClassifierConfig
 
 RTE, STSB, MRPC = TASKS["rte"], TASKS["stsb"], TASKS["mrpc"]

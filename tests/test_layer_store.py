@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import layer_store
-from experiments.layer_store import LayerStore
-from experiments.methods import METHODS
+from experiments.common import layer_store
+from experiments.common.layer_store import LayerStore
+from experiments.common.methods import METHODS
 from kashin_jax import RTN, BasisSpec, Uniform
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.pipeline import path_key

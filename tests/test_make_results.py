@@ -19,12 +19,12 @@ from experiments import (
     sizes,
     table1,
 )
-from experiments.cli import parse_flags
+from experiments.common.flags import parse_flags
+from experiments.common.result_files import RESULT_FILES
 from experiments.depth.config import DepthConfig
 from experiments.make_results import commands
 from experiments.paper.program import PaperConfig
-from experiments.result_files import RESULT_FILES
-from experiments.training.config import TrainConfig
+from experiments.train.config import TrainConfig
 
 PROGRAMS = {
     "benchmarks.core": core.BenchConfig,

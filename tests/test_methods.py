@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.methods import FULL_PRECISION, METHODS, choose_methods
-from experiments.published import published_perplexity
+from experiments.common.methods import FULL_PRECISION, METHODS, choose_methods
+from experiments.common.published import published_perplexity
 from kashin_jax import BasisSpec, GreedyKashin, quantize
 from kashin_jax.errors import UsageError
 from tests import problems

@@ -19,10 +19,10 @@ from tiny_checkpoint import (
     tiny,
 )
 
-from experiments import perplexity_rows
-from experiments.methods import METHODS
+from experiments.common import perplexity as perplexity_rows
+from experiments.common.methods import METHODS
+from experiments.common.results import read_jsonl
 from experiments.opt_ppl import OptPplConfig, main
-from experiments.results import read_jsonl
 
 __all__ = ["copy", "finished", "tiny"]  # fixtures
 

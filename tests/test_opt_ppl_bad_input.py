@@ -16,8 +16,8 @@ from tiny_checkpoint import (
     tiny,
 )
 
+from experiments.common.text import ASSETS
 from experiments.opt_ppl import OptPplConfig, main
-from experiments.text import ASSETS
 
 __all__ = ["copy", "tiny"]  # fixtures
 

@@ -14,12 +14,13 @@ import pytest
 from flax import nnx
 from tiny_checkpoint import LINEARS, as_in_tests, numbers, row, table, tiny
 
-from experiments import mixed_widths, perplexity_rows, sensitivity
-from experiments.layer_store import LayerStore
-from experiments.mixed_widths import probe
-from experiments.partial import PartialScores
-from experiments.quantized_layers import quantize_layers
-from experiments.sensitivity import layer_sensitivities, sampled_text
+from experiments.common import mixed_widths, sensitivity
+from experiments.common import perplexity as perplexity_rows
+from experiments.common.layer_store import LayerStore
+from experiments.common.mixed_widths import probe
+from experiments.common.quantized_layers import quantize_layers
+from experiments.common.resumable import PartialScores
+from experiments.common.sensitivity import layer_sensitivities, sampled_text
 from kashin_jax import BasisSpec, JointKashin, dequantize, quantize
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels

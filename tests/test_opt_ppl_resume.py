@@ -10,7 +10,7 @@ import pytest
 from interruptions import Calls, quantize
 from tiny_checkpoint import LINEARS, arguments, as_in_tests, numbers, row, table, tiny
 
-from experiments import perplexity_rows
+from experiments.common import perplexity as perplexity_rows
 from experiments.opt_ppl import main
 
 __all__ = ["quantize", "tiny"]  # fixtures

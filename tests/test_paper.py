@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from experiments.paper import fig78_clusterings, program, registry
-from experiments.paper.artifact import Artifact
+from experiments import fig7
+from experiments.common.figures import Artifact
+from experiments.common.results import read_jsonl
+from experiments.common.tables import Column
+from experiments.paper import program, registry
 from experiments.paper.program import DEFAULT_MODEL, PaperConfig, main
 from experiments.paper.registry import PARTS, Part
-from experiments.results import read_jsonl
-from experiments.tables import Column
 from tests.opt_checkpoints import GOLDEN
 
 # A whole program on tiny models; its parts have tests of their own.
@@ -54,7 +55,7 @@ def test_records_of_another_seed_are_kept_beside_ours(tmp_path):
 
 @pytest.mark.slow
 def test_another_model_and_seed_stand_in_the_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(fig78_clusterings, "GOOD", ("dct",))
+    monkeypatch.setattr(fig7, "GOOD", ("dct",))
     arguments = ["--only=fig7", f"--model={MODEL}", "--seed=4"]
     assert main([*arguments, f"--out={tmp_path}"]) == 0
     assert {path.stem for path in tmp_path.iterdir()} == {"fig7"}

@@ -2,10 +2,10 @@
 
 import pytest
 
+from experiments.common.results import read_jsonl, write_jsonl
+from experiments.common.setting import Setting
 from experiments.paper import depth
 from experiments.paper.program import DEFAULT_MODEL, main
-from experiments.paper.setting import Setting
-from experiments.results import read_jsonl, write_jsonl
 
 FILE = 1
 NAME = "opt-wiki-18m"

@@ -7,18 +7,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments.paper import (
-    clusters,
-    fig1_choice,
-    fig2_vectors,
-    fig3_matrices,
-    fig4_costs,
-    fig5_factors,
-    fig6_entries,
-    fig78_clusterings,
-)
-from experiments.paper.setting import Setting, layer_basis, survey
-from experiments.paper.style import FAMILY_STYLES
+from experiments import fig1, fig2, fig3, fig4, fig5, fig6, fig7
+from experiments.common import clusterings as clusters
+from experiments.common.setting import Setting, layer_basis, survey
+from experiments.common.style import FAMILY_STYLES
 from kashin_jax import BasisSpec, GreedyKashin, make_basis, make_pair
 from kashin_jax.bases import FAMILIES
 from kashin_jax.bases.basis import dense
@@ -32,7 +24,7 @@ KEY = jax.random.key(3)
 
 
 def test_the_choice_in_the_plane_is_the_larger_l1_norm():
-    choice, sweep = fig1_choice.measure((0.92, 0.37), 30.0, 181)
+    choice, sweep = fig1.measure((0.92, 0.37), 30.0, 181)
     x = np.array([0.92, 0.37])
     c, s = math.cos(math.radians(30)), math.sin(math.radians(30))
     q = np.array([[c, -s], [s, c]])
@@ -48,7 +40,7 @@ def test_the_choice_in_the_plane_is_the_larger_l1_norm():
 
 
 def test_another_vector_takes_the_other_basis():
-    choice, _ = fig1_choice.measure((1.0, 0.05), 30.0, 3)
+    choice, _ = fig1.measure((1.0, 0.05), 30.0, 3)
     assert choice["choice"] == "v"
 
 
@@ -57,7 +49,7 @@ def test_another_vector_takes_the_other_basis():
 )
 def test_mean_and_band_are_those_of_a_plain_numpy_greedy(family):
     n, bases, vectors, steps = 24, 3, 4, 9
-    (record,) = fig2_vectors.measure(
+    (record,) = fig2.measure(
         KEY, n=n, bases=bases, vectors=vectors, steps=steps, families=(family,)
     )
     draws_key, bases_key = jax.random.split(KEY)
@@ -90,7 +82,7 @@ def kernels():
 
 
 def test_the_curve_of_a_layer_is_that_of_a_plain_numpy_greedy(kernels):
-    (record,) = fig3_matrices.measure(kernels, KEY, {"plain": 18}, families=("haar",))
+    (record,) = fig3.measure(kernels, KEY, {"plain": 18}, families=("haar",))
     basis = layer_basis(KEY, "plain", "haar", kernels["plain"])
     q1, q2 = (np.asarray(side.matrix, float) for side in basis)
     x = np.asarray(kernels["plain"], float)
@@ -103,10 +95,10 @@ def test_the_curve_of_a_layer_is_that_of_a_plain_numpy_greedy(kernels):
 
 def test_a_curve_ends_at_the_floor_of_float32_and_not_before(kernels):
     basis = make_pair(BasisSpec("haar", "haar"), KEY, (24, 32))
-    steps, residuals = fig3_matrices.curve(kernels["plain"], basis, 400)
+    steps, residuals = fig3.curve(kernels["plain"], basis, 400)
     assert steps[-1] < 400
-    assert residuals[-1] < fig3_matrices.FLOOR
-    slow, left = fig3_matrices.curve(
+    assert residuals[-1] < fig3.FLOOR
+    slow, left = fig3.curve(
         kernels["plain"],
         make_pair(BasisSpec("identity", "identity"), KEY, (24, 32)),
         60,
@@ -124,15 +116,15 @@ def test_the_survey_puts_the_counter_example_first(kernels):
     assert second["residual"] < second["early_residual"] < first["early_residual"]
 
 
-SIZES = fig4_costs.Sizes(
+SIZES = fig4.Sizes(
     vector=(4, 8), matrix=(4, 8), step=(8, 16), analysis=(16, 32, 64), dense=32,
     steps=2, repeats=2,
 )  # fmt: skip
 
 
 def test_every_curve_is_timed_and_its_slope_is_linregress():
-    records = fig4_costs.measure(KEY, SIZES, families=("haar",))
-    slopes = fig4_costs.fitted_slopes(records)
+    records = fig4.measure(KEY, SIZES, families=("haar",))
+    slopes = fig4.fitted_slopes(records)
     curves = {(r["part"], r["curve"]) for r in records}
     assert curves == {
         ("form", "matrix"), ("form", "vector"), ("step", "haar"), ("analysis", "haar"),
@@ -154,14 +146,14 @@ def test_every_curve_is_timed_and_its_slope_is_linregress():
         assert slope["slope"] == pytest.approx(fit.slope, rel=1e-9, abs=1e-9)
         expected = math.exp(fit.intercept)
         assert slope["seconds_at_1"] == pytest.approx(expected, rel=1e-6)
-    figure = fig4_costs.draw(records, slopes)
+    figure = fig4.draw(records, slopes)
     texts = [t.get_text() for axes in figure.axes for t in axes.get_legend().texts]
     assert f"matrix {slopes[0]['slope']:.2f}" in texts
 
 
 def test_vector_and_matrix_form_are_the_same_decomposition():
-    matrix = fig4_costs._form(KEY, "matrix", 8, 6)()
-    vector = fig4_costs._form(KEY, "vector", 8, 6)()
+    matrix = fig4._form(KEY, "matrix", 8, 6)()
+    vector = fig4._form(KEY, "vector", 8, 6)()
     assert matrix.residual == pytest.approx(float(vector.residual), rel=1e-4)
     np.testing.assert_allclose(matrix.u.reshape(-1), vector.u, atol=1e-5)
     np.testing.assert_allclose(matrix.v.reshape(-1), vector.v, atol=1e-5)
@@ -169,7 +161,7 @@ def test_vector_and_matrix_form_are_the_same_decomposition():
 
 def test_the_first_call_compiles_and_does_not_count():
     calls = []
-    seconds = fig4_costs.median_seconds(lambda: calls.append(0), 4)
+    seconds = fig4.median_seconds(lambda: calls.append(0), 4)
     assert len(calls) == 5
     assert 0 <= seconds < 1
 
@@ -179,7 +171,7 @@ def test_the_first_call_compiles_and_does_not_count():
 )
 def test_the_factors_are_sparse_and_multiply_to_the_butterfly(n):
     basis = make_butterfly(KEY, n)
-    found = fig5_factors.factors(basis)
+    found = fig5.factors(basis)
     angles = np.asarray(basis.angles, float)
     expected = oracle_bases.butterfly_factors(n)
     assert len(found) == len(expected) == math.ceil(math.log2(n))
@@ -193,7 +185,7 @@ def test_the_factors_are_sparse_and_multiply_to_the_butterfly(n):
 
 
 def test_the_papers_factors_are_named_after_their_blocks():
-    assert list(fig5_factors.factors(make_butterfly(KEY, 8))) == ["B8", "B4", "B2"]
+    assert list(fig5.factors(make_butterfly(KEY, 8))) == ["B8", "B4", "B2"]
 
 
 @pytest.fixture(scope="module")
@@ -228,19 +220,17 @@ def test_overlap_is_distance_over_half_the_gap():
 
 
 def test_all_pictures_are_drawn_from_tiny_numbers(kernels, clustering):
-    vectors = fig2_vectors.measure(
+    vectors = fig2.measure(
         KEY, n=8, bases=1, vectors=2, steps=3, families=("identity",)
     )
-    layers = fig3_matrices.measure(
-        kernels, KEY, {"plain": 3, "hard": 3}, families=("identity",)
-    )
+    layers = fig3.measure(kernels, KEY, {"plain": 3, "hard": 3}, families=("identity",))
     figures = {
-        fig1_choice.draw(fig1_choice.measure((1, 0), 30.0, 5)): 2,
-        fig2_vectors.draw(vectors): 1,
-        fig3_matrices.draw(layers, "layers"): 2,
-        fig5_factors.draw(fig5_factors.measure(KEY, (2, 3))): 7,
-        fig6_entries.draw([clustering], "entries"): 3,
-        fig78_clusterings.draw([clustering] * 2, "pairs"): 3,
+        fig1.draw(fig1.measure((1, 0), 30.0, 5)): 2,
+        fig2.draw(vectors): 1,
+        fig3.draw(layers, "layers"): 2,
+        fig5.draw(fig5.measure(KEY, (2, 3))): 7,
+        fig6.draw([clustering], "entries"): 3,
+        fig7.draw([clustering] * 2, "pairs"): 3,
     }
     for figure, panels in figures.items():
         figure.draw_without_rendering()

@@ -13,14 +13,14 @@ from flax import nnx
 from packed_matrices import random_tensor, random_words
 from tiny_finetuning import write_model
 
-from experiments.methods import METHODS
-from experiments.quantized_checkpoint import (
+from experiments.classification.quantized import (
     dense_directory,
     is_quantized,
     load_classifier_packed,
     save_quantized,
 )
-from experiments.quantized_layers import decode
+from experiments.common.methods import METHODS
+from experiments.common.quantized_layers import decode
 from kashin_jax import BasisSpec, Rule, Rules, quantize, stored_bits
 from kashin_jax.cli import main as kashin_main
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.layer_store import LayerStore
-from experiments.quantized_layers import (
+from experiments.common.layer_store import LayerStore
+from experiments.common.quantized_layers import (
     checkpoint_sha256,
     decoded_kernels,
     loss_fields,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.quotes import (
+from experiments.documents.quotes import (
     Constant,
     Quote,
     missing_quotes,
@@ -10,7 +10,7 @@ from experiments.quotes import (
     read_quotes,
     rendered,
 )
-from experiments.views import select
+from experiments.documents.views import select
 from kashin_jax.errors import DataError
 
 ENTRY = """

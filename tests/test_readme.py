@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from experiments import render
-from experiments.methods import FULL_PRECISION, METHODS
-from experiments.quotes import numbers_without_source, read_quotes
-from experiments.result_files import RESULT_FILES
-from experiments.results import read_jsonl, record_key
-from experiments.views import VIEWS, select
+from experiments.common.methods import FULL_PRECISION, METHODS
+from experiments.common.result_files import RESULT_FILES
+from experiments.common.results import read_jsonl, record_key
+from experiments.documents.quotes import numbers_without_source, read_quotes
+from experiments.documents.views import VIEWS, select
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,10 +3,11 @@
 import pytest
 from PIL import Image
 
-from experiments import pictures, render
-from experiments.result_files import RESULT_FILES
-from experiments.results import merge_records
-from experiments.views import VIEWS, select
+from experiments import render
+from experiments.common.result_files import RESULT_FILES
+from experiments.common.results import merge_records
+from experiments.documents import pictures
+from experiments.documents.views import VIEWS, select
 from kashin_jax.errors import DataError
 
 CHECK, WRITE = render.RenderConfig(check=True), render.RenderConfig()

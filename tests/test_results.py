@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.partial import PartialScores, score_resumably
-from experiments.plots import plot_perplexity
-from experiments.results import (
+from experiments.common.plots import plot_perplexity
+from experiments.common.results import (
     append_jsonl,
     environment_fields,
     merge_records,
@@ -30,7 +29,8 @@ from experiments.results import (
     write_jsonl,
     write_results,
 )
-from experiments.tables import (
+from experiments.common.resumable import PartialScores, score_resumably
+from experiments.common.tables import (
     PERPLEXITY_COLUMNS,
     Column,
     aligned_table,

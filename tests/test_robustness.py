@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from experiments import robustness
+from experiments.common.seeds import spread_fields
 from experiments.convergence.heat_map import draw_heat_map
 from experiments.convergence.matrices import MATRICES
-from experiments.convergence.spread import spread_fields
 from experiments.robustness import WORST, RobustnessConfig, main
 from kashin_jax.bases import FAMILIES
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from experiments import sizes
-from experiments.results import read_jsonl
+from experiments.common.results import read_jsonl
 from experiments.sizes import SizesConfig, main
 from kashin_jax import RTN, Rules
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier

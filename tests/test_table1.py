@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.common.results import read_jsonl
 from experiments.paper import program, table1_ratios
 from experiments.paper.registry import PARTS
-from experiments.results import read_jsonl
 from experiments.table1 import Table1Config, main
 from experiments.table1_rows import measure_row
 from kashin_jax.bases import FAMILIES, make_basis

@@ -8,13 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import corpora
-from experiments.text import (
-    ASSETS,
-    default_context,
-    load_text,
-    parse_max_tokens,
-)
+from experiments.common import corpora
+from experiments.common.text import ASSETS, default_context, load_text, parse_max_tokens
 from kashin_jax.errors import CheckpointError, DataError, UsageError
 from kashin_jax.evaluation import count_new, count_scored
 from kashin_jax.models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -296,7 +291,8 @@ def test_default_contexts():
 
 def test_importing_the_experiments_library_loads_no_optional_package():
     program = (
-        "import sys; import experiments.text, experiments.plots, experiments.partial\n"
+        "import sys\n"
+        "from experiments.common import plots, resumable, text\n"
         "heavy = {'transformers', 'tokenizers', 'datasets', 'matplotlib', 'torch'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )

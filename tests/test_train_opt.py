@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from tiny_training import ASSETS, arguments, config_of, sample_text
 
-from experiments.results import read_jsonl
-from experiments.train_opt import main
-from experiments.training.checkpoints import Checkpoints
-from experiments.training.config import TrainConfig
-from experiments.training.language_model import (
+from experiments.common.results import read_jsonl
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.config import TrainConfig
+from experiments.train.language_model import (
     init_params,
     recipe_optimizer,
     recipe_schedule,
 )
-from experiments.training.run import run
-from experiments.training.step import TrainState, init_state
+from experiments.train.run import run
+from experiments.train.step import TrainState, init_state
+from experiments.train_opt import main
 from kashin_jax.evaluation import make_windows, perplexity, window_nll
 from kashin_jax.models.loading import load_opt
 from kashin_jax.models.tokenizer import load_tokenizer

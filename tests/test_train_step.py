@@ -13,11 +13,11 @@ import scipy.special
 from flax import nnx
 from tiny_training import ASSETS, config_of, sample_text
 
-from experiments.training import bpe
-from experiments.training.checkpoints import Checkpoints
-from experiments.training.config import TrainConfig
-from experiments.training.corpus import ShuffledStream, TextSource, load_corpus
-from experiments.training.language_model import (
+from experiments.train import bpe
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.config import TrainConfig
+from experiments.train.corpus import ShuffledStream, TextSource, load_corpus
+from experiments.train.language_model import (
     init_params,
     loop_settings,
     make_loss,
@@ -26,11 +26,11 @@ from experiments.training.language_model import (
     recipe_optimizer,
     recipe_schedule,
 )
-from experiments.training.loop import LoopParts, train
-from experiments.training.optimizer import decays, warmup_linear
-from experiments.training.runlog import RunLog
-from experiments.training.signals import stop_signals
-from experiments.training.step import (
+from experiments.train.loop import LoopParts, train
+from experiments.train.optimizer import decays, warmup_linear
+from experiments.train.runlog import RunLog
+from experiments.train.signals import stop_signals
+from experiments.train.step import (
     StepMetrics,
     TrainState,
     init_state,

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from experiments.training.bpe import load_tokenizer, train_tokenizer
-from experiments.training.corpus import (
+from experiments.train.bpe import load_tokenizer, train_tokenizer
+from experiments.train.corpus import (
     Corpus,
     ShuffledStream,
     TextSource,
     corpus_fingerprint,
     load_corpus,
 )
-from experiments.training.documents import (
+from experiments.train.documents import (
     read_documents,
     respace_document,
     respace_line,

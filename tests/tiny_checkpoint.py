@@ -17,9 +17,9 @@ import safetensors.numpy
 import tokenizers
 from flax import nnx
 
+from experiments.common.results import read_jsonl
+from experiments.common.text import ASSETS
 from experiments.opt_ppl import main
-from experiments.results import read_jsonl
-from experiments.text import ASSETS
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.saving import save_opt
 

@@ -21,8 +21,8 @@ from tiny_checkpoint import as_in_tests
 from tokenizers import models, pre_tokenizers, processors
 
 from experiments.classification.tasks import TASKS
+from experiments.common.results import read_jsonl
 from experiments.glue import main
-from experiments.results import read_jsonl
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_loading import save_classifier
 

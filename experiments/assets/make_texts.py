@@ -30,9 +30,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.cli import GIVEN, check_flags, flag, run_program
-from experiments.corpora import ASSETS, read_utf8
-from experiments.results import atomic_path, prepare_output
+from experiments.common.corpora import ASSETS, read_utf8
+from experiments.common.flags import GIVEN, check_flags, flag, run_program
+from experiments.common.results import atomic_path, prepare_output
 from kashin_jax.errors import DataError
 
 __all__ = [

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from experiments.classification.tasks import TASKS, Columns, Task, label_key
-from experiments.corpora import (
+from experiments.common.corpora import (
     ASSETS,
     HubTable,
     check_data_dir,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from experiments.classification.rows import GlueBench
 from experiments.classification.tasks import Task
-from experiments.tables import Record
+from experiments.common.tables import Record
 
 __all__ = ["table_facts"]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from experiments.classification.labels import with_task_labels
+from experiments.classification.quantized import save_quantized
 from experiments.classification.tasks import Task
-from experiments.flag_values import file_stem
-from experiments.quantized_checkpoint import save_quantized
-from experiments.results import atomic_path, to_json
-from experiments.tables import Record
+from experiments.common.flag_values import file_stem
+from experiments.common.results import atomic_path, to_json
+from experiments.common.tables import Record
 from kashin_jax import Rules
 from kashin_jax.models.classifier_loading import LoadedClassifier
 from kashin_jax.tensors import QuantizedTensor

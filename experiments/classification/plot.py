@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.classification.tasks import Task
-from experiments.methods import FULL_PRECISION
-from experiments.plots import COLOURS
-from experiments.results import atomic_path
-from experiments.tables import Record
+from experiments.common.methods import FULL_PRECISION
+from experiments.common.plots import COLOURS
+from experiments.common.results import atomic_path
+from experiments.common.tables import Record
 
 __all__ = ["plot_glue", "plot_refinement"]
 

@@ -18,10 +18,10 @@ from experiments.classification.evaluation import (
 from experiments.classification.kept import remembered, save_row
 from experiments.classification.metrics import flip_rate, log_loss
 from experiments.classification.tasks import Task
-from experiments.layer_store import LayerStore
-from experiments.methods import AS_STORED, FULL_PRECISION, RowKind, Width
-from experiments.published import published_glue
-from experiments.quantized_layers import (
+from experiments.common.layer_store import LayerStore
+from experiments.common.methods import AS_STORED, FULL_PRECISION, RowKind, Width
+from experiments.common.published import published_glue
+from experiments.common.quantized_layers import (
     decoded_kernels,
     loss_fields,
     quantize_layers,
@@ -29,7 +29,7 @@ from experiments.quantized_layers import (
     stored_width,
     unconverged,
 )
-from experiments.tables import Record
+from experiments.common.tables import Record
 from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.methods import Method

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.classification.tasks import Task
-from experiments.methods import FULL_PRECISION
-from experiments.tables import Column, Record, fixed, share
+from experiments.common.methods import FULL_PRECISION
+from experiments.common.tables import Column, Record, fixed, share
 
 __all__ = ["glue_columns", "table_rows"]
 

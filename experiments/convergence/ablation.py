@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from experiments.common.timing import median_seconds
 from experiments.convergence.sweep import stack_bases
-from experiments.timing import median_seconds
 from kashin_jax import GreedyKashin, KroneckerBasis, kashin_decompose
 from kashin_jax.bases import cost, key_from_seed, seed_from_key
 from kashin_jax.methods.kashin import KashinCode, kashin_code

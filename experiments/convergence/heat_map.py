@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.paper.style import new_figure
-from experiments.tables import Record
+from experiments.common.style import new_figure
+from experiments.common.tables import Record
 
 __all__ = ["draw_heat_map", "one_decimal"]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from experiments.convergence.layers import EMBEDDED, model_kernels
+from experiments.common.kernels import EMBEDDED, model_kernels
 from kashin_jax.decomposition import at_unit_rms, peak_and_rms
 from kashin_jax.pipeline import path_key
 

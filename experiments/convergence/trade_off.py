@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.paper.style import (
+from experiments.common.style import (
     FAMILY_STYLES,
     family_legend,
     finish_axes,
     new_figure,
 )
-from experiments.tables import Record
+from experiments.common.tables import Record
 
 __all__ = ["draw_trade_off"]
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.classification.tasks import TASKS, choose_tasks
-from experiments.cli import GIVEN, POSITIVE_COUNT, Allowed, check_flags, flag
-from experiments.depth.curves import METRICS
+from experiments.common.flag_values import parse_bases, parse_numbers
+from experiments.common.flags import GIVEN, POSITIVE_COUNT, Allowed, check_flags, flag
+from experiments.common.text import ASSETS, DATASETS, parse_max_tokens
 from experiments.depth.points import Point, grid
-from experiments.flag_values import parse_bases, parse_numbers
-from experiments.text import ASSETS, DATASETS, parse_max_tokens
+from experiments.depth_curves import METRICS
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
 

@@ -3,18 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.depth.curves import (
-    AXES,
-    METRICS,
-    Curve,
-    CurvePoint,
-    curves,
-    reference,
-)
+from experiments.common.plots import COLOURS
+from experiments.common.style import finish_axes, new_figure
+from experiments.common.tables import Record
 from experiments.depth.points import STEPS
-from experiments.paper.style import finish_axes, new_figure
-from experiments.plots import COLOURS
-from experiments.tables import Record
+from experiments.depth_curves import AXES, METRICS, Curve, CurvePoint, curves, reference
 
 __all__ = ["draw"]
 

@@ -8,19 +8,19 @@ from typing import NamedTuple
 from experiments.classification.checkpoints import load_task_bench, resolve_tasks
 from experiments.classification.rows import GlueBench, TaskBench
 from experiments.classification.tasks import Task
-from experiments.depth.config import DepthConfig
-from experiments.depth.subjects import Subject, glue_subject, language_subject
-from experiments.flag_values import short_model_name
-from experiments.perplexity_rows import Bench
-from experiments.quantized_layers import checkpoint_sha256
-from experiments.results import environment_fields
-from experiments.text import (
+from experiments.common.flag_values import short_model_name
+from experiments.common.perplexity import Bench
+from experiments.common.quantized_layers import checkpoint_sha256
+from experiments.common.results import environment_fields
+from experiments.common.text import (
     EvaluationText,
     default_context,
     load_text,
     parse_max_tokens,
     trained_context,
 )
+from experiments.depth.config import DepthConfig
+from experiments.depth.subjects import Subject, glue_subject, language_subject
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.models.loading import LoadedModel, load_opt
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from experiments.methods import METHODS
+from experiments.common.methods import METHODS
 from kashin_jax import BasisSpec
 from kashin_jax.methods import Method
 

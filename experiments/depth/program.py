@@ -20,12 +20,12 @@ Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctr
 
 import jax
 
-from experiments.cli import run_program
+from experiments.common.flags import run_program
+from experiments.common.results import prepare_output, remove_work, start_work
 from experiments.depth.config import DepthConfig
 from experiments.depth.loading import choose_glue_tasks, load_inputs, make_subjects
 from experiments.depth.report import present
 from experiments.depth.rows import measure
-from experiments.results import prepare_output, remove_work, start_work
 
 __all__ = ["DepthConfig", "main", "run"]
 

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.common.flag_values import command_line
+from experiments.common.results import atomic_path, write_results
+from experiments.common.tables import Record, aligned_table, markdown_table
 from experiments.depth.config import DepthConfig
 from experiments.depth.drawing import draw
 from experiments.depth.table import (
@@ -11,9 +14,6 @@ from experiments.depth.table import (
     setting_rows,
     summary_rows,
 )
-from experiments.flag_values import command_line
-from experiments.results import atomic_path, write_results
-from experiments.tables import Record, aligned_table, markdown_table
 
 __all__ = ["present", "title_of"]
 

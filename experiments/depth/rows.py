@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from experiments.depth.curves import METRICS
+from experiments.common.quantized_layers import loss_fields, quantize_layers
+from experiments.common.results import append_jsonl, read_jsonl
+from experiments.common.tables import Record
 from experiments.depth.points import Point
 from experiments.depth.subjects import Subject
-from experiments.quantized_layers import loss_fields, quantize_layers
-from experiments.results import append_jsonl, read_jsonl
-from experiments.tables import Record
+from experiments.depth_curves import METRICS
 from kashin_jax import stored_bits
 from kashin_jax.pipeline import selected_kernels
 

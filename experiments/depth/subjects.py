@@ -12,12 +12,12 @@ from experiments.classification.rows import (
     unchanged_records,
 )
 from experiments.classification.tasks import data_title
+from experiments.common.layer_store import LayerStore
+from experiments.common.methods import METHODS
+from experiments.common.perplexity import Bench, full_precision_row, quantized_row
+from experiments.common.results import environment_fields
+from experiments.common.tables import Record
 from experiments.depth.points import METHOD, Point
-from experiments.layer_store import LayerStore
-from experiments.methods import METHODS
-from experiments.perplexity_rows import Bench, full_precision_row, quantized_row
-from experiments.results import environment_fields
-from experiments.tables import Record
 from kashin_jax.models.classifier_loading import LoadedClassifier
 from kashin_jax.models.loading import LoadedModel
 

@@ -4,16 +4,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.depth.curves import (
-    AXES,
-    METRICS,
-    Curve,
-    CurvePoint,
-    curves,
-    reference,
-)
+from experiments.common.tables import Column, Record, fixed, share
 from experiments.depth.points import RTOL, STEPS
-from experiments.tables import Column, Record, fixed, share
+from experiments.depth_curves import AXES, METRICS, Curve, CurvePoint, curves, reference
 
 __all__ = ["SUMMARY_COLUMNS", "setting_columns", "setting_rows", "summary_rows"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from experiments.classification.tasks import GLUE_TASKS, TASKS, Task
-from experiments.cli import (
+from experiments.common.flags import (
     COUNT,
     GIVEN,
     POSITIVE,
@@ -17,7 +17,7 @@ from experiments.cli import (
     check_flags,
     flag,
 )
-from experiments.training.config import DTYPES
+from experiments.train.config import DTYPES
 from kashin_jax.errors import UsageError
 
 __all__ = ["STORED", "FinetuneConfig"]

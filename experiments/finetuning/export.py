@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.classification.quantized import copy_tokenizer, save_quantized
 from experiments.classification.tasks import Task
+from experiments.common.results import atomic_path, environment_fields
 from experiments.finetuning.config import FinetuneConfig
 from experiments.finetuning.model import Start
-from experiments.quantized_checkpoint import copy_tokenizer, save_quantized
-from experiments.results import atomic_path, environment_fields
-from experiments.training.step import Params
+from experiments.train.step import Params
 from kashin_jax.models.classifier_loading import save_classifier
 
 __all__ = ["export_classifier", "write_metrics"]

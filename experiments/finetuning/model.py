@@ -12,11 +12,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from experiments.classification.labels import output_order, with_task_labels
+from experiments.classification.quantized import dense_directory, load_classifier_packed
 from experiments.finetuning.batches import TrainBatch
 from experiments.finetuning.config import STORED, FinetuneConfig
 from experiments.finetuning.refinement import Build, abstract_classifier, take_apart
-from experiments.quantized_checkpoint import dense_directory, load_classifier_packed
-from experiments.training.step import LossFn, Params
+from experiments.train.step import LossFn, Params
 from kashin_jax import Rules
 from kashin_jax.models.classifier import ClassifierConfig
 from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier

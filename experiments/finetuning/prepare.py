@@ -13,10 +13,10 @@ from experiments.classification.evaluation import (
     load_classifier_tokenizer,
     load_evaluation_sets,
 )
+from experiments.common.quantized_layers import checkpoint_sha256
 from experiments.finetuning.batches import TrainingSet
 from experiments.finetuning.config import FinetuneConfig
 from experiments.finetuning.model import Start
-from experiments.quantized_layers import checkpoint_sha256
 
 __all__ = ["RunData", "load_data"]
 

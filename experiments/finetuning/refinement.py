@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from experiments.training.step import Params
+from experiments.train.step import Params
 from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
 from kashin_jax.tensors import QuantizedTensor
 

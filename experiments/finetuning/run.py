@@ -6,25 +6,25 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from experiments.common.results import read_jsonl
 from experiments.finetuning.batches import ShuffledIndices, read_batch
 from experiments.finetuning.config import FinetuneConfig
 from experiments.finetuning.export import export_classifier, write_metrics
 from experiments.finetuning.model import Start, load_start, make_loss
 from experiments.finetuning.prepare import RunData, load_data
 from experiments.finetuning.validation import Evaluate, make_evaluator
-from experiments.results import read_jsonl
-from experiments.training.checkpoints import claim_directory
-from experiments.training.loop import LoopParts, LoopSettings, train
-from experiments.training.optimizer import make_optimizer, warmup_linear
-from experiments.training.runlog import Panel, plot_log
-from experiments.training.step import (
+from experiments.train.checkpoints import claim_directory
+from experiments.train.loop import LoopParts, LoopSettings, train
+from experiments.train.optimizer import make_optimizer, warmup_linear
+from experiments.train.runlog import Panel, plot_log
+from experiments.train.step import (
     Params,
     TrainState,
     check_devices,
     init_state,
     make_trainer,
 )
-from experiments.training.stored import open_run
+from experiments.train.stored import open_run
 
 __all__ = ["FinetuneResult", "finetune"]
 

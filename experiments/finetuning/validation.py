@@ -12,7 +12,7 @@ from experiments.classification.evaluation import (
 )
 from experiments.classification.tasks import Task
 from experiments.finetuning.model import Start
-from experiments.training.step import Params
+from experiments.train.step import Params
 
 __all__ = ["Evaluate", "make_evaluator"]
 

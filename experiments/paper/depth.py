@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.depth.curves import METRICS, Curve, curves, reference
+from experiments.common.figures import Artifact
+from experiments.common.results import read_jsonl
+from experiments.common.setting import Setting
+from experiments.common.tables import Record
 from experiments.depth.drawing import draw
 from experiments.depth.points import STEPS
 from experiments.depth.report import title_of
-from experiments.paper.artifact import Artifact
-from experiments.paper.setting import Setting
-from experiments.results import read_jsonl
-from experiments.tables import Record
+from experiments.depth_curves import METRICS, Curve, curves, reference
 from kashin_jax.errors import DataError
 
 __all__ = ["make"]

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.paper.style import FAMILY_STYLES, finish_axes, new_figure
-from experiments.plots import COLOURS
-from experiments.tables import Record
+from experiments.common.plots import COLOURS
+from experiments.common.style import FAMILY_STYLES, finish_axes, new_figure
+from experiments.common.tables import Record
 
 __all__ = ["draw"]
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import jax
 
-from experiments.cli import GIVEN, check_flags, flag, run_program
-from experiments.flag_values import command_line
-from experiments.paper.artifact import write_artifact
+from experiments.common.figures import write_artifact
+from experiments.common.flag_values import command_line
+from experiments.common.flags import GIVEN, check_flags, flag, run_program
+from experiments.common.results import prepare_output
+from experiments.common.setting import Setting
+from experiments.common.text import ASSETS
 from experiments.paper.registry import PARTS
-from experiments.paper.setting import Setting
-from experiments.results import prepare_output
-from experiments.text import ASSETS
 from kashin_jax.errors import UsageError
 
 __all__ = ["PaperConfig", "main", "run"]

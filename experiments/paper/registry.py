@@ -4,19 +4,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from experiments.paper import (
-    depth,
-    fig1_choice,
-    fig2_vectors,
-    fig3_matrices,
-    fig4_costs,
-    fig5_factors,
-    fig6_entries,
-    fig78_clusterings,
-    table1_ratios,
-)
-from experiments.paper.artifact import Artifact
-from experiments.paper.setting import Setting
+from experiments import fig1, fig2, fig3, fig4, fig5, fig6, fig7
+from experiments.common.figures import Artifact
+from experiments.common.setting import Setting
+from experiments.paper import depth, table1_ratios
 
 __all__ = ["PARTS", "Part"]
 
@@ -39,14 +30,14 @@ class Part(NamedTuple):
 
 PARTS: Mapping[str, Part] = MappingProxyType(
     {
-        "fig1": Part(fig1_choice.make, "greedy choice in the plane"),
-        "fig2": Part(fig2_vectors.make, "convergence on random vectors"),
-        "fig3": Part(fig3_matrices.make, "convergence on layers", True),
-        "fig4": Part(fig4_costs.make, "cost as size grows"),
-        "fig5": Part(fig5_factors.make, "butterfly factors"),
-        "fig6": Part(fig6_entries.make, "entries of U and V, centroids", True),
-        "fig7": Part(fig78_clusterings.make_good, "good clusterings", True),
-        "fig8": Part(fig78_clusterings.make_bad, "bad clusterings", True),
+        "fig1": Part(fig1.make, "greedy choice in the plane"),
+        "fig2": Part(fig2.make, "convergence on random vectors"),
+        "fig3": Part(fig3.make, "convergence on layers", True),
+        "fig4": Part(fig4.make, "cost as size grows"),
+        "fig5": Part(fig5.make, "butterfly factors"),
+        "fig6": Part(fig6.make, "entries of U and V, centroids", True),
+        "fig7": Part(fig7.make_good, "good clusterings", True),
+        "fig8": Part(fig7.make_bad, "bad clusterings", True),
         "table1": Part(table1_ratios.make, "l1 ratio of every basis"),
         "depth": Part(depth.make, "quality against depth", True, "depth_curves"),
     }

@@ -7,17 +7,17 @@ import numpy as np
 from jaxtyping import Array, Key
 from tqdm import tqdm
 
-from experiments.paper.artifact import Artifact
-from experiments.paper.setting import Setting
-from experiments.paper.style import (
+from experiments.common.figures import Artifact
+from experiments.common.results import environment_fields
+from experiments.common.setting import Setting
+from experiments.common.style import (
     FAMILY_STYLES,
     family_legend,
     finish_axes,
     new_figure,
 )
-from experiments.results import environment_fields
+from experiments.common.tables import Column, Record, fixed
 from experiments.table1_rows import STEPS_OF_RATE, measure_row
-from experiments.tables import Column, Record, fixed
 from kashin_jax.bases import FAMILIES
 
 __all__ = ["COLUMNS", "SEEDS", "SIZES", "STARTS", "STEPS", "draw", "make", "table1"]

@@ -1,0 +1,1 @@
+"""What several programs share: flags, records, tables, pictures, texts, methods."""

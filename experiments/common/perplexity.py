@@ -1,0 +1,235 @@
+"""Rows of the perplexity table: quantize, score, count bits, for one method each."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from experiments.common.layer_store import LayerStore, StoredLayer
+from experiments.common.methods import FULL_PRECISION, RowKind, Width, joint_config
+from experiments.common.mixed_widths import MIXED_NOTE, mixed_widths, probe
+from experiments.common.quantized_layers import (
+    decoded_kernels,
+    loss_fields,
+    quantize_each,
+    quantize_layers,
+    size_fields,
+    stored_width,
+    unconverged,
+)
+from experiments.common.resumable import PartialScores, score_resumably
+from experiments.common.sensitivity import LENGTH, WINDOWS, layer_sensitivities
+from experiments.common.tables import Record
+from experiments.common.text import EvaluationText
+from kashin_jax import BasisSpec, GreedyKashin, JointKashin
+from kashin_jax.errors import NonFiniteError
+from kashin_jax.evaluation import perplexity, window_nll
+from kashin_jax.methods import Method
+from kashin_jax.models.loading import LoadedModel
+from kashin_jax.pipeline import quantize_model, replace_kernels, selected_kernels
+
+__all__ = ["Bench", "full_precision_row", "mixed_name", "quantized_row"]
+
+
+# Every record has every field, so that a reader of the file needs no special cases.
+_ABSENT = dict.fromkeys((
+    "stored_bits_per_weight", "model_bits_per_weight", "perplexity", "increase",
+    "relative_error", "converged_share", "quantize_seconds", "seed", "basis", "widths",
+    "rtol", "max_steps",
+))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all rows of one table share.
+
+    Attributes:
+      loaded: The model in full precision.
+      text: What is scored.
+      work: Directory for unfinished work; it must exist.
+      identity: Fields that every row records: model, data, versions, device.
+      weights_sha256: Of the checkpoint.
+      batch_size: Windows per call.
+    """
+
+    loaded: LoadedModel
+    text: EvaluationText
+    work: Path
+    identity: Record
+    weights_sha256: str
+    batch_size: int
+
+    @property
+    def store(self) -> LayerStore:
+        """Finished layers."""
+        return LayerStore.of_run(self.work, self.identity)
+
+    def score(self, model: nnx.Module, computation: Record) -> float:
+        """Perplexity of the model that `computation` describes; resumes."""
+        graphdef, state = nnx.split(model)
+        fingerprint = {
+            **self.identity, **computation, "weights_sha256": self.weights_sha256
+        }  # fmt: skip
+        windows = self.text.windows()
+        nlls = score_resumably(
+            partial(_nll, graphdef, state),
+            windows,
+            PartialScores.in_directory(self.work, fingerprint),
+            batch_size=min(self.batch_size, windows.tokens.shape[0]),
+        )
+        return perplexity(nlls, windows, weigh=self.text.weigh)
+
+
+# One compilation for all models of equal structure: parameters are arguments.
+@partial(jax.jit, static_argnums=0)
+def _nll(
+    graphdef: Any, state: Any, tokens: Int[Array, "b t"], scored: Bool[Array, "b t"]
+) -> Float[Array, " b"]:
+    return window_nll(nnx.merge(graphdef, state)(tokens), tokens, scored)
+
+
+def full_precision_row(bench: Bench) -> dict[str, Any]:
+    """The row that all others are compared with."""
+    bits = float(stored_width(bench.loaded.stored_dtype))
+    return {
+        "method": FULL_PRECISION,
+        "bits": int(bits),
+        **_ABSENT,
+        "stored_bits_per_weight": bits,
+        "model_bits_per_weight": bits,
+        "perplexity": bench.score(bench.loaded.model, {"config": None}),
+        "note": f"{bench.loaded.stored_dtype} checkpoint, computed in float32.",
+        **bench.identity,
+        "weights_sha256": bench.weights_sha256,
+    }
+
+
+def quantized_row(
+    bench: Bench,
+    name: str,
+    method: RowKind,
+    *,
+    bits: Width,
+    basis: BasisSpec,
+    seed: int,
+    rtol: float,
+    max_steps: int,
+) -> dict[str, Any]:
+    """One row; a method that does not exist at this width gives dashes and the reason.
+
+    A method that mixes widths takes one that it has not as a total budget.
+
+    Raises:
+      ValueError: If a layer cannot be quantized; the message names its path.
+    """
+    row = {
+        "method": mixed_name(name) if method.is_budget(bits) else name,
+        "bits": bits,
+        **_ABSENT,
+        "basis": str(basis) if method.has_basis else None,
+        "seed": seed if method.is_random else None,
+        "rtol": rtol if method.has_limits else None,
+        "max_steps": max_steps if method.has_limits else None,
+        **bench.identity,
+        "weights_sha256": bench.weights_sha256,
+    }
+    kernels = selected_kernels(bench.loaded.model)
+    try:
+        plan = _plan(bench, method, kernels, bits, basis, seed, rtol, max_steps)
+    except ValueError as reason:
+        return {**row, "note": str(reason)}
+    label = f"{row['method']}, {bits} bits"
+    try:
+        layers = quantize_each(
+            bench.store, kernels, plan.configs, jax.random.key(seed), label
+        )
+    except NonFiniteError as reason:
+        # The checkpoint is finite, so it is this method whose scales overflow.
+        return {**row, "note": str(reason)}
+    kept = unconverged(layers) if method.keeps_failures else frozenset()
+    config = next(iter(plan.configs.values()))
+    model = _quantized_model(bench, config, layers, kept)
+    computation = {"config": plan.identity, "seed": seed, "kept": sorted(kept)}
+    width = stored_width(bench.loaded.stored_dtype)
+    return {
+        **row,
+        **size_fields(bench.loaded.model, width, layers, kept),
+        "perplexity": bench.score(model, computation),
+        **loss_fields(config, layers, kept),
+        "widths": plan.widths,
+        "note": plan.note,
+    }
+
+
+def mixed_name(name: str) -> str:
+    """What the rows of a method are called whose layers differ in width."""
+    return f"{name}-mixed"
+
+
+class _Plan(NamedTuple):
+    # How each layer is coded; what tells it from other plans; widths if they differ.
+    configs: dict[str, Method]
+    identity: str
+    widths: dict[str, Width] | None
+    note: str
+
+
+def _plan(
+    bench: Bench,
+    method: RowKind,
+    kernels: Mapping[str, Array],
+    bits: Width,
+    basis: BasisSpec,
+    seed: int,
+    rtol: float,
+    max_steps: int,
+) -> _Plan:
+    """Raises ValueError, with the reason, where the method does not exist."""
+    if not method.is_budget(bits):
+        config = method.make(bits, basis, rtol, max_steps)
+        same = dict.fromkeys(kernels, config)
+        return _Plan(same, repr(config), None, method.note)
+    felt = _sensitivities(bench, kernels, probe(basis), seed)
+    widths = mixed_widths(kernels, felt, basis, bits)
+    configs: dict[str, Method] = {
+        path: joint_config(width, basis) for path, width in widths.items()
+    }
+    return _Plan(configs, repr(configs), widths, MIXED_NOTE)
+
+
+def _sensitivities(
+    bench: Bench, kernels: Mapping[str, Array], config: JointKashin, seed: int
+) -> dict[str, float]:
+    key = jax.random.key(seed)
+    layers = quantize_layers(bench.store, kernels, config, key, "sensitivity, coding")
+    fingerprint = {
+        **bench.identity, "weights_sha256": bench.weights_sha256, "seed": seed,
+        "sensitivity": [repr(config), WINDOWS, LENGTH],
+    }  # fmt: skip
+    store = PartialScores.in_directory(bench.work, fingerprint)
+    return layer_sensitivities(bench.loaded.model, layers, key, store)
+
+
+def _quantized_model(
+    bench: Bench,
+    config: Method,
+    layers: Mapping[str, StoredLayer],
+    kept: frozenset[str],
+) -> nnx.Module:
+    """Packed layers for Kashin; decoded kernels in the dense model for the controls."""
+    model = bench.loaded.model
+    if not isinstance(config, GreedyKashin | JointKashin):
+        return replace_kernels(model, decoded_kernels(layers))
+    if len(kept) == len(layers):
+        return model
+    return quantize_model(
+        model,
+        config,
+        select=lambda path: path in layers and path not in kept,
+        quantize_layer=lambda path, _: (layers[path].tensor, layers[path].report),
+    ).model

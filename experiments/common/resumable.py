@@ -1,0 +1,122 @@
+"""Scores of an evaluation that may be killed: what is finished is never done again."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float64
+
+from experiments.common.results import append_jsonl, read_jsonl, to_json
+from experiments.common.tables import Record
+from kashin_jax.errors import DataError, UsageError
+from kashin_jax.evaluation import ScoredBatch, Windows, score_windows
+
+__all__ = ["PartialScores", "score_resumably"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PartialScores:
+    """A JSON-lines file of finished windows, bound to one evaluation.
+
+    The first line holds the fingerprint, each further line a batch of windows. A line
+    that a killed writer left unfinished is ignored, and removed by the next `append`.
+
+    Attributes:
+      path: The file; made by the first `append`.
+      fingerprint: Everything the scores depend on: weights, method, text, windows,
+        versions, device. Compared as JSON.
+    """
+
+    path: Path
+    fingerprint: Record
+
+    @classmethod
+    def in_directory(cls, directory: Path, fingerprint: Record) -> "PartialScores":
+        """Names the file after the fingerprint, so that evaluations never meet."""
+        fields = repr(sorted(_fields(fingerprint)))
+        digest = hashlib.sha256(fields.encode()).hexdigest()[:20]
+        return cls(directory / f"{digest}.jsonl", fingerprint)
+
+    def load(self) -> Float64[np.ndarray, " n"]:
+        """The scores of the finished windows, from the first on, in nats.
+
+        Raises:
+          UsageError: If the file belongs to another evaluation.
+          DataError: If it is damaged.
+        """
+        records = read_jsonl(self.path)
+        if records:
+            self._check_fingerprint(records[0])
+        nlls: list[float] = []
+        for record in records[1:]:
+            batch = record.get("nlls")
+            if record.get("first") != len(nlls) or not isinstance(batch, list):
+                raise DataError(
+                    f"`{self.path}` has no scores for window {len(nlls)}; delete it to "
+                    "start this evaluation again."
+                )
+            nlls += batch
+        return np.asarray(nlls, np.float64)
+
+    def append(self, batch: ScoredBatch) -> None:
+        """Stores a batch that follows the ones stored before."""
+        if not read_jsonl(self.path):
+            append_jsonl(self.path, {"fingerprint": self.fingerprint})
+        append_jsonl(self.path, batch._asdict())
+
+    def _check_fingerprint(self, header: dict[str, Any]) -> None:
+        ours, theirs = _fields(self.fingerprint), _fields(header.get("fingerprint"))
+        if ours != theirs:
+            keys = sorted({key for key, _ in ours ^ theirs})
+            raise UsageError(
+                f"`{self.path}` holds scores of another evaluation (different: "
+                f"{', '.join(keys)}); delete it or choose another --out."
+            )
+
+
+def _fields(fingerprint: Any) -> set[tuple[str, str]]:
+    if not isinstance(fingerprint, Mapping):
+        return set()
+    return {(key, to_json({key: value})) for key, value in fingerprint.items()}
+
+
+def score_resumably(
+    nll_fn: Callable[[np.ndarray, np.ndarray], Array],
+    windows: Windows,
+    store: PartialScores,
+    *,
+    batch_size: int,
+    progress: str | None = "windows",
+) -> Float64[np.ndarray, " w"]:
+    """Scores all windows, beginning behind those that the store has.
+
+    Args:
+      nll_fn: As for `score_windows`.
+      windows: As for `score_windows`.
+      store: Where finished batches are read from and written to.
+      batch_size: As for `score_windows`; may differ from that of the earlier run.
+      progress: As for `score_windows`.
+
+    Returns:
+      Nats per window.
+
+    Raises:
+      UsageError: If the store belongs to another evaluation.
+      DataError: If the store is damaged or has more windows than there are.
+    """
+    count = windows.tokens.shape[0]
+    nlls = store.load()
+    if nlls.size > count:
+        raise DataError(
+            f"`{store.path}` holds {nlls.size} windows of {count}; delete it."
+        )
+    parts = [nlls]
+    for batch in score_windows(
+        nll_fn, windows, batch_size=batch_size, start=nlls.size, progress=progress
+    ):
+        store.append(batch)
+        parts.append(batch.nlls)
+    return np.concatenate(parts)

@@ -1,0 +1,1 @@
+"""What `experiments.render` puts into README and docs: tables, pictures, quotes."""

@@ -1,0 +1,164 @@
+"""Where a run keeps its state, and whose run a directory is."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+from jaxtyping import Array
+
+from experiments.common.results import atomic_path
+from experiments.train.step import TrainState
+from kashin_jax.errors import CheckpointError, UsageError
+
+__all__ = ["Checkpoints", "claim_directory"]
+
+
+def claim_directory(out: Path, identity: dict[str, Any]) -> None:
+    """Makes `out` the directory of a run, or checks that it is already.
+
+    Args:
+      out: Created where it does not exist.
+      identity: What decides the final weights; kept in `run.json`.
+
+    Raises:
+      UsageError: If `out` cannot be written.
+      CheckpointError: If `out` belongs to a run with another identity, or its
+        `run.json` cannot be read.
+    """
+    path = out / "run.json"
+    # As it comes back from the file, where tuples are lists.
+    identity = json.loads(json.dumps(identity))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _check_identity(out, json.loads(path.read_text("utf-8")), identity)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(identity, indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"`--out={out}` cannot be written ({error.strerror}); choose another "
+            "directory."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"`{path}` is damaged ({error}); choose another `--out`."
+        ) from error
+
+
+def _check_identity(out: Path, found: Any, identity: dict[str, Any]) -> None:
+    if not isinstance(found, dict):
+        raise CheckpointError(f"`{out}/run.json` is damaged; choose another `--out`.")
+    for name in sorted(identity.keys() | found.keys()):
+        if found.get(name) != identity.get(name):
+            raise CheckpointError(
+                f"`--out={out}` holds a run with `{name}`={found.get(name)}, not "
+                f"{identity.get(name)}; give that run's flags or another directory."
+            )
+
+
+class Checkpoints:
+    """The newest states of one run, on disk, with checksums of their files.
+
+    Leaves are stored under their paths, so a checkpoint can be read without the
+    classes of this program.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        """Opens a directory, which is made if it is missing.
+
+        Raises:
+          UsageError: If it cannot be written.
+        """
+        import orbax.checkpoint as ocp
+
+        self._args = ocp.args
+        self._directory = directory
+        self._checksums = directory.with_name(f"{directory.name}.sha256.json")
+        # A state that is being saved must not be donated to the next step, hence no
+        # saving in the background.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False
+        )
+        try:
+            self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        except OSError as error:
+            raise UsageError(
+                f"`{directory}` cannot be written ({error.strerror}); choose another "
+                "`--out`."
+            ) from error
+
+    def save(self, state: TrainState) -> None:
+        """Writes a state, unless the newest one on disk is as many steps old."""
+        step = int(state.step)
+        if step == self._manager.latest_step():
+            return
+        self._manager.save(step, args=self._args.StandardSave(_named_leaves(state)))
+        known = self._read_checksums() | {str(step): self._checksum(step)}
+        kept = {str(step): known.get(str(step)) for step in self._manager.all_steps()}
+        with atomic_path(self._checksums) as temporary:
+            temporary.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+
+    def restore_latest(self, state: TrainState, placement: Sharding) -> TrainState:
+        """Reads the newest state.
+
+        Args:
+          state: Of the same run; returned where nothing has been saved yet.
+          placement: Where the leaves shall live.
+
+        Raises:
+          CheckpointError: If the newest checkpoint is damaged.
+        """
+        if (step := self._manager.latest_step()) is None:
+            return state
+        # Checked here and not left to Orbax, which starts a task for every leaf and
+        # prints pages about each one that fails. A process that was killed between
+        # saving and checksum leaves a whole checkpoint without one.
+        checksum = self._read_checksums().get(str(step))
+        if checksum not in (None, self._checksum(step)):
+            raise CheckpointError(
+                f"`{self._directory / str(step)}` is damaged; remove it to go on from "
+                "an earlier step."
+            )
+        wanted = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
+            for name, leaf in _named_leaves(state).items()
+        }
+        found = self._manager.restore(step, args=self._args.StandardRestore(wanted))
+        return jax.tree.unflatten(
+            jax.tree.structure(state), [found[name] for name in wanted]
+        )
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+        self._manager.close()
+
+    def _checksum(self, step: int) -> str:
+        digest = hashlib.sha256()
+        directory = self._directory / str(step)
+        for path in sorted(directory.rglob("*")):
+            digest.update(str(path.relative_to(directory)).encode() + b"\0")
+            if path.is_file():
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def _read_checksums(self) -> dict[str, str]:
+        try:
+            return json.loads(self._checksums.read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except json.JSONDecodeError as error:
+            raise CheckpointError(
+                f"`{self._checksums}` is damaged; remove it to trust the checkpoints."
+            ) from error
+
+
+def _named_leaves(state: TrainState) -> dict[str, Array]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in leaves
+    }
