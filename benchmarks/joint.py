@@ -23,8 +23,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from experiments.common.flag_values import parse_numbers
-from experiments.common.flags import GIVEN, check_flags, flag, run_program
+from experiments.common.flags import (
+    GIVEN,
+    check_flags,
+    flag,
+    parse_numbers,
+    run_program,
+)
 from experiments.common.plots import COLOURS
 from experiments.common.results import (
     atomic_path,

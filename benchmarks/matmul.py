@@ -28,8 +28,14 @@ from jaxtyping import Array, Float
 
 from benchmarks.blocks import BLOCKS, chain, random_layers
 from benchmarks.methods import TIMED, method_config
-from experiments.common.flag_values import chosen_names, parse_numbers, parse_widths
-from experiments.common.flags import check_flags, flag, run_program
+from experiments.common.flags import (
+    check_flags,
+    chosen_names,
+    flag,
+    parse_numbers,
+    parse_widths,
+    run_program,
+)
 from experiments.common.result_files import RESULT_FILES
 from experiments.common.results import (
     environment_fields,

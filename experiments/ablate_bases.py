@@ -26,19 +26,17 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from experiments.common.flag_values import (
-    ALL,
-    chosen_names,
-    command_line,
-    short_model_name,
-)
 from experiments.common.flags import (
+    ALL,
     GIVEN,
     POSITIVE,
     POSITIVE_COUNT,
     check_flags,
+    chosen_names,
+    command_line,
     flag,
     run_program,
+    short_model_name,
 )
 from experiments.common.kernels import EMBEDDED, Kernels, model_kernels
 from experiments.common.results import (

@@ -1,10 +1,17 @@
 """Figure 1: the greedy choice of the vector to project on, drawn in the plane.
 
+    python -m experiments.fig1
+
 In the plane the residual of one step lies on an atom of the same basis, so two steps
-always end: what can be shown is the choice, and what it guarantees.
+always end: what can be shown is the choice, and what it guarantees. There is nothing
+random in it. It adds its numbers to fig1.jsonl in `--out`, and writes fig1.png and
+fig1.svg.
+
+Exit code 0: done; 2: wrong flag; 130: Ctrl-C.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,15 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common.figures import Artifact
+from experiments.common.figures import Artifact, FigureConfig, Setting, run_figure
 from experiments.common.greedy import advance, begin
 from experiments.common.plots import COLOURS
-from experiments.common.setting import Setting
 from experiments.common.style import finish_axes, new_figure
 from experiments.common.tables import Record
 from kashin_jax.bases.butterfly import ButterflyBasis
 
-__all__ = ["draw", "make", "measure"]
+__all__ = ["draw", "main", "make", "measure"]
 
 # 45 degrees would put the atoms of the two bases as far apart as they can be, on the
 # axes and the diagonals; at 30 none of Q's hides an axis.
@@ -160,3 +166,12 @@ def _arrow(axes: Any, start: Any, end: Any, colour: str, *, width: float) -> Non
     style = {"arrowstyle": "-|>", "color": colour, "lw": width, "shrinkA": 0,
              "shrinkB": 0, "mutation_scale": 9}  # fmt: skip
     axes.annotate("", tuple(end), tuple(start), arrowprops=style)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_figure("fig1", __doc__, make, FigureConfig, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

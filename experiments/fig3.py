@@ -1,5 +1,15 @@
-"""Figure 3: convergence on real layers, good ones and the hardest of the model."""
+"""Figure 3: convergence on real layers, good ones and the hardest of the model.
 
+    python -m experiments.fig3
+    python -m experiments.fig3 --model=facebook/opt-125m
+
+The layers are the paper's, where the model has them, and the one that converges worst.
+It adds its numbers to fig3.jsonl in `--out`, and writes fig3.png and fig3.svg.
+
+Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
+"""
+
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,9 +18,15 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from experiments.common.figures import Artifact
+from experiments.common.figures import (
+    PAPER_LAYERS,
+    Artifact,
+    ModelFigureConfig,
+    Setting,
+    layer_basis,
+    run_figure,
+)
 from experiments.common.greedy import advance, begin, relative_residual
-from experiments.common.setting import PAPER_LAYERS, Setting, layer_basis
 from experiments.common.style import (
     FAMILY_STYLES,
     family_legend,
@@ -21,7 +37,7 @@ from experiments.common.tables import Record
 from kashin_jax import KroneckerBasis
 from kashin_jax.bases import FAMILIES
 
-__all__ = ["curve", "draw", "make", "measure"]
+__all__ = ["curve", "draw", "main", "make", "measure"]
 
 STEPS = 60
 # The paper gave its hard layer 6000 steps; here the curves are straight long before.
@@ -139,3 +155,12 @@ def _draw_layer(axes: Any, records: Sequence[Record]) -> None:
         axes, x="greedy steps k", y="relative residual $||R_k||_F / ||X||_F$",
         title=f"{first['layer'].removeprefix('decoder/')}, {m} × {n}",
     )  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_figure("fig3", __doc__, make, ModelFigureConfig, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,17 @@
-"""Figure 4: matrix against vector form, and cost by basis, as size grows."""
+"""Figure 4: matrix against vector form, and cost by basis, as size grows.
+
+    python -m experiments.fig4
+
+It adds its numbers to fig4.jsonl in `--out`, and writes fig4.png and fig4.svg. Seconds
+mean something on a quiet machine only.
+
+Exit code 0: done; 2: wrong flag; 130: Ctrl-C.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +21,11 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from experiments.common.figures import Artifact
-from experiments.common.setting import Setting
+from experiments.common.figures import Artifact, FigureConfig, Setting, run_figure
+from experiments.common.plots import COLOURS
+from experiments.common.style import FAMILY_STYLES, finish_axes, new_figure
 from experiments.common.tables import Record
 from experiments.common.timing import median_seconds
-from experiments.paper.fig4_drawing import draw
 from kashin_jax import (
     BasisSpec,
     KroneckerBasis,
@@ -29,7 +38,7 @@ from kashin_jax.bases.basis import dense
 from kashin_jax.bases.haar import HaarBasis
 from kashin_jax.decomposition import Frame
 
-__all__ = ["Sizes", "fitted_slopes", "make", "measure"]
+__all__ = ["Sizes", "draw", "fitted_slopes", "main", "make", "measure"]
 
 DENSE = "haar"
 # Never reached: the number of steps is the same for all.
@@ -189,3 +198,45 @@ def fitted_slopes(records: Sequence[Record]) -> list[dict[str, Any]]:
             "smallest": min(sizes), "largest": max(sizes),
         })  # fmt: skip
     return slopes
+
+
+_FORM_STYLES: Mapping[str, dict[str, Any]] = {
+    "matrix": {"color": COLOURS[1], "marker": "s"},
+    "vector": {"color": COLOURS[0], "marker": "o", "linestyle": (0, (4, 1.5))},
+}
+_PANELS = {
+    "form": ("one greedy step, Haar", "entries of the matrix"),
+    "step": ("one greedy step, n × n", "side of the matrix"),
+    "analysis": ("one analysis", "length of the vector"),
+}
+
+
+def draw(records: Sequence[Record], slopes: Sequence[Record]) -> Any:
+    """A panel per part; the legend of each has the slopes of its curves."""
+    figure = new_figure(7.6, 5.6)
+    panels = figure.subplots(1, len(_PANELS))
+    for axes, (part, (title, size)) in zip(panels, _PANELS.items(), strict=True):
+        own = [record for record in records if record["part"] == part]
+        fits = {s["curve"]: s["slope"] for s in slopes if s["part"] == part}
+        for curve in dict.fromkeys(record["curve"] for record in own):
+            points = [(r["size"], r["seconds"]) for r in own if r["curve"] == curve]
+            style = _FORM_STYLES.get(curve) or FAMILY_STYLES[curve]
+            slope = f" {fits[curve]:.2f}" if curve in fits else ""
+            axes.plot(*zip(*points, strict=True), label=f"{curve}{slope}", **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        finish_axes(axes, x=size, y="seconds", title=title)
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False, fontsize=7,
+            handlelength=2.6, title="curve, log-log slope", title_fontsize=7,
+        )  # fmt: skip
+    return figure
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_figure("fig4", __doc__, make, FigureConfig, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,13 @@
-"""Figure 5: the sparse factors of butterfly matrices."""
+"""Figure 5: the sparse factors of butterfly matrices.
 
+    python -m experiments.fig5
+
+It adds its numbers to fig5.jsonl in `--out`, and writes fig5.png and fig5.svg.
+
+Exit code 0: done; 2: wrong flag; 130: Ctrl-C.
+"""
+
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from experiments.common.figures import Artifact
-from experiments.common.setting import Setting
+from experiments.common.figures import Artifact, FigureConfig, Setting, run_figure
 from experiments.common.style import new_figure
 from experiments.common.tables import Record
 from kashin_jax.bases.basis import dense
 from kashin_jax.bases.butterfly import ButterflyBasis, make_butterfly
 
-__all__ = ["draw", "factors", "make", "measure"]
+__all__ = ["draw", "factors", "main", "make", "measure"]
 
 ORDERS = (8, 6)
 # Entries whose magnitude is below it stand for structural zeros.
@@ -107,3 +114,12 @@ def _draw_matrix(axes: Any, record: Record, *, is_first: bool) -> Any:
     label = f"$B_{{{name[1:]}}}$" if name.startswith("B") else "product"
     axes.set_title(f"{label}, {record['nonzeros']} entries", fontsize=8)
     return image
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_figure("fig5", __doc__, make, FigureConfig, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

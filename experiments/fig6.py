@@ -1,18 +1,33 @@
-"""Figure 6: entries of U and V with the centroids, one good basis and one bad."""
+"""Figure 6: entries of U and V with the centroids, one good basis and one bad.
 
+    python -m experiments.fig6
+    python -m experiments.fig6 --model=facebook/opt-125m
+
+The layer is the paper's query projection or, in a model without it, the one that
+converges best. It adds its numbers to fig6.jsonl in `--out`, and writes fig6.png and
+fig6.svg.
+
+Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
+"""
+
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.common.clusterings import Clustering, cluster_layer, facts_of, range_of
-from experiments.common.figures import Artifact
-from experiments.common.plane import draw_plane
+from experiments.common.clusterings import (
+    Clustering,
+    cluster_layer,
+    draw_plane,
+    facts_of,
+    range_of,
+)
+from experiments.common.figures import Artifact, ModelFigureConfig, Setting, run_figure
 from experiments.common.plots import COLOURS
-from experiments.common.setting import Setting
 from experiments.common.style import finish_axes, new_figure
 
-__all__ = ["draw", "make"]
+__all__ = ["draw", "main", "make"]
 
 FAMILIES_SHOWN = ("haar", "householder")
 BINS = 160
@@ -69,3 +84,12 @@ def draw(clusterings: Sequence[Clustering], title: str) -> Any:
         draw_plane(row[2], clustering, limit, title=f"{family}: pairs")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments`; returns the exit code."""
+    return run_figure("fig6", __doc__, make, ModelFigureConfig, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -35,19 +35,17 @@ from experiments.classification.rows import (
 )
 from experiments.classification.table import glue_columns, table_rows
 from experiments.classification.tasks import TASKS, Task, choose_tasks, data_title
-from experiments.common.flag_values import (
-    command_line,
-    parse_bases,
-    parse_widths,
-    plain_differences,
-    short_model_name,
-)
 from experiments.common.flags import (
     GIVEN,
     POSITIVE_COUNT,
     check_flags,
+    command_line,
     flag,
+    parse_bases,
+    parse_widths,
+    plain_differences,
     run_program,
+    short_model_name,
 )
 from experiments.common.methods import GLUE_METHODS, METHODS, choose_methods, table_grid
 from experiments.common.results import (

@@ -29,14 +29,15 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from experiments.common.flag_values import command_line, short_model_name
 from experiments.common.flags import (
     GIVEN,
     POSITIVE,
     POSITIVE_COUNT,
     check_flags,
+    command_line,
     flag,
     run_program,
+    short_model_name,
 )
 from experiments.common.results import environment_fields, prepare_output, write_results
 from experiments.common.tables import Column, aligned_table, fixed, increase

@@ -19,8 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.common.flag_values import ALL, chosen_names
-from experiments.common.flags import check_flags, flag, run_program
+from experiments.common.flags import ALL, check_flags, chosen_names, flag, run_program
 from experiments.common.result_files import RESULT_FILES
 
 __all__ = ["MakeResultsConfig", "commands", "main", "run"]

@@ -23,17 +23,19 @@ from typing import Any
 import jax
 
 from experiments.classification.quantized import dense_directory
-from experiments.common.comparison import COMPARISON_TITLE, comparison_tables
-from experiments.common.flag_values import (
+from experiments.common.flags import (
+    check_flags,
     command_line,
+    flag,
     parse_bases,
     parse_numbers,
     parse_widths,
+    run_program,
     short_model_name,
 )
-from experiments.common.flags import check_flags, flag, run_program
 from experiments.common.methods import METHODS, choose_methods, table_grid
 from experiments.common.perplexity import Bench, full_precision_row, quantized_row
+from experiments.common.perplexity_table import COMPARISON_TITLE, comparison_tables
 from experiments.common.plots import plot_perplexity
 from experiments.common.published import published_perplexity
 from experiments.common.quantized_layers import checkpoint_sha256

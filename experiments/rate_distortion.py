@@ -23,8 +23,16 @@ from typing import Any
 
 import jax
 
-from experiments.common.flag_values import command_line, flag_text, parse_widths
-from experiments.common.flags import GIVEN, Allowed, check_flags, flag, run_program
+from experiments.common.flags import (
+    GIVEN,
+    Allowed,
+    check_flags,
+    command_line,
+    flag,
+    flag_text,
+    parse_widths,
+    run_program,
+)
 from experiments.common.methods import JOINT, METHODS, choose_methods
 from experiments.common.results import prepare_output, write_results
 from experiments.common.tables import Column, Record, aligned_table, fixed, increase

@@ -29,20 +29,18 @@ from experiments.classification.rows import (
     unchanged_records,
 )
 from experiments.classification.tasks import GLUE_TASKS, TASKS, Task
-from experiments.common.flag_values import (
-    command_line,
-    parse_bases,
-    parse_numbers,
-    short_model_name,
-)
 from experiments.common.flags import (
     COUNT,
     GIVEN,
     POSITIVE,
     POSITIVE_COUNT,
     check_flags,
+    command_line,
     flag,
+    parse_bases,
+    parse_numbers,
     run_program,
+    short_model_name,
 )
 from experiments.common.methods import METHODS, choose_methods, table_grid
 from experiments.common.results import (

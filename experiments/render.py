@@ -35,6 +35,9 @@ QUOTED = "docs/quoted.toml"
 INDEX = "result-files"
 """The table of the result files themselves."""
 
+PROGRAMS = "programs"
+"""The table of the programs that make them."""
+
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 _PICTURE = re.compile(r"img/([\w-]+)\.png")
 
@@ -100,6 +103,8 @@ def with_tables(place: str, content: str, files: Files) -> str:
         start, name, _, end = match.groups()
         if name == INDEX:
             return f"{start}{_index()}\n{end}"
+        if name == PROGRAMS:
+            return f"{start}{_programs()}\n{end}"
         records = _records(files, "table", name, place)
         return f"{start}{VIEWS[name].markdown(records)}\n{end}"
 
@@ -118,6 +123,22 @@ def _index() -> str:
     columns = (
         Column("file", "file"), Column("about", "what"),
         Column("command", "`python -m ...`"),
+    )  # fmt: skip
+    return markdown_table(rows, columns)
+
+
+def _programs() -> str:
+    rows = [
+        {
+            "about": own.about,
+            "command": f"`python -m {own.commands[0].split()[0]}`",
+            "file": f"[`{name}.jsonl`](../results/{name}.jsonl)",
+        }
+        for name, own in RESULT_FILES.items()
+    ]
+    columns = (
+        Column("about", "artifact"), Column("command", "program"),
+        Column("file", "result file"),
     )  # fmt: skip
     return markdown_table(rows, columns)
 

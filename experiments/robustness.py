@@ -27,12 +27,14 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from experiments.common.flag_values import ALL, chosen_names, command_line
 from experiments.common.flags import (
+    ALL,
     GIVEN,
     POSITIVE,
     POSITIVE_COUNT,
     check_flags,
+    chosen_names,
+    command_line,
     flag,
     run_program,
 )

@@ -22,8 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.classification.quantized import dense_directory
-from experiments.common.flag_values import command_line, parse_widths, short_model_name
-from experiments.common.flags import COUNT, GIVEN, check_flags, flag, run_program
+from experiments.common.flags import (
+    COUNT,
+    GIVEN,
+    check_flags,
+    command_line,
+    flag,
+    parse_widths,
+    run_program,
+    short_model_name,
+)
 from experiments.common.kernels import EMBEDDED
 from experiments.common.methods import JOINT, METHODS, Width, choose_methods
 from experiments.common.quantized_layers import checkpoint_sha256

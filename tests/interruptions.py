@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.common import layer_store
+from experiments.common import quantized_layers
 
 
 class Calls:
@@ -20,6 +20,6 @@ class Calls:
 
 @pytest.fixture
 def quantize(monkeypatch):
-    calls = Calls(layer_store.quantize)
-    monkeypatch.setattr(layer_store, "quantize", calls)
+    calls = Calls(quantized_layers.quantize)
+    monkeypatch.setattr(quantized_layers, "quantize", calls)
     return calls

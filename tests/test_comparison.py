@@ -5,12 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from experiments.common.comparison import (
+from experiments.common.perplexity_table import (
     comparison_rows,
     comparison_tables,
     interpolated,
-)
-from experiments.common.seed_means import (
     mean_columns,
     mean_rows,
     seed_means,

@@ -10,10 +10,14 @@ from tiny_classifier import LINEARS as CLASSIFIER_LINEARS
 from tiny_classifier import MAX_LENGTH, TASKS_OF_TABLE, given
 
 from experiments.common.results import read_jsonl
-from experiments.depth.config import DepthConfig
-from experiments.depth.program import main
-from experiments.depth.table import setting_rows, summary_rows
-from experiments.depth_curves import Curve, CurvePoint, curves
+from experiments.depth import DepthConfig, main
+from experiments.depth_curves import (
+    Curve,
+    CurvePoint,
+    curves,
+    setting_rows,
+    summary_rows,
+)
 
 __all__ = ["given", "quantize", "tiny"]  # fixtures
 

@@ -5,9 +5,10 @@ import shlex
 
 import pytest
 
-from experiments.common.flag_values import (
+from experiments.common.flags import (
     command_line,
     file_stem,
+    flag,
     flag_text,
     parse_bases,
     parse_numbers,
@@ -15,7 +16,6 @@ from experiments.common.flag_values import (
     plain_differences,
     short_model_name,
 )
-from experiments.common.flags import flag
 from kashin_jax import BasisSpec
 from kashin_jax.errors import UsageError
 

@@ -231,12 +231,14 @@ def several_heads(directory, tasks):
 
 
 def test_a_shared_encoder_is_quantized_once(given, tmp_path, monkeypatch):
-    from experiments.common import layer_store
+    from experiments.common import quantized_layers
 
     calls = []
-    original = layer_store.quantize
+    original = quantized_layers.quantize
     monkeypatch.setattr(
-        layer_store, "quantize", lambda *a, **k: calls.append(k) or original(*a, **k)
+        quantized_layers,
+        "quantize",
+        lambda *a, **k: calls.append(k) or original(*a, **k),
     )
     model = several_heads(tmp_path / "model", TASKS_OF_TABLE)
     records = table(model, given.data, tmp_path / "out", "--methods=uniform")

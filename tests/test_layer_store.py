@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common import layer_store
-from experiments.common.layer_store import LayerStore
+from experiments.common import quantized_layers
 from experiments.common.methods import METHODS
+from experiments.common.quantized_layers import LayerStore
 from kashin_jax import RTN, BasisSpec, Uniform
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.pipeline import path_key
@@ -33,13 +33,13 @@ def store(tmp_path):
 def computed(monkeypatch):
     """Paths of the layers that were quantized, not read."""
     paths = []
-    original = layer_store.quantize
+    original = quantized_layers.quantize
 
     def counting(kernel, config, key, *, path):
         paths.append(path)
         return original(kernel, config, key, path=path)
 
-    monkeypatch.setattr(layer_store, "quantize", counting)
+    monkeypatch.setattr(quantized_layers, "quantize", counting)
     return paths
 
 

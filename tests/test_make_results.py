@@ -19,11 +19,11 @@ from experiments import (
     sizes,
     table1,
 )
+from experiments.common.figures import FigureConfig, ModelFigureConfig
 from experiments.common.flags import parse_flags
 from experiments.common.result_files import RESULT_FILES
-from experiments.depth.config import DepthConfig
+from experiments.depth import DepthConfig
 from experiments.make_results import commands
-from experiments.paper.program import PaperConfig
 from experiments.train.config import TrainConfig
 
 PROGRAMS = {
@@ -36,7 +36,9 @@ PROGRAMS = {
     "experiments.glue": glue.GlueConfig,
     "experiments.learn_butterfly": learn_butterfly.LearnButterflyConfig,
     "experiments.opt_ppl": opt_ppl.OptPplConfig,
-    "experiments.paper": PaperConfig,
+    "experiments.depth_curves": ModelFigureConfig,
+    **{f"experiments.fig{number}": FigureConfig for number in (1, 2, 4, 5)},
+    **{f"experiments.fig{number}": ModelFigureConfig for number in (3, 6, 7, 8)},
     "experiments.rate_distortion": rate_distortion.RateDistortionConfig,
     "experiments.refine_glue": refine_glue.RefineConfig,
     "experiments.robustness": robustness.RobustnessConfig,

@@ -158,7 +158,7 @@ def test_every_notebook_checks_what_it_shows(path):
         ("from kashin_jax.bases.costs import math", ["kashin_jax.bases.costs.math"]),
         ("from kashin_jax import theory\ntheory.l1_ratio", []),
         ("from kashin_jax import theory\ntheory.jax", ["theory.jax"]),
-        ("from experiments.paper.registry import PARTS", []),
+        ("from experiments.common.methods import METHODS", []),
         ("from experiments.common.style import COLOURS",
          ["experiments.common.style.COLOURS"]),
     ],

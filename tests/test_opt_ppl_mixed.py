@@ -14,13 +14,10 @@ import pytest
 from flax import nnx
 from tiny_checkpoint import LINEARS, as_in_tests, numbers, row, table, tiny
 
-from experiments.common import mixed_widths, sensitivity
-from experiments.common import perplexity as perplexity_rows
-from experiments.common.layer_store import LayerStore
-from experiments.common.mixed_widths import probe
-from experiments.common.quantized_layers import quantize_layers
+from experiments.common import mixed_widths, perplexity
+from experiments.common.mixed_widths import layer_sensitivities, probe, sampled_text
+from experiments.common.quantized_layers import LayerStore, quantize_layers
 from experiments.common.resumable import PartialScores
-from experiments.common.sensitivity import layer_sensitivities, sampled_text
 from kashin_jax import BasisSpec, JointKashin, dequantize, quantize
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
@@ -55,7 +52,7 @@ def short_texts_and_few_widths():
     """Every width is another program to compile."""
     errors = {width: JOINT_ERRORS[width] for width in WIDTHS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sensitivity, "LENGTH", 24)
+        patch.setattr(mixed_widths, "LENGTH", 24)
         patch.setattr(mixed_widths, "JOINT_ERRORS", errors)
         yield
 
@@ -98,7 +95,7 @@ def test_joint_rows_agree_with_dense_weights(made, tiny, tmp_path, model, monkey
             for path, kernel in selected_kernels(model).items()
         }
         dense = replace_kernels(model, kernels)
-    monkeypatch.setattr(perplexity_rows, "_quantized_model", lambda *_: dense)
+    monkeypatch.setattr(perplexity, "_quantized_model", lambda *_: dense)
     found = row(table(tiny, tmp_path, FLAGS[1], "--bits=3"), "kashin-joint")
     packed = row(made.records, "kashin-joint", bits=3)["perplexity"]
     assert packed == pytest.approx(found["perplexity"], rel=1e-4)
@@ -154,11 +151,11 @@ def test_the_page_compares_rivals_at_equal_stored_bits(made):
 
 def test_sampled_texts_begin_as_the_model_expects_and_follow_the_key(model):
     texts = [sampled_text(model, jax.random.key(seed)) for seed in (0, 0, 1)]
-    assert texts[0].shape == (sensitivity.WINDOWS, 24)
+    assert texts[0].shape == (mixed_widths.WINDOWS, 24)
     assert np.all(texts[0][:, 0] == model.config.bos_token_id)
     assert jnp.array_equal(texts[0], texts[1])
     assert not jnp.array_equal(texts[0], texts[2])
-    assert len(np.unique(texts[0], axis=0)) == sensitivity.WINDOWS
+    assert len(np.unique(texts[0], axis=0)) == mixed_widths.WINDOWS
 
 
 def test_sensitivities_are_divergences_over_errors(model, layers, tmp_path):
@@ -185,7 +182,7 @@ def test_finished_sensitivities_are_not_measured_again(
     model, layers, tmp_path, monkeypatch
 ):
     calls = []
-    original = sensitivity._divergence
+    original = mixed_widths._divergence
 
     def counting(*args):
         calls.append(1)
@@ -193,7 +190,7 @@ def test_finished_sensitivities_are_not_measured_again(
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(sensitivity, "_divergence", counting)
+    monkeypatch.setattr(mixed_widths, "_divergence", counting)
     with pytest.raises(KeyboardInterrupt):
         layer_sensitivities(model, layers, KEY, scores(tmp_path))
     found = layer_sensitivities(model, layers, KEY, scores(tmp_path))
@@ -203,6 +200,6 @@ def test_finished_sensitivities_are_not_measured_again(
 
 
 def test_all_layers_share_one_compilation(model, layers, tmp_path):
-    before = sensitivity._divergence._cache_size()
+    before = mixed_widths._divergence._cache_size()
     layer_sensitivities(model, layers, jax.random.key(7), scores(tmp_path))
-    assert sensitivity._divergence._cache_size() <= before + 1
+    assert mixed_widths._divergence._cache_size() <= before + 1

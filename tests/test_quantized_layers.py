@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.common.layer_store import LayerStore
 from experiments.common.quantized_layers import (
+    LayerStore,
     checkpoint_sha256,
     decoded_kernels,
     loss_fields,

@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.common.results import read_jsonl
-from experiments.paper import program, table1_ratios
-from experiments.paper.registry import PARTS
-from experiments.table1 import Table1Config, main
-from experiments.table1_rows import measure_row
+from experiments.table1 import Table1Config, main, measure_row
 from kashin_jax.bases import FAMILIES, make_basis
 from kashin_jax.theory import eigenvector_ratios
 
@@ -89,31 +86,6 @@ def test_table_and_figure_are_written(table):
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 6
 
 
-def test_the_paper_part_has_the_same_numbers(table, tmp_path, monkeypatch):
-    whole = table1_ratios.table1
-
-    def small(key):
-        families = ("identity", "hadamard")
-        return whole(
-            key, families=families, sizes=(16, 32), seeds=2, starts=2, steps=60
-        )
-
-    monkeypatch.setattr(table1_ratios, "table1", small)
-    assert not PARTS["table1"].needs_model
-    assert program.main(["--only=table1", f"--out={tmp_path}"]) == 0
-    names = {f"table1.{end}" for end in ("png", "svg", "jsonl", "md")}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    text = (tmp_path / "table1.md").read_text()
-    assert "python -m experiments.paper --only=table1" in text
-    records = read_jsonl(tmp_path / "table1.jsonl")
-    expected = list(table[0].values())
-    for record, other in zip(records, expected, strict=True):
-        assert set(record) == FIELDS
-        assert (record["family"], record["n"]) == (other["family"], other["n"])
-        for field in ("eigenvector_minimum", "constant_bound", "worst_rate"):
-            np.testing.assert_allclose(record[field], other[field], rtol=1e-3)
-
-
 def test_another_key_draws_other_bases_and_vectors():
     found = [
         measure_row(jax.random.key(seed), "haar", 8, seeds=1, starts=1, steps=1)[
@@ -122,6 +94,15 @@ def test_another_key_draws_other_bases_and_vectors():
         for seed in (0, 1)
     ]
     assert found[0] != found[1]
+
+
+def test_another_seed_is_another_record_of_the_file(tmp_path):
+    arguments = ["--sizes=8", "--bases=haar", "--seeds=1", "--starts=1", "--steps=1"]
+    for seed in (0, 1):
+        assert main([f"--out={tmp_path}", f"--seed={seed}", *arguments]) == 0
+    first, second = read_jsonl(tmp_path / "table1.jsonl")
+    assert (first["seed"], second["seed"]) == (0, 1)
+    assert first["gaussian_rate"] != second["gaussian_rate"]
 
 
 def test_by_default_every_family_is_in_the_table():
@@ -141,6 +122,7 @@ def test_by_default_every_family_is_in_the_table():
         ("--seeds=0", "`--seeds` must be at least 1. Got 0"),
         ("--starts=0", "`--starts` must be at least 1. Got 0"),
         ("--steps=-1", "`--steps` must be at least 0. Got -1"),
+        ("--seed=-1", "`--seed` must be in [0, 2147483647]. Got -1"),
         ("--out=", "`--out` must be given"),
     ],
 )

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.classification.labels import with_task_labels
 from experiments.classification.quantized import save_quantized
 from experiments.classification.tasks import Task
-from experiments.common.flag_values import file_stem
+from experiments.common.flags import file_stem
 from experiments.common.results import atomic_path, to_json
 from experiments.common.tables import Record
 from kashin_jax import Rules

@@ -18,10 +18,10 @@ from experiments.classification.evaluation import (
 from experiments.classification.kept import remembered, save_row
 from experiments.classification.metrics import flip_rate, log_loss
 from experiments.classification.tasks import Task
-from experiments.common.layer_store import LayerStore
 from experiments.common.methods import AS_STORED, FULL_PRECISION, RowKind, Width
 from experiments.common.published import published_glue
 from experiments.common.quantized_layers import (
+    LayerStore,
     decoded_kernels,
     loss_fields,
     quantize_layers,

@@ -1,4 +1,4 @@
-"""The (u, v) plane of a layer: its points, their 16 centroids, how well they fit."""
+"""The (u, v) plane of a layer: its points, their 16 centroids, and pictures of both."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,12 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from experiments.common.setting import layer_basis
+from experiments.common.figures import Artifact, Setting, layer_basis
+from experiments.common.plots import COLOURS
+from experiments.common.style import finish_axes, new_figure
 from kashin_jax import BasisSpec, GreedyKashin
 from kashin_jax.methods.kashin import cluster_factors, decompose_blocks
 from kashin_jax.pipeline import path_key
 
-__all__ = ["BITS", "Clustering", "cluster_layer", "facts_of", "overlap", "range_of"]
+__all__ = [
+    "BITS",
+    "Clustering",
+    "cluster_layer",
+    "clusterings_of",
+    "draw_clusterings",
+    "draw_plane",
+    "facts_of",
+    "overlap",
+    "range_of",
+]
 
 BITS = 4
 
@@ -106,3 +118,99 @@ def facts_of(record: Mapping[str, Any]) -> str:
         f"{record['residual']:.1e}, relative squared error "
         f"{record['relative_squared_error']:.4f}, overlap {record['overlap']:.2f}."
     )
+
+
+BINS = 140
+_GRID = 240
+
+
+def draw_plane(axes: Any, clustering: Clustering, limit: float, *, title: str) -> Any:
+    """Draws one clustering; returns the image of the density, for a colour bar.
+
+    Args:
+      axes: Where.
+      clustering: What.
+      limit: Of both axes; the few pairs beyond it are not shown.
+      title: Above the axes.
+    """
+    from matplotlib.colors import LogNorm
+
+    edges = np.linspace(-limit, limit, BINS + 1)
+    counts, _, _ = np.histogram2d(clustering.u, clustering.v, [edges, edges])
+    share = counts.T / len(clustering.u)
+    # An image, not a point each: a layer has 10^5 to 10^7 pairs.
+    image = axes.imshow(
+        np.ma.masked_equal(share, 0), origin="lower", cmap="Blues", aspect="equal",
+        extent=(-limit, limit, -limit, limit), norm=LogNorm(3e-6, 3e-3, clip=True),
+        interpolation="nearest",
+    )  # fmt: skip
+    book = clustering.record["centroids"]
+    _draw_borders(axes, book, limit)
+    axes.plot(book[:, 0], book[:, 1], "o", ms=4, color=COLOURS[0],
+              markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
+    axes.set_xlim(-limit, limit)
+    axes.set_ylim(-limit, limit)
+    finish_axes(axes, x="u / rms of the layer", y="v / rms of the layer", title=title)
+    axes.grid(False)
+    return image
+
+
+def _draw_borders(axes: Any, book: np.ndarray, limit: float) -> None:
+    line = np.linspace(-limit, limit, _GRID)
+    points = np.stack(np.meshgrid(line, line), axis=-1)
+    nearest = np.argmin(
+        np.sum((points[:, :, None] - book[None, None]) ** 2, axis=-1), axis=-1
+    )
+    for code in range(len(book)):
+        cell = nearest == code
+        # A cell may lie outside, or be all there is.
+        if cell.any() and not cell.all():
+            axes.contour(
+                line, line, cell.astype(float), [0.5], colors="#7F7F7F", linewidths=0.4
+            )
+
+
+def clusterings_of(
+    setting: Setting, cases: Sequence[tuple[str, str]], what: str
+) -> Artifact:
+    """A figure of some layers, each in a family of bases.
+
+    Args:
+      setting: The model and the seed.
+      cases: Layers and families, a panel each.
+      what: They are, for the title.
+    """
+    clusterings = [
+        cluster_layer(setting.kernels, setting.key, layer, family)
+        for layer, family in cases
+    ]
+    title = f"{setting.model_name}: {what} of the pairs (u, v), 16 centroids"
+    records = [clustering.record for clustering in clusterings]
+    facts = [facts_of(record) for record in records]
+    return Artifact(title, records, draw_clusterings(clusterings, title), facts=facts)
+
+
+def draw_clusterings(clusterings: Sequence[Clustering], title: str) -> Any:
+    """A panel per clustering, each on its own scale."""
+    rows = -(-len(clusterings) // 2)
+    figure = new_figure(6.6, 0.5 + 3.2 * rows)
+    grid = figure.subplots(rows, 2, squeeze=False)
+    image = None
+    for axes, clustering in zip(grid.flat, clusterings, strict=False):
+        record = clustering.record
+        place = (
+            record["layer"].removeprefix("decoder/layers/").replace("self_attn/", "")
+        )
+        image = draw_plane(
+            axes, clustering, range_of([clustering]),
+            title=f"{place}, {record['family']}: residual {record['residual']:.0e},\n"
+            f"rel. sq. error {record['relative_squared_error']:.4f}, "
+            f"overlap {record['overlap']:.2f}",
+        )  # fmt: skip
+    for axes in grid.flat[len(clusterings) :]:
+        axes.axis("off")
+    bar = figure.colorbar(image, ax=grid, shrink=0.6, pad=0.02)
+    bar.set_label("share of the pairs in a bin", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return figure

@@ -10,10 +10,18 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.common.layer_store import LayerStore, StoredLayer
 from experiments.common.methods import FULL_PRECISION, RowKind, Width, joint_config
-from experiments.common.mixed_widths import MIXED_NOTE, mixed_widths, probe
+from experiments.common.mixed_widths import (
+    LENGTH,
+    MIXED_NOTE,
+    WINDOWS,
+    layer_sensitivities,
+    mixed_widths,
+    probe,
+)
 from experiments.common.quantized_layers import (
+    LayerStore,
+    StoredLayer,
     decoded_kernels,
     loss_fields,
     quantize_each,
@@ -23,7 +31,6 @@ from experiments.common.quantized_layers import (
     unconverged,
 )
 from experiments.common.resumable import PartialScores, score_resumably
-from experiments.common.sensitivity import LENGTH, WINDOWS, layer_sensitivities
 from experiments.common.tables import Record
 from experiments.common.text import EvaluationText
 from kashin_jax import BasisSpec, GreedyKashin, JointKashin

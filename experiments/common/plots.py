@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.common.perplexity_table import SeedMean, seed_means
 from experiments.common.results import atomic_path
-from experiments.common.seed_means import SeedMean, seed_means
 from experiments.common.tables import Record, fixed
 
 __all__ = ["COLOURS", "plot_perplexity"]

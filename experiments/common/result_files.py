@@ -39,7 +39,7 @@ _LAMBADA = "experiments.opt_ppl --dataset=lambada --data_dir=$DATA"
 
 
 def _figure(about: str, name: str, *key: str) -> ResultFile:
-    return ResultFile(about, key, (f"experiments.paper --only={name}",))
+    return ResultFile(about, key, (f"experiments.{name}",))
 
 
 RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
@@ -159,7 +159,7 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         "bad clusterings", "fig8", "model", "seed", "layer", "family", "bits"
     ),
     "depth_curves": _figure(
-        "the curves of depth.jsonl", "depth", "model", "metric", "axis", "bits"
+        "the curves of depth.jsonl", "depth_curves", "model", "metric", "axis", "bits"
     ),
     "train_opt": ResultFile(
         "training a small OPT on a CPU",

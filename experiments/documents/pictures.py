@@ -2,7 +2,7 @@
 
 Each carries a digest of the records that it shows, by which it is compared: the bytes
 of a PNG depend on fonts and on the version of matplotlib. Figures 6 to 8 show the
-points of layers, which no record holds: `experiments.paper` draws them.
+points of layers, which no record holds: their programs draw them.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from experiments import fig1, fig2, fig3, fig5
+from experiments import fig1, fig2, fig3, fig4, fig5, table1
 from experiments.classification.plot import plot_glue, plot_refinement
 from experiments.classification.tasks import TASKS
 from experiments.common.methods import FULL_PRECISION, GLUE_METHODS, JOINT, METHODS
@@ -22,10 +22,9 @@ from experiments.common.results import atomic_path, to_json
 from experiments.common.tables import Record
 from experiments.convergence.heat_map import draw_heat_map
 from experiments.convergence.trade_off import draw_trade_off
-from experiments.depth.drawing import draw as draw_depth
-from experiments.depth.report import title_of
+from experiments.depth_curves import draw as draw_depth
+from experiments.depth_curves import title_of
 from experiments.documents.views import FIVE_TASKS, SENTIMENT, VIEWS, Where, ordered
-from experiments.paper import fig4_drawing, table1_ratios
 from experiments.rate_distortion_plot import plot_rate_distortion
 from kashin_jax.errors import DataError
 
@@ -41,7 +40,7 @@ class Picture(NamedTuple):
     Attributes:
       file: Of `RESULT_FILES`.
       where: What its records have, as `select` reads it.
-      draw: Writes a PNG of them; None where `experiments.paper` draws it.
+      draw: Writes a PNG of them; None where only its own program can.
     """
 
     file: str
@@ -112,7 +111,7 @@ def _fig3(records: Sequence[Record]) -> Any:
 
 def _fig4(records: Sequence[Record]) -> Any:
     slopes = [record for record in records if record.get("fit")]
-    return fig4_drawing.draw([r for r in records if not r.get("fit")], slopes)
+    return fig4.draw([r for r in records if not r.get("fit")], slopes)
 
 
 def _like(view: str, draw: Draw) -> Picture:
@@ -166,7 +165,7 @@ PICTURES: Mapping[str, Picture] = MappingProxyType({
     "depth": _like("depth", _depth),
     "robustness": _like("robustness", _robustness),
     "ablate-bases": _like("ablate-bases", _ablation),
-    "table1": _paper("table1", table1_ratios.draw),
+    "table1": _paper("table1", table1.draw),
     "fig1": _paper("fig1", fig1.draw),
     "fig2": _paper("fig2", fig2.draw),
     "fig3": _paper("fig3", _fig3),
@@ -202,7 +201,7 @@ def draw_picture(
       name: Of `PICTURES`.
       records: What it shows.
       path: A PNG file, replaced in one step.
-      drawn: The picture that `experiments.paper` has drawn, where that has to.
+      drawn: The picture that its own program has drawn, where that has to.
 
     Raises:
       DataError: If it has not.

@@ -19,9 +19,13 @@ from experiments import (
 )
 from experiments.classification.table import glue_columns, table_rows
 from experiments.classification.tasks import TASKS
-from experiments.common.comparison import comparison_tables
 from experiments.common.methods import FULL_PRECISION, GLUE_METHODS, JOINT, METHODS
-from experiments.common.seed_means import mean_columns, mean_rows, short_table
+from experiments.common.perplexity_table import (
+    comparison_tables,
+    mean_columns,
+    mean_rows,
+    short_table,
+)
 from experiments.common.tables import (
     PERPLEXITY_COLUMNS,
     Column,
@@ -29,13 +33,13 @@ from experiments.common.tables import (
     fixed,
     markdown_table,
 )
-from experiments.depth.table import (
+from experiments.depth_curves import (
     SUMMARY_COLUMNS,
     setting_columns,
     setting_rows,
     summary_rows,
 )
-from experiments.paper.table1_ratios import COLUMNS as TABLE1_COLUMNS
+from experiments.table1 import COLUMNS as TABLE1_COLUMNS
 
 __all__ = ["FIVE_TASKS", "SENTIMENT", "VIEWS", "View", "Where", "ordered", "select"]
 

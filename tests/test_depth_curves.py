@@ -1,11 +1,11 @@
-"""`python -m experiments.paper --only=depth`: committed numbers, drawn again."""
+"""`python -m experiments.depth_curves`: committed numbers, drawn again."""
 
 import pytest
 
+from experiments import depth_curves
+from experiments.common.figures import ModelFigureConfig, Setting
 from experiments.common.results import read_jsonl, write_jsonl
-from experiments.common.setting import Setting
-from experiments.paper import depth
-from experiments.paper.program import DEFAULT_MODEL, main
+from experiments.depth_curves import main
 
 FILE = 1
 NAME = "opt-wiki-18m"
@@ -27,7 +27,7 @@ def records(values, model=NAME, data="text"):
 def committed(tmp_path, monkeypatch):
     """The file of results, with two studies of the model and one of another."""
     path = tmp_path / "depth.jsonl"
-    monkeypatch.setattr(depth, "RESULTS", path)
+    monkeypatch.setattr(depth_curves, "RESULTS", path)
     small = records({1: 0.4, 8: 0.02}, data="another")
     large = records({1: 0.4, 2: 0.2, 4: 0.0504, 8: 0.05, 16: 0.06})
     other = records({k: 0.1 for k in range(1, 9)}, model="other")
@@ -37,7 +37,7 @@ def committed(tmp_path, monkeypatch):
 
 def test_the_largest_study_of_the_model_is_drawn(committed, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["--only=depth", f"--out={out}"]) == 0
+    assert main([f"--out={out}"]) == 0
     assert {path.name for path in out.iterdir()} == {
         "depth_curves.png", "depth_curves.svg", "depth_curves.jsonl",
     }  # fmt: skip
@@ -55,7 +55,7 @@ def test_missing_results_are_an_error_that_names_the_command(
 ):
     write_jsonl(committed, records({1: 0.4}, model="other"))
     out = tmp_path / "out"
-    assert main(["--only=depth", f"--out={out}"]) == FILE
+    assert main([f"--out={out}"]) == FILE
     (line,) = capsys.readouterr().err.splitlines()
     assert f"depth.jsonl` has no record of {NAME};" in line
     assert "run: python -m experiments.depth --model=" in line
@@ -72,7 +72,7 @@ def test_the_figure_has_rows_of_metrics_and_columns_of_limits(committed):
         **tolerances[0], "axis": None, "bits": None, "max_steps": None, "rtol": None,
     }  # fmt: skip
     write_jsonl(committed, [full, *read_jsonl(committed), *tolerances])
-    artifact = depth.make(Setting(model=DEFAULT_MODEL, seed=0))
+    artifact = depth_curves.make(Setting(model=ModelFigureConfig().model, seed=0))
     panels = artifact.figure.axes
     assert len(panels) == 4
     assert [axes.get_xlabel() != "" for axes in panels] == [False, False, True, True]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import fig1, fig2, fig3, fig4, fig5, fig6, fig7
-from experiments.common import clusterings as clusters
-from experiments.common.setting import Setting, layer_basis, survey
+from experiments import fig1, fig2, fig3, fig4, fig5, fig6
+from experiments.common import clusterings
+from experiments.common.figures import Setting, layer_basis, survey
 from experiments.common.style import FAMILY_STYLES
 from kashin_jax import BasisSpec, GreedyKashin, make_basis, make_pair
 from kashin_jax.bases import FAMILIES
@@ -191,7 +191,7 @@ def test_the_papers_factors_are_named_after_their_blocks():
 @pytest.fixture(scope="module")
 def clustering(kernels):
     config = GreedyKashin(bits=3, num_restarts=2, sample=128, max_steps=40)
-    return clusters.cluster_layer(kernels, KEY, "plain", "haar", config)
+    return clusterings.cluster_layer(kernels, KEY, "plain", "haar", config)
 
 
 def test_the_error_of_a_clustering_is_that_of_the_nearest_pairs(kernels, clustering):
@@ -216,7 +216,7 @@ def test_overlap_is_distance_over_half_the_gap():
     # Half gaps 1, 1 and 3; distances .5, .5 and 1.
     u, v = np.array([0.5, 2.0, 0.0]), np.array([0.0, 0.5, 7.0])
     expected = math.sqrt((0.25 + 0.25 + 1) / (1 + 1 + 9))
-    assert clusters.overlap(u, v, book, codes) == pytest.approx(expected)
+    assert clusterings.overlap(u, v, book, codes) == pytest.approx(expected)
 
 
 def test_all_pictures_are_drawn_from_tiny_numbers(kernels, clustering):
@@ -230,7 +230,7 @@ def test_all_pictures_are_drawn_from_tiny_numbers(kernels, clustering):
         fig3.draw(layers, "layers"): 2,
         fig5.draw(fig5.measure(KEY, (2, 3))): 7,
         fig6.draw([clustering], "entries"): 3,
-        fig7.draw([clustering] * 2, "pairs"): 3,
+        clusterings.draw_clusterings([clustering] * 2, "pairs"): 3,
     }
     for figure, panels in figures.items():
         figure.draw_without_rendering()

@@ -1,1 +1,0 @@
-"""How deep the greedy decomposition has to go: steps and tolerances against quality."""

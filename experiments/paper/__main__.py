@@ -1,8 +1,0 @@
-"""Lets `python -m experiments.paper` run."""
-
-import sys
-
-from experiments.paper.program import main
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
