@@ -8,10 +8,16 @@ import pytest
 from compilations import compiled_programs
 
 from experiments import ablate_bases
-from experiments.ablate_bases import FEW, AblationConfig, main
+from experiments.ablate_bases import (
+    FEW,
+    AblationConfig,
+    ablate,
+    cost_fields,
+    draw_trade_off,
+    main,
+    seeded_bases,
+)
 from experiments.common.kernels import EMBEDDED, model_kernels
-from experiments.convergence.ablation import ablate, cost_fields, seeded_bases
-from experiments.convergence.trade_off import draw_trade_off
 from kashin_jax import BasisSpec, GreedyKashin, quantize
 from kashin_jax.bases import FAMILIES
 from kashin_jax.pipeline import path_key

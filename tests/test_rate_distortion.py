@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments.rate_distortion import RATE_METHODS, RateDistortionConfig, main
-from experiments.weight_sources import SYNTHETIC, load_source
+from experiments.rate_distortion import (
+    RATE_METHODS,
+    SYNTHETIC,
+    RateDistortionConfig,
+    load_source,
+    main,
+)
 
 # A whole program on tiny models; its parts have tests of their own.
 pytestmark = pytest.mark.slow

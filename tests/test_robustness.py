@@ -8,9 +8,13 @@ import pytest
 
 from experiments import robustness
 from experiments.common.seeds import spread_fields
-from experiments.convergence.heat_map import draw_heat_map
-from experiments.convergence.matrices import MATRICES
-from experiments.robustness import WORST, RobustnessConfig, main
+from experiments.robustness import (
+    MATRICES,
+    WORST,
+    RobustnessConfig,
+    draw_heat_map,
+    main,
+)
 from kashin_jax.bases import FAMILIES
 
 MATRICES_HERE = ("gaussian", "constant", "constant-rows", "worst-rank-one")

@@ -1,12 +1,18 @@
-"""Values of several seeds as fields of a record: all of them, mean and spread."""
+"""Several seeds at once: their bases as one PyTree, their values in a record."""
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
-__all__ = ["spread_fields"]
+from kashin_jax import BasisSpec, KroneckerBasis, make_pair
+
+__all__ = ["spread_fields", "stack_bases"]
 
 
 def spread_fields(name: str, values: Iterable[float]) -> dict[str, Any]:
@@ -21,3 +27,18 @@ def spread_fields(name: str, values: Iterable[float]) -> dict[str, Any]:
         f"{name}_mean": float(np.mean(finite)) if finite else None,
         f"{name}_spread": float(np.std(finite)) if finite else None,
     }
+
+
+def stack_bases(family: str, keys: Key[Array, " s"], shape: tuple[int, int]) -> Any:
+    """Pairs of bases of one family as one PyTree, its leaves stacked over the keys.
+
+    A family without arrays, such as the DCT, is a tree without leaves.
+    """
+    # One by one: XLA's QR of a batch deadlocked on two cores (jax 0.10.2, 3 x 384).
+    pairs = [_pair(key, family, shape) for key in keys]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
+
+
+@partial(jax.jit, static_argnames=("family", "shape"))
+def _pair(key: Key[Array, ""], family: str, shape: tuple[int, int]) -> KroneckerBasis:
+    return make_pair(BasisSpec(family, family), key, shape)

@@ -14,18 +14,18 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from experiments import fig1, fig2, fig3, fig4, fig5, table1
+from experiments.ablate_bases import draw_trade_off
 from experiments.classification.plot import plot_glue, plot_refinement
 from experiments.classification.tasks import TASKS
 from experiments.common.methods import FULL_PRECISION, GLUE_METHODS, JOINT, METHODS
 from experiments.common.plots import plot_perplexity
 from experiments.common.results import atomic_path, to_json
 from experiments.common.tables import Record
-from experiments.convergence.heat_map import draw_heat_map
-from experiments.convergence.trade_off import draw_trade_off
 from experiments.depth_curves import draw as draw_depth
 from experiments.depth_curves import title_of
 from experiments.documents.views import FIVE_TASKS, SENTIMENT, VIEWS, Where, ordered
-from experiments.rate_distortion_plot import plot_rate_distortion
+from experiments.rate_distortion import plot_rate_distortion
+from experiments.robustness import draw_heat_map
 from kashin_jax.errors import DataError
 
 __all__ = ["PICTURES", "Picture", "draw_picture", "is_current"]

@@ -9,7 +9,7 @@ import scipy.linalg
 import scipy.stats
 
 from experiments.common.kernels import EMBEDDED, model_kernels
-from experiments.convergence.matrices import (
+from experiments.robustness import (
     COLUMN_FACTOR,
     MATRICES,
     MAX_SIZE,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from compilations import compiled_programs
 
-from experiments.convergence.matrices import draw_matrices, draw_matrix
-from experiments.convergence.sweep import convergence_of, stack_bases, sweep
+from experiments.common.seeds import stack_bases
+from experiments.robustness import convergence_of, draw_matrices, draw_matrix, sweep
 from kashin_jax import BasisSpec, kashin_decompose, make_pair
 from tests import oracle_numpy
 from tests.oracle_numpy import dense_basis

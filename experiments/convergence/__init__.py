@@ -1,1 +1,0 @@
-"""The convergence study: hard matrices and layers, swept over bases and seeds."""
