@@ -16,9 +16,9 @@ from experiments.common.results import read_jsonl, write_jsonl
 from experiments.finetune_glue import main
 from experiments.finetuning.model import load_start
 from experiments.finetuning.run import finetune
-from experiments.train.checkpoints import Checkpoints
 from experiments.train.optimizer import decays, make_optimizer
 from experiments.train.step import init_state
+from experiments.train.stored import Checkpoints
 from kashin_jax.models.classifier_loading import load_classifier
 
 # A whole program on tiny models; its parts have tests of their own.

@@ -24,7 +24,7 @@ from experiments.common.flags import parse_flags
 from experiments.common.result_files import RESULT_FILES
 from experiments.depth import DepthConfig
 from experiments.make_results import commands
-from experiments.train.config import TrainConfig
+from experiments.train_opt import TrainConfig
 
 PROGRAMS = {
     "benchmarks.core": core.BenchConfig,

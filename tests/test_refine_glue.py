@@ -13,8 +13,7 @@ from tiny_finetuning import config_of, write_model, write_tasks
 from experiments import refine_glue
 from experiments.classification.quantized import load_classifier_packed
 from experiments.common.results import read_jsonl
-from experiments.finetuning.model import load_start
-from experiments.finetuning.refinement import take_apart
+from experiments.finetuning.model import load_start, take_apart
 from experiments.finetuning.run import finetune
 from experiments.glue import main as glue
 from experiments.refine_glue import main

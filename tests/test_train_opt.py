@@ -16,16 +16,16 @@ import pytest
 from tiny_training import ASSETS, arguments, config_of, sample_text
 
 from experiments.common.results import read_jsonl
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.config import TrainConfig
-from experiments.train.language_model import (
+from experiments.train.step import TrainState, init_state
+from experiments.train.stored import Checkpoints
+from experiments.train_opt import (
+    TrainConfig,
     init_params,
+    main,
     recipe_optimizer,
     recipe_schedule,
+    run,
 )
-from experiments.train.run import run
-from experiments.train.step import TrainState, init_state
-from experiments.train_opt import main
 from kashin_jax.evaluation import make_windows, perplexity, window_nll
 from kashin_jax.models.loading import load_opt
 from kashin_jax.models.tokenizer import load_tokenizer

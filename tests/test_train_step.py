@@ -14,10 +14,19 @@ from flax import nnx
 from tiny_training import ASSETS, config_of, sample_text
 
 from experiments.train import bpe
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.config import TrainConfig
 from experiments.train.corpus import ShuffledStream, TextSource, load_corpus
-from experiments.train.language_model import (
+from experiments.train.loop import LoopParts, stop_signals, train
+from experiments.train.optimizer import decays, warmup_linear
+from experiments.train.step import (
+    StepMetrics,
+    TrainState,
+    init_state,
+    make_trainer,
+    train_step,
+)
+from experiments.train.stored import Checkpoints, RunLog
+from experiments.train_opt import (
+    TrainConfig,
     init_params,
     loop_settings,
     make_loss,
@@ -25,17 +34,6 @@ from experiments.train.language_model import (
     read_windows,
     recipe_optimizer,
     recipe_schedule,
-)
-from experiments.train.loop import LoopParts, train
-from experiments.train.optimizer import decays, warmup_linear
-from experiments.train.runlog import RunLog
-from experiments.train.signals import stop_signals
-from experiments.train.step import (
-    StepMetrics,
-    TrainState,
-    init_state,
-    make_trainer,
-    train_step,
 )
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.models.loading import load_opt

@@ -17,8 +17,6 @@ from experiments.train.corpus import (
     TextSource,
     corpus_fingerprint,
     load_corpus,
-)
-from experiments.train.documents import (
     read_documents,
     respace_document,
     respace_line,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.train.config import TrainConfig
+from experiments.train_opt import TrainConfig
 
 ASSETS = Path(__file__).resolve().parents[1] / "experiments" / "assets"
 TINY = {

@@ -1,1 +1,1 @@
-"""Parts of `experiments.finetune_glue`: flags, batches, model and loss, dev metrics."""
+"""Classifiers trained on a task: all of a dense one, or what decodes fixed codes."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -17,7 +16,8 @@ from experiments.common.flags import (
     check_flags,
     flag,
 )
-from experiments.train.config import DTYPES
+from experiments.common.text import ASSETS
+from experiments.train.step import DTYPES
 from kashin_jax.errors import UsageError
 
 __all__ = ["STORED", "FinetuneConfig"]
@@ -25,7 +25,6 @@ __all__ = ["STORED", "FinetuneConfig"]
 STORED = "stored"
 """The value of `--head` that means the only head of a checkpoint."""
 
-_EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "minilm-glue"
 _TASK = (lambda x: x in GLUE_TASKS, f"one of {', '.join(GLUE_TASKS)}")
 _DROPOUT = (lambda x: x == -1 or 0 <= x < 1, "-1 or in [0, 1)")
 _DECAY = (lambda x: 0 <= x < math.inf, "at least 0 and finite")
@@ -41,7 +40,9 @@ class FinetuneConfig:
 
     task: str = flag("", f"One of {', '.join(GLUE_TASKS)}.", _TASK)
     model: str = flag(
-        str(_EMBEDDED), "Encoder or classifier: directory or hub id.", GIVEN
+        str(ASSETS / "minilm-glue"),
+        "Encoder or classifier: directory or hub id.",
+        GIVEN,
     )
     quantized: str = flag(
         "",

@@ -1,22 +1,37 @@
 """From a configuration to a trained classifier in Hugging Face's layout."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import jax
+import numpy as np
+from jaxtyping import Float32, Int32
 from tqdm import tqdm
 
-from experiments.common.results import read_jsonl
-from experiments.finetuning.batches import ShuffledIndices, read_batch
+from experiments.classification.data import Examples, load_examples
+from experiments.classification.evaluation import (
+    EvaluationSet,
+    classifier_outputs,
+    encode_checked,
+    load_classifier_tokenizer,
+    load_evaluation_sets,
+    score,
+)
+from experiments.classification.quantized import copy_tokenizer, save_quantized
+from experiments.classification.tasks import Task
+from experiments.common.quantized_layers import checkpoint_sha256
+from experiments.common.results import atomic_path, environment_fields, read_jsonl
+from experiments.finetuning.batches import (
+    ShuffledIndices,
+    TrainingSet,
+    read_batch,
+)
 from experiments.finetuning.config import FinetuneConfig
-from experiments.finetuning.export import export_classifier, write_metrics
 from experiments.finetuning.model import Start, load_start, make_loss
-from experiments.finetuning.prepare import RunData, load_data
-from experiments.finetuning.validation import Evaluate, make_evaluator
-from experiments.train.checkpoints import claim_directory
 from experiments.train.loop import LoopParts, LoopSettings, train
 from experiments.train.optimizer import make_optimizer, warmup_linear
-from experiments.train.runlog import Panel, plot_log
 from experiments.train.step import (
     Params,
     TrainState,
@@ -24,9 +39,163 @@ from experiments.train.step import (
     init_state,
     make_trainer,
 )
-from experiments.train.stored import open_run
+from experiments.train.stored import Panel, claim_directory, open_run, plot_log
+from kashin_jax.models.classifier_loading import save_classifier
 
 __all__ = ["FinetuneResult", "finetune"]
+
+# From parameters to metrics in percent.
+Evaluate: TypeAlias = Callable[[Params], dict[str, float]]
+
+
+def make_evaluator(start: Start, task: Task, sets: Sequence[EvaluationSet]) -> Evaluate:
+    """Prepares the measurement that `experiments.glue` makes at full precision.
+
+    Args:
+      start: Puts models together and says which output is which label.
+      task: What is scored.
+      sets: Its splits.
+
+    Returns:
+      A function of the parameters that gives what `glue_metrics` does.
+    """
+
+    def evaluate(params: Params) -> dict[str, float]:
+        model = start.evaluation(params, start.frozen)
+        with jax.default_matmul_precision("highest"):
+            outputs = [classifier_outputs(model, one, start.order) for one in sets]
+        return score(task, sets, outputs)
+
+    return evaluate
+
+
+def export_classifier(start: Start, task: Task, params: Params, out: Path) -> None:
+    """Writes the model in float32 and its tokenizer, in Hugging Face's layout.
+
+    A quantized classifier is written as such, too: `hf` then holds what it decodes to.
+
+    Raises:
+      CheckpointError: If the directory cannot be written.
+      NonFiniteError: If a weight is not finite; names it.
+    """
+    loaded = start.loaded
+    model = start.evaluation(params, start.frozen)
+    copy_tokenizer(loaded.directory, out / "hf")
+    save_classifier(
+        model, loaded.config, out / "hf", extra={"finetuning_task": task.name}
+    )
+    if start.packed is not None:
+        save_quantized(
+            out / "quantized",
+            model,
+            start.packed.tensors(params, start.frozen),
+            loaded.config,
+            tokenizer=loaded.directory,
+            rules=start.packed.rules,
+            seed=start.packed.seed,
+            dtype=loaded.stored_dtype,
+            # Rules and seed alone would promise the codebooks that they began with.
+            extra={"finetuning_task": task.name, "refined": True},
+        )
+
+
+def write_metrics(
+    config: FinetuneConfig,
+    metrics: dict[str, float],
+    num_examples: int,
+    described: Mapping[str, Any],
+) -> None:
+    """Writes `metrics.json`, the sign that a run is finished.
+
+    Args:
+      config: The run.
+      metrics: Of the final weights, in percent.
+      num_examples: In the training set.
+      described: Further fields.
+    """
+    content = {
+        "task": config.task,
+        "model": config.quantized or config.model,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "steps": config.steps(num_examples),
+        "training_examples": num_examples,
+        "metrics": metrics,
+        **described,
+        **environment_fields(),
+    }
+    with atomic_path(Path(config.out) / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+class RunData(NamedTuple):
+    """Token ids of all splits, and what they come from.
+
+    Attributes:
+      training: What is learnt from.
+      evaluation: What is scored.
+      identity: Hashes that decide the final weights.
+      notes: What a user should know about the data, one sentence each.
+    """
+
+    training: TrainingSet
+    evaluation: tuple[EvaluationSet, ...]
+    identity: dict[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """Size of the training set."""
+        return len(self.training.targets)
+
+
+def load_data(config: FinetuneConfig, start: Start) -> RunData:
+    """Reads and tokenizes the training set and the evaluation splits of the task.
+
+    Raises:
+      UsageError: If `max_length` exceeds the positions of the model or leaves no room
+        for text.
+      CheckpointError: If the tokenizer cannot be read, or is not the model's.
+      DataError: If a file is missing or malformed.
+    """
+    task, loaded = config.glue_task, start.loaded
+    data_dir = Path(config.data_dir) if config.data_dir else None
+    tokenizer = load_classifier_tokenizer(
+        loaded.directory, loaded.config, config.max_length
+    )
+    examples = load_examples(task, "train", data_dir)
+    encoded = encode_checked(tokenizer, examples, loaded.config, config.max_length)
+    targets = _targets(examples, start.order)
+    notes = [f"{len(targets)} training examples ({examples.source})."]
+    if encoded.num_truncated:
+        notes.append(
+            f"{encoded.num_truncated} of them were cut to {config.max_length} tokens."
+        )
+    if examples.num_skipped:
+        notes.append(f"{examples.num_skipped} damaged rows were left out.")
+    return RunData(
+        training=TrainingSet(encoded, targets, loaded.config.pad_token_id),
+        evaluation=load_evaluation_sets(
+            task,
+            loaded,
+            data_dir=data_dir,
+            max_length=config.max_length,
+            tokens_per_batch=config.eval_batch_size * config.max_length,
+        ),
+        identity={
+            "model_sha256": checkpoint_sha256(loaded.directory),
+            "data_sha256": examples.sha256,
+        },
+        notes=tuple(notes),
+    )
+
+
+def _targets(
+    examples: Examples, order: tuple[int, ...]
+) -> Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"]:
+    if examples.labels.dtype == np.float32:
+        return examples.labels
+    return np.asarray(order, np.int32)[examples.labels]
 
 
 class FinetuneResult(NamedTuple):

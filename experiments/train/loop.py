@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Container, Iterator
 from typing import Any, NamedTuple
@@ -13,13 +15,37 @@ import optax
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.runlog import RunLog
-from experiments.train.signals import stop_signals
 from experiments.train.step import Params, StepMetrics, Trainer, TrainState
+from experiments.train.stored import Checkpoints, RunLog
 from kashin_jax.errors import NonFiniteError
 
-__all__ = ["LoopParts", "LoopSettings", "train"]
+__all__ = ["LoopParts", "LoopSettings", "stop_signals", "train"]
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Yields an event that is set by the first SIGINT or SIGTERM.
+
+    A step consumes its state, so an exception in the middle of one could not be
+    followed by a checkpoint. A second signal acts as usual.
+    """
+    wish = threading.Event()
+    # Python delivers signals to the main thread only; elsewhere there is none to catch.
+    catches = threading.current_thread() is threading.main_thread()
+    caught = (signal.SIGINT, signal.SIGTERM) if catches else ()
+    usual: dict[int, Any] = {number: signal.getsignal(number) for number in caught}
+
+    def note(number: int, frame: object) -> None:
+        wish.set()
+        signal.signal(number, usual[number])
+
+    for number in caught:
+        signal.signal(number, note)
+    try:
+        yield wish
+    finally:
+        for number in caught:
+            signal.signal(number, usual[number])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

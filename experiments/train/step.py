@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from kashin_jax.errors import UsageError
 
 __all__ = [
+    "DTYPES",
     "Batch",
     "LossFn",
     "Params",
@@ -24,6 +25,9 @@ __all__ = [
     "make_trainer",
     "train_step",
 ]
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+"""What activations may be computed in; weights are float32."""
 
 Params: TypeAlias = PyTree[Array]
 Batch: TypeAlias = PyTree[Array]
