@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 from tqdm import tqdm
 
+from experiments.common.checkpoints import EMBEDDED, Kernels, model_kernels
 from experiments.common.flags import (
     ALL,
     GIVEN,
@@ -39,7 +40,12 @@ from experiments.common.flags import (
     run_program,
     short_model_name,
 )
-from experiments.common.kernels import EMBEDDED, Kernels, model_kernels
+from experiments.common.plots import (
+    FAMILY_STYLES,
+    family_legend,
+    finish_axes,
+    new_figure,
+)
 from experiments.common.results import (
     atomic_path,
     environment_fields,
@@ -47,12 +53,6 @@ from experiments.common.results import (
     write_results,
 )
 from experiments.common.seeds import spread_fields, stack_bases
-from experiments.common.style import (
-    FAMILY_STYLES,
-    family_legend,
-    finish_axes,
-    new_figure,
-)
 from experiments.common.tables import (
     Column,
     Record,

@@ -42,6 +42,7 @@ from experiments.classification.rows import (
     unchanged_records,
 )
 from experiments.classification.tasks import TASKS, Task, choose_tasks, data_title
+from experiments.common.checkpoints import checkpoint_sha256
 from experiments.common.flags import (
     GIVEN,
     POSITIVE_COUNT,
@@ -56,12 +57,7 @@ from experiments.common.flags import (
 )
 from experiments.common.methods import METHODS
 from experiments.common.perplexity import Bench, full_precision_row, quantized_row
-from experiments.common.quantized_layers import (
-    LayerStore,
-    checkpoint_sha256,
-    loss_fields,
-    quantize_layers,
-)
+from experiments.common.quantized_layers import LayerStore, loss_fields, quantize_layers
 from experiments.common.results import (
     append_jsonl,
     atomic_path,

@@ -20,9 +20,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from experiments.common.figures import Artifact, ModelFigureConfig, Setting, run_figure
-from experiments.common.plots import COLOURS
+from experiments.common.plots import COLOURS, finish_axes, new_figure
 from experiments.common.results import read_jsonl
-from experiments.common.style import finish_axes, new_figure
 from experiments.common.tables import Column, Record, fixed, share
 from kashin_jax.errors import DataError
 

@@ -21,8 +21,7 @@ import numpy as np
 
 from experiments.common.figures import Artifact, FigureConfig, Setting, run_figure
 from experiments.common.greedy import advance, begin
-from experiments.common.plots import COLOURS
-from experiments.common.style import finish_axes, new_figure
+from experiments.common.plots import COLOURS, finish_axes, new_figure
 from experiments.common.tables import Record
 from kashin_jax.bases.butterfly import ButterflyBasis
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from experiments.common.figures import Artifact, FigureConfig, Setting, run_figure
 from experiments.common.greedy import residual_curve
-from experiments.common.style import (
+from experiments.common.plots import (
     FAMILY_STYLES,
     family_legend,
     finish_axes,

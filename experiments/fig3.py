@@ -27,7 +27,7 @@ from experiments.common.figures import (
     run_figure,
 )
 from experiments.common.greedy import advance, begin, relative_residual
-from experiments.common.style import (
+from experiments.common.plots import (
     FAMILY_STYLES,
     family_legend,
     finish_axes,

@@ -22,8 +22,7 @@ from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
 from experiments.common.figures import Artifact, FigureConfig, Setting, run_figure
-from experiments.common.plots import COLOURS
-from experiments.common.style import FAMILY_STYLES, finish_axes, new_figure
+from experiments.common.plots import COLOURS, FAMILY_STYLES, finish_axes, new_figure
 from experiments.common.tables import Record
 from experiments.common.timing import median_seconds
 from kashin_jax import (

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from experiments.common.figures import Artifact, FigureConfig, Setting, run_figure
-from experiments.common.style import new_figure
+from experiments.common.plots import new_figure
 from experiments.common.tables import Record
 from kashin_jax.bases.basis import dense
 from kashin_jax.bases.butterfly import ButterflyBasis, make_butterfly

@@ -24,8 +24,7 @@ from experiments.common.clusterings import (
     range_of,
 )
 from experiments.common.figures import Artifact, ModelFigureConfig, Setting, run_figure
-from experiments.common.plots import COLOURS
-from experiments.common.style import finish_axes, new_figure
+from experiments.common.plots import COLOURS, finish_axes, new_figure
 
 __all__ = ["draw", "main", "make"]
 

@@ -18,6 +18,7 @@ Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctr
 """
 
 import dataclasses
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +27,12 @@ from typing import Any
 import jax
 
 from experiments.classification.checkpoints import load_task_bench, resolve_tasks
-from experiments.classification.facts import table_facts
 from experiments.classification.plot import plot_glue
 from experiments.classification.rows import (
     GlueBench,
     quantized_records,
     unchanged_records,
 )
-from experiments.classification.table import glue_columns, table_rows
 from experiments.classification.tasks import TASKS, Task, choose_tasks, data_title
 from experiments.common.flags import (
     GIVEN,
@@ -47,7 +46,13 @@ from experiments.common.flags import (
     run_program,
     short_model_name,
 )
-from experiments.common.methods import GLUE_METHODS, METHODS, choose_methods, table_grid
+from experiments.common.methods import (
+    FULL_PRECISION,
+    GLUE_METHODS,
+    METHODS,
+    choose_methods,
+    table_grid,
+)
 from experiments.common.results import (
     environment_fields,
     prepare_output,
@@ -55,12 +60,12 @@ from experiments.common.results import (
     start_work,
     write_results,
 )
-from experiments.common.tables import Record, aligned_table
+from experiments.common.tables import Column, Record, aligned_table, fixed, share
 from experiments.common.text import ASSETS
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
 
-__all__ = ["GlueConfig", "main", "run"]
+__all__ = ["GlueConfig", "glue_columns", "main", "run", "table_facts", "table_rows"]
 
 ARTIFACT = "table3_glue"
 EMBEDDED = ASSETS / "minilm-glue"
@@ -234,6 +239,171 @@ def _present(
 
 def _shown(bench: GlueBench) -> tuple[str, ...]:
     return () if bench.is_quantized else ("bits",)
+
+
+_GLUE = (
+    "Percent: Matthews (CoLA), accuracy (SST-2, RTE, WNLI, QNLI), accuracy / F1 (MRPC, "
+    "QQP), Pearson / Spearman (STS-B), matched / mismatched (MNLI)."
+)
+_RATED = (
+    "Percent: accuracy / Pearson ({}) of the SST-2 head, fine-tuned on film reviews: "
+    "its class against the sign of the mean human rating, and its output for positive "
+    "less its output for negative against the rating itself."
+)
+_QUANTIZED_HERE = (
+    "All matrices but embeddings and classifier are quantized, decoded, and run in "
+    "float32. Sizes are stored bits: codes, centroids, scales, zero points, seeds. "
+    "`seconds` is quantization time on this device, compilation included."
+)
+_QUANTIZED_BEFORE = (
+    "The model was quantized before; its matrices are decoded and run in float32. "
+    "Sizes are stored bits."
+)
+
+
+def table_facts(
+    bench: GlueBench,
+    records: Sequence[Record],
+    left_out: Sequence[Task],
+    max_length: int,
+    seeds: int,
+) -> list[str]:
+    """The protocol, what was left out, and what computed it.
+
+    Args:
+      bench: What was scored.
+      records: Its records; there is at least one.
+      left_out: Tasks that the model knows but nobody has data for.
+      max_length: Tokens of an example.
+      seeds: Of the methods that are random.
+    """
+    first = records[0]
+    sizes = "; ".join(
+        f"{one.task.title} {sum(len(s.labels) for s in one.sets):,}"
+        + _cut(sum(s.num_truncated for s in one.sets))
+        + _skipped(sum(s.num_skipped for s in one.sets))
+        for one in bench.tasks
+    )
+    facts = [
+        f"Model {first['model']}; examples: {sizes}; at most {max_length} tokens each.",
+        *_metrics([one.task for one in bench.tasks]),
+        _QUANTIZED_BEFORE if bench.is_quantized else _QUANTIZED_HERE,
+    ]
+    if left_out:
+        facts.append(
+            f"Left out: {', '.join(task.title for task in left_out)}, whose files are "
+            "not at hand (GLUE is not embedded); give `--data_dir`, or name them by "
+            "`--tasks` to have them fetched."
+        )
+    if seeds > 1:
+        facts.append(
+            f"Random methods: mean over seeds 0 to {seeds - 1}, ± standard deviation."
+        )
+    facts.append(
+        f"{first['device']}, jax {first['jax_version']}, kashin_jax "
+        f"{first['kashin_jax_version']}."
+    )
+    return facts
+
+
+def _metrics(tasks: Sequence[Task]) -> list[str]:
+    rated = [task.title for task in tasks if task.rating_range is not None]
+    glue = [_GLUE] if len(rated) < len(tasks) else []
+    return glue + ([_RATED.format(", ".join(rated))] if rated else [])
+
+
+def _cut(count: int) -> str:
+    return f" ({count} cut)" if count else ""
+
+
+def _skipped(count: int) -> str:
+    return f" ({count} damaged rows left out)" if count else ""
+
+
+_KEYS = ("method", "bits", "basis")
+_MEANS = ("relative_error", "converged_share", "quantize_seconds")
+
+
+def glue_columns(
+    tasks: Sequence[Task], records: Sequence[Record]
+) -> tuple[Column, ...]:
+    """The columns for some tasks; bases are one only where there are several."""
+    first = [Column("method", "method"), Column("bits", "bits")]
+    if len({r["basis"] for r in records if r["basis"] is not None}) > 1:
+        first.append(Column("basis", "basis"))
+    return (
+        *first,
+        Column("stored_bits_per_weight", "bits/weight", fixed(3)),
+        Column("seeds", "seeds"),
+        *(Column(task.name, task.title) for task in tasks),
+        Column("relative_error", "rel. sq. error", fixed(5)),
+        Column("converged_share", "converged", share),
+        Column("quantize_seconds", "seconds", fixed(1)),
+    )
+
+
+def table_rows(
+    tasks: Sequence[Task], records: Sequence[Record]
+) -> list[dict[str, Any]]:
+    """Records of all tasks, metrics and seeds as the lines of a table.
+
+    A cell has the task's metrics with a slash between them; of several seeds the mean
+    and, behind ±, the standard deviation. Behind each line that the paper has, too,
+    stands the paper's.
+    """
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in _KEYS), []).append(record)
+    rows: list[dict[str, Any]] = []
+    for key, group in groups.items():
+        cells = {task.name: _cell(task, group, "value", 2) for task in tasks}
+        seeds = {r["seed"] for r in group if r["seed"] is not None}
+        rows.append({
+            **dict(zip(_KEYS, key, strict=True)),
+            **cells,
+            "seeds": len(seeds) or None,
+            "stored_bits_per_weight": _mean(group, "stored_bits_per_weight"),
+            **{name: _mean(group, name) for name in _MEANS},
+            "note": group[0]["note"],
+        })  # fmt: skip
+        published = {task.name: _cell(task, group, "published", 2) for task in tasks}
+        if any(published.values()):
+            rows.append({
+                "method": f"{key[0]}, published",
+                "bits": 32 if key[0] == FULL_PRECISION else key[1],
+                **published,
+                "note": _PAPER,
+            })  # fmt: skip
+    return rows
+
+
+_PAPER = (
+    "Table 3 of the paper (arXiv 2404.09737): a single run on the authors' own "
+    "checkpoint."
+)
+
+
+def _cell(task: Task, group: Sequence[Record], field: str, digits: int) -> str | None:
+    parts = []
+    for metric in task.metrics:
+        values = [
+            r[field]
+            for r in group
+            if (r["task"], r["metric"]) == (task.name, metric) and r[field] is not None
+        ]
+        if not values:
+            return None
+        several = len(set(values)) > 1 or (len(values) > 1 and field == "value")
+        spread = f"±{statistics.stdev(values):.1f}" if several else ""
+        parts.append(f"{statistics.fmean(values):.{digits}f}{spread}")
+    return " / ".join(parts)
+
+
+def _mean(group: Sequence[Record], field: str) -> float | None:
+    # One value per checkpoint and seed, however many tasks and metrics they have.
+    runs = {(r["weights_sha256"], r["seed"]): r[field] for r in group}
+    values = [value for value in runs.values() if value is not None]
+    return statistics.fmean(values) if values else None
 
 
 def main(arguments: list[str]) -> int:

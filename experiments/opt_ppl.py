@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from experiments.classification.quantized import dense_directory
+from experiments.common.checkpoints import checkpoint_sha256, dense_directory
 from experiments.common.flags import (
     check_flags,
     command_line,
@@ -35,10 +35,12 @@ from experiments.common.flags import (
 )
 from experiments.common.methods import METHODS, choose_methods, table_grid
 from experiments.common.perplexity import Bench, full_precision_row, quantized_row
-from experiments.common.perplexity_table import COMPARISON_TITLE, comparison_tables
-from experiments.common.plots import plot_perplexity
+from experiments.common.perplexity_table import (
+    COMPARISON_TITLE,
+    comparison_tables,
+    plot_perplexity,
+)
 from experiments.common.published import published_perplexity
-from experiments.common.quantized_layers import checkpoint_sha256
 from experiments.common.results import (
     environment_fields,
     prepare_output,

@@ -51,7 +51,7 @@ from experiments.common.results import (
 from experiments.common.tables import Column, Record, aligned_table, fixed, increase
 from kashin_jax import BasisSpec, JointKashin, quantize, stored_bits
 from kashin_jax.errors import CheckpointError, DataError, NonFiniteError, UsageError
-from kashin_jax.io import iter_tensors
+from kashin_jax.io import open_safetensors
 from kashin_jax.methods import Method
 from kashin_jax.methods.joint.coder import EFFORTS
 from kashin_jax.methods.quantize import require_finite
@@ -153,9 +153,9 @@ SYNTHETIC: Mapping[str, _Draw] = {
 def _read(path: Path) -> WeightSource:
     if not path.is_file():
         raise CheckpointError(f"{path}: is no file; give `--source` another path.")
-    matrices = {
-        name: _kernel(value) for name, value in iter_tensors(path) if _is_usable(value)
-    }
+    stored = open_safetensors(path)
+    tensors = ((name, stored.read(name)) for name in sorted(stored.specs))
+    matrices = {name: _kernel(value) for name, value in tensors if _is_usable(value)}
     if not matrices:
         raise DataError(
             f"{path}: has no floating 2-D tensor with sides of at least {MIN_SIDE}; "

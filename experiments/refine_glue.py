@@ -21,11 +21,11 @@ from typing import Any
 import jax
 
 from experiments.classification.checkpoints import load_task_bench
-from experiments.classification.kept import saved_name
 from experiments.classification.plot import plot_refinement
 from experiments.classification.rows import (
     GlueBench,
     quantized_records,
+    saved_name,
     unchanged_records,
 )
 from experiments.classification.tasks import GLUE_TASKS, TASKS, Task

@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 from tqdm import tqdm
 
+from experiments.common.checkpoints import EMBEDDED, model_kernels
 from experiments.common.flags import (
     ALL,
     GIVEN,
@@ -40,7 +41,7 @@ from experiments.common.flags import (
     flag,
     run_program,
 )
-from experiments.common.kernels import EMBEDDED, model_kernels
+from experiments.common.plots import new_figure
 from experiments.common.results import (
     atomic_path,
     environment_fields,
@@ -48,7 +49,6 @@ from experiments.common.results import (
     write_results,
 )
 from experiments.common.seeds import spread_fields, stack_bases
-from experiments.common.style import new_figure
 from experiments.common.tables import (
     Column,
     Record,

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.classification.quantized import dense_directory
+from experiments.common.checkpoints import EMBEDDED, checkpoint_sha256, dense_directory
 from experiments.common.flags import (
     COUNT,
     GIVEN,
@@ -32,9 +32,7 @@ from experiments.common.flags import (
     run_program,
     short_model_name,
 )
-from experiments.common.kernels import EMBEDDED
 from experiments.common.methods import JOINT, METHODS, Width, choose_methods
-from experiments.common.quantized_layers import checkpoint_sha256
 from experiments.common.results import (
     append_jsonl,
     environment_fields,

@@ -40,13 +40,13 @@ from experiments.common.flags import (
     parse_numbers,
     run_program,
 )
-from experiments.common.results import environment_fields, prepare_output
-from experiments.common.style import (
+from experiments.common.plots import (
     FAMILY_STYLES,
     family_legend,
     finish_axes,
     new_figure,
 )
+from experiments.common.results import environment_fields, prepare_output
 from experiments.common.tables import Column, Record, aligned_table, fixed
 from kashin_jax.bases import FAMILIES, Basis, make_basis
 from kashin_jax.theory import (

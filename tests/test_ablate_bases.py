@@ -17,7 +17,7 @@ from experiments.ablate_bases import (
     main,
     seeded_bases,
 )
-from experiments.common.kernels import EMBEDDED, model_kernels
+from experiments.common.checkpoints import EMBEDDED, model_kernels
 from kashin_jax import BasisSpec, GreedyKashin, quantize
 from kashin_jax.bases import FAMILIES
 from kashin_jax.pipeline import path_key

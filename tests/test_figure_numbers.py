@@ -10,7 +10,7 @@ import scipy.stats
 from experiments import fig1, fig2, fig3, fig4, fig5, fig6
 from experiments.common import clusterings
 from experiments.common.figures import Setting, layer_basis, survey
-from experiments.common.style import FAMILY_STYLES
+from experiments.common.plots import FAMILY_STYLES
 from kashin_jax import BasisSpec, GreedyKashin, make_basis, make_pair
 from kashin_jax.bases import FAMILIES
 from kashin_jax.bases.basis import dense

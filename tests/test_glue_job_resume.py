@@ -15,7 +15,7 @@ from tiny_classifier import (
 )
 
 from experiments.classification import evaluation
-from experiments.classification.kept import remembered
+from experiments.common.resumable import remembered
 from experiments.glue import main
 
 __all__ = ["given", "quantize"]  # fixtures

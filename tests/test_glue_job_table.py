@@ -3,7 +3,6 @@
 import pytest
 
 from experiments.classification.plot import plot_glue
-from experiments.classification.table import glue_columns, table_rows
 from experiments.classification.tasks import GLUE_TASKS, TASKS
 from experiments.common.methods import (
     FULL_PRECISION,
@@ -13,6 +12,7 @@ from experiments.common.methods import (
 )
 from experiments.common.published import published_glue
 from experiments.common.tables import aligned_table
+from experiments.glue import glue_columns, table_rows
 from kashin_jax.models.classifier import ClassifierConfig
 
 RTE, STSB, MRPC = TASKS["rte"], TASKS["stsb"], TASKS["mrpc"]

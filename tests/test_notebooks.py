@@ -159,8 +159,8 @@ def test_every_notebook_checks_what_it_shows(path):
         ("from kashin_jax import theory\ntheory.l1_ratio", []),
         ("from kashin_jax import theory\ntheory.jax", ["theory.jax"]),
         ("from experiments.common.methods import METHODS", []),
-        ("from experiments.common.style import COLOURS",
-         ["experiments.common.style.COLOURS"]),
+        ("from experiments.common.figures import ASSETS",
+         ["experiments.common.figures.ASSETS"]),
     ],
 )  # fmt: skip
 def test_the_search_for_private_uses_finds_them(code, named):

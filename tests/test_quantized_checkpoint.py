@@ -13,12 +13,8 @@ from flax import nnx
 from packed_matrices import random_tensor, random_words
 from tiny_finetuning import write_model
 
-from experiments.classification.quantized import (
-    dense_directory,
-    is_quantized,
-    load_classifier_packed,
-    save_quantized,
-)
+from experiments.classification.quantized import load_classifier_packed, save_quantized
+from experiments.common.checkpoints import dense_directory, is_quantized
 from experiments.common.methods import METHODS
 from experiments.common.quantized_layers import decode
 from kashin_jax import BasisSpec, Rule, Rules, quantize, stored_bits

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.common.checkpoints import checkpoint_sha256
 from experiments.common.quantized_layers import (
     LayerStore,
-    checkpoint_sha256,
     decoded_kernels,
     loss_fields,
     quantize_layers,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.common.plots import plot_perplexity
+from experiments.common.perplexity_table import plot_perplexity
 from experiments.common.results import (
     append_jsonl,
     environment_fields,

@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from experiments.common.kernels import EMBEDDED, model_kernels
+from experiments.common.checkpoints import EMBEDDED, model_kernels
 from experiments.robustness import (
     COLUMN_FACTOR,
     MATRICES,

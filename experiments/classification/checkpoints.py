@@ -7,15 +7,15 @@ from pathlib import Path
 from experiments.classification.data import EMBEDDED, has_files
 from experiments.classification.evaluation import load_evaluation_sets
 from experiments.classification.labels import output_order
-from experiments.classification.quantized import (
-    dense_directory,
-    is_quantized,
-    load_classifier_packed,
-)
+from experiments.classification.quantized import load_classifier_packed
 from experiments.classification.rows import TaskBench
 from experiments.classification.tasks import GLUE_TASKS, TASKS, Task, choose_tasks
+from experiments.common.checkpoints import (
+    checkpoint_sha256,
+    dense_directory,
+    is_quantized,
+)
 from experiments.common.corpora import check_data_dir
-from experiments.common.quantized_layers import checkpoint_sha256
 from experiments.common.tables import Record
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import checkpoint_directory, read_json

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from experiments.common.checkpoints import is_quantized
 from experiments.common.quantized_layers import decode
 from experiments.common.results import atomic_path
 from kashin_jax import Rules
-from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.errors import CheckpointError
 from kashin_jax.io import checkpoint_directory, read_json, save_checkpoint
 from kashin_jax.layers import PackedKernel, QuantizedLinear
 from kashin_jax.methods import config_to_json
@@ -28,8 +29,6 @@ from kashin_jax.tensors import QuantizedTensor
 __all__ = [
     "QuantizedClassifier",
     "copy_tokenizer",
-    "dense_directory",
-    "is_quantized",
     "load_classifier_packed",
     "save_quantized",
 ]
@@ -85,36 +84,6 @@ def _dense(path: tuple[Any, ...], node: Any) -> Any:
     linear.kernel = nnx.Param(decode(node.kernel.get_value()))
     linear.bias = node.bias
     return linear
-
-
-def is_quantized(path_or_id: str | Path) -> bool:
-    """Whether the `config.json` of a checkpoint says so, whatever the method.
-
-    Raises:
-      CheckpointError: If it cannot be found or read.
-    """
-    config = read_json(checkpoint_directory(path_or_id) / "config.json")
-    return config.get("quantization_config") is not None
-
-
-def dense_directory(path_or_id: str | Path, *, instead: str) -> Path:
-    """The directory of a checkpoint that is not quantized.
-
-    Args:
-      path_or_id: The value of `--model`.
-      instead: What takes a quantized one, for the message.
-
-    Raises:
-      UsageError: If it is quantized.
-      CheckpointError: If it cannot be found.
-    """
-    directory = checkpoint_directory(path_or_id)
-    if (directory / "config.json").exists() and is_quantized(directory):
-        raise UsageError(
-            f"`--model={path_or_id}` is quantized already; name the original "
-            f"checkpoint, or undo it with `kashin dequantize`. {instead}"
-        )
-    return directory
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,11 @@ from experiments.classification.evaluation import (
     classifier_outputs,
     score,
 )
-from experiments.classification.kept import remembered, save_row
+from experiments.classification.labels import with_task_labels
 from experiments.classification.metrics import flip_rate, log_loss
+from experiments.classification.quantized import save_quantized
 from experiments.classification.tasks import Task
+from experiments.common.flags import file_stem
 from experiments.common.methods import AS_STORED, FULL_PRECISION, RowKind, Width
 from experiments.common.published import published_glue
 from experiments.common.quantized_layers import (
@@ -29,6 +31,7 @@ from experiments.common.quantized_layers import (
     stored_width,
     unconverged,
 )
+from experiments.common.resumable import remembered
 from experiments.common.tables import Record
 from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import NonFiniteError
@@ -38,7 +41,57 @@ from kashin_jax.models.classifier_loading import LoadedClassifier
 from kashin_jax.pipeline import replace_kernels, selected_kernels
 from kashin_jax.tensors import QuantizedTensor
 
-__all__ = ["GlueBench", "TaskBench", "quantized_records", "unchanged_records"]
+__all__ = [
+    "GlueBench",
+    "TaskBench",
+    "quantized_records",
+    "save_row",
+    "saved_name",
+    "unchanged_records",
+]
+
+
+def saved_name(task: Task, row: Record) -> str:
+    """The directory of a saved row: head, method, width, and what else tells it."""
+    parts = [task.head_name, row["method"], f"{row['bits']}bit"]
+    for name, label in (("basis", ""), ("seed", "seed")):
+        if row[name] is not None:
+            parts.append(f"{label}{row[name]}")
+    return file_stem(parts)
+
+
+def save_row(
+    directory: Path,
+    task: Task,
+    loaded: LoadedClassifier,
+    order: tuple[int, ...],
+    tensors: Mapping[str, QuantizedTensor],
+    row: Record,
+    rules: Rules,
+) -> None:
+    """Writes the quantized classifier of a row, as `save_quantized` does.
+
+    Args:
+      directory: Receives a directory of the row's own, see `saved_name`.
+      task: What the classifier is for.
+      loaded: The classifier in full precision.
+      order: Its output for each label of the task, whose names are written.
+      tensors: Its packed matrices.
+      row: Describes them.
+      rules: What they were made by.
+    """
+    save_quantized(
+        directory / saved_name(task, row),
+        loaded.model,
+        tensors,
+        with_task_labels(loaded.config, task, order),
+        tokenizer=loaded.directory,
+        rules=rules,
+        seed=row["seed"] or 0,
+        dtype=loaded.stored_dtype,
+        extra={"finetuning_task": task.head_name},
+    )
+
 
 # Every record has every field, so that a reader of the file needs no special cases.
 _ABSENT = dict.fromkeys((

@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from experiments.common.figures import Artifact, Setting, layer_basis
-from experiments.common.plots import COLOURS
-from experiments.common.style import finish_axes, new_figure
+from experiments.common.plots import COLOURS, finish_axes, new_figure
 from kashin_jax import BasisSpec, GreedyKashin
 from kashin_jax.methods.kashin import cluster_factors, decompose_blocks
 from kashin_jax.pipeline import path_key

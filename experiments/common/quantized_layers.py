@@ -28,7 +28,6 @@ from kashin_jax.tensors import QuantizedTensor
 __all__ = [
     "LayerStore",
     "StoredLayer",
-    "checkpoint_sha256",
     "decode",
     "decoded_kernels",
     "loss_fields",
@@ -251,14 +250,3 @@ def size_fields(
 def stored_width(stored_dtype: str) -> int:
     """Bits of a stored parameter."""
     return 8 * jnp.dtype(stored_dtype).itemsize
-
-
-def checkpoint_sha256(directory: Path) -> str:
-    """Hash of the configuration, tokenizer and weight files of a checkpoint."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in {".json", ".safetensors", ".msgpack", ".bin", ".txt"}:
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float64
 
-from experiments.common.results import append_jsonl, read_jsonl, to_json
+from experiments.common.results import append_jsonl, atomic_path, read_jsonl, to_json
 from experiments.common.tables import Record
 from kashin_jax.errors import DataError, UsageError
 from kashin_jax.evaluation import ScoredBatch, Windows, score_windows
 
-__all__ = ["PartialScores", "score_resumably"]
+__all__ = ["PartialScores", "remembered", "score_resumably"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,3 +120,34 @@ def score_resumably(
         store.append(batch)
         parts.append(batch.nlls)
     return np.concatenate(parts)
+
+
+def remembered(
+    directory: Path,
+    fingerprint: Record,
+    shape: tuple[int, ...],
+    compute: Callable[[], np.ndarray],
+) -> np.ndarray:
+    """Reads an array if it is finished; else computes and keeps it.
+
+    Args:
+      directory: Where the files are; it must exist.
+      fingerprint: Everything that the array depends on; names the file.
+      shape: Of the array.
+      compute: Makes it.
+    """
+    digest = hashlib.sha256(to_json(fingerprint).encode()).hexdigest()[:32]
+    path = directory / f"{digest}.npy"
+    if path.exists():
+        try:
+            found = np.load(path, allow_pickle=False)
+        # What a damaged header raises depends on the version of Python.
+        except Exception:
+            # By a full disk, say: computed again and replaced.
+            found = np.zeros(())
+        if found.shape == shape:
+            return found
+    outputs = compute()
+    with atomic_path(path) as temporary:
+        np.save(temporary, outputs, allow_pickle=False)
+    return outputs

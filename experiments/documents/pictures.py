@@ -18,7 +18,7 @@ from experiments.ablate_bases import draw_trade_off
 from experiments.classification.plot import plot_glue, plot_refinement
 from experiments.classification.tasks import TASKS
 from experiments.common.methods import FULL_PRECISION, GLUE_METHODS, JOINT, METHODS
-from experiments.common.plots import plot_perplexity
+from experiments.common.perplexity_table import plot_perplexity
 from experiments.common.results import atomic_path, to_json
 from experiments.common.tables import Record
 from experiments.depth_curves import draw as draw_depth

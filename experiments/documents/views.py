@@ -17,7 +17,6 @@ from experiments import (
     robustness,
     sizes,
 )
-from experiments.classification.table import glue_columns, table_rows
 from experiments.classification.tasks import TASKS
 from experiments.common.methods import FULL_PRECISION, GLUE_METHODS, JOINT, METHODS
 from experiments.common.perplexity_table import (
@@ -39,6 +38,7 @@ from experiments.depth_curves import (
     setting_rows,
     summary_rows,
 )
+from experiments.glue import glue_columns, table_rows
 from experiments.table1 import COLUMNS as TABLE1_COLUMNS
 
 __all__ = ["FIVE_TASKS", "SENTIMENT", "VIEWS", "View", "Where", "ordered", "select"]

@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from experiments.classification.labels import output_order, with_task_labels
-from experiments.classification.quantized import dense_directory, load_classifier_packed
+from experiments.classification.quantized import load_classifier_packed
+from experiments.common.checkpoints import dense_directory
 from experiments.finetuning.batches import TrainBatch
 from experiments.finetuning.config import STORED, FinetuneConfig
 from experiments.train.step import LossFn, Params

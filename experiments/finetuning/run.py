@@ -21,7 +21,7 @@ from experiments.classification.evaluation import (
 )
 from experiments.classification.quantized import copy_tokenizer, save_quantized
 from experiments.classification.tasks import Task
-from experiments.common.quantized_layers import checkpoint_sha256
+from experiments.common.checkpoints import checkpoint_sha256
 from experiments.common.results import atomic_path, environment_fields, read_jsonl
 from experiments.finetuning.batches import (
     ShuffledIndices,
