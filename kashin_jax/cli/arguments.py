@@ -23,7 +23,7 @@ class Methods:
     """
 
     def __iter__(self) -> Iterator[str]:
-        # Late, see above.
+        # Here rather than above: importing it imports JAX.
         from kashin_jax.methods import method_names
 
         return iter(method_names())

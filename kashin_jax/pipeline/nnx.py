@@ -88,17 +88,16 @@ def quantize_model(
     """Replaces layers of any NNX model by packed ones.
 
     Every `nnx.Linear` that the rules do not leave out becomes a `QuantizedLinear`, and
-    an `nnx.Embed` that one of them names a `QuantizedEmbed`.
-    Norms and everything that is not exactly of these types stay as they are. Of a stack
-    of kernels, as `nnx.vmap` and `nnx.scan` make them, every matrix is quantized alone,
-    with a key folded from its index too, and the layer holds a stack again. Each
-    matrix has a key folded from its path, so adding a layer leaves the codes of the
-    others unchanged; the layers of a group of `rules.share` have a key and a scale of
-    inputs in common, and the variables of what is done to their input, which under one
-    `jit` is then done once. A matrix that several layers share is quantized once and
-    stays shared; where one of them is to stay, or something else reads it, all stay.
-    Layers that lost much more than others are named in a logged warning, see
-    `outliers`.
+    an `nnx.Embed` that one of them names a `QuantizedEmbed`. Norms and everything that
+    is not exactly of these types stay as they are. Of a stack of kernels, as `nnx.vmap`
+    and `nnx.scan` make them, every matrix is quantized alone, with a key folded from
+    its index too, and the layer holds a stack again. Each matrix has a key folded from
+    its path, so adding a layer leaves the codes of the others unchanged; the layers of
+    a group of `rules.share` have a key and a scale of inputs in common, and the
+    variables of what is done to their input, which under one `jit` is then done once. A
+    matrix that several layers share is quantized once and stays shared; where one of
+    them is to stay, or something else reads it, all stay. Layers that lost much more
+    than others are named in a logged warning, see `outliers`.
 
     Args:
       model: Not changed, unless `in_place`.

@@ -92,7 +92,7 @@ def finished_run(directory: Path, digest: str) -> dict[str, LayerReport] | None:
 
 
 def claim_directory(directory: Path, digest: str) -> None:
-    """Makes a directory that of one run, or goes on with it if it already is.
+    """Reserves a directory for one run, or finds it reserved for it by an earlier try.
 
     What a killed process left half-written is removed.
 
@@ -119,7 +119,7 @@ def claim_directory(directory: Path, digest: str) -> None:
 
 
 def release_directory(directory: Path) -> None:
-    """Marks the run as finished; nothing tells any more which one it was."""
+    """Marks the run as finished, and forgets which one it was."""
     (directory / _STATE).unlink(missing_ok=True)
 
 

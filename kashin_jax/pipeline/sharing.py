@@ -18,7 +18,7 @@ class Group(NamedTuple):
     """Layers that read the same input, at least two.
 
     Attributes:
-      name: What is left of their paths.
+      name: Their paths, once what the pattern matches is cut out.
       members: Their matrices, in the order of the paths.
       config: The method of all of them.
     """
