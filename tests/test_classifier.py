@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
+from kashin_jax.models.bert import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_loading import load_classifier
 from kashin_jax.pipeline import selected_kernels
 

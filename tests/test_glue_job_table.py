@@ -13,7 +13,7 @@ from experiments.common.methods import (
 from experiments.common.published import published_glue
 from experiments.common.tables import aligned_table
 from experiments.glue import glue_columns, table_rows
-from kashin_jax.models.classifier import ClassifierConfig
+from kashin_jax.models.bert import ClassifierConfig
 
 RTE, STSB, MRPC = TASKS["rte"], TASKS["stsb"], TASKS["mrpc"]
 BERT = ClassifierConfig(

@@ -1,7 +1,7 @@
 """Models in Flax NNX, and loaders for their published checkpoints."""
 
-from kashin_jax.models.classifier import ClassifierConfig as ClassifierConfig
-from kashin_jax.models.classifier import SequenceClassifier as SequenceClassifier
+from kashin_jax.models.bert import ClassifierConfig as ClassifierConfig
+from kashin_jax.models.bert import SequenceClassifier as SequenceClassifier
 from kashin_jax.models.classifier_loading import LoadedClassifier as LoadedClassifier
 from kashin_jax.models.classifier_loading import head_names as head_names
 from kashin_jax.models.classifier_loading import load_classifier as load_classifier

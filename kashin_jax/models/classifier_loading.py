@@ -25,14 +25,14 @@ from kashin_jax.io import (
     open_safetensors,
     read_json,
 )
-from kashin_jax.io.names import StoredName
-from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
+from kashin_jax.models.bert import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_config import REGRESSION, SINGLE_LABEL
 from kashin_jax.models.classifier_names import (
     classifier_name,
     is_foreign,
     parse_classifier_name,
 )
+from kashin_jax.models.names import StoredName
 from kashin_jax.models.reading import (
     LoadedVariables,
     ParamPath,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from kashin_jax.io.names import StoredName, parse_stored_name, tensor_name
+from kashin_jax.models.names import StoredName, parse_stored_name, tensor_name
 
 __all__ = ["classifier_name", "is_foreign", "parse_classifier_name"]
 

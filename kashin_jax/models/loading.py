@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from kashin_jax.errors import CheckpointError
 from kashin_jax.io import open_checkpoint
-from kashin_jax.io.names import (
+from kashin_jax.models.names import (
     StoredName,
     opt_name,
     parse_stored_name,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
 from kashin_jax.io import TensorFile
-from kashin_jax.io.names import StoredName
+from kashin_jax.models.names import StoredName
 
 __all__ = [
     "LoadedVariables",

@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 
 from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.io import make_directory, write_json, write_tensors
-from kashin_jax.io.names import opt_name
-from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
+from kashin_jax.models.bert import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_names import classifier_name
+from kashin_jax.models.names import opt_name
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.reading import ParamPath, abstract_state
 

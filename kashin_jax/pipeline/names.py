@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from kashin_jax.io.names import parse_stored_name
-from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
+from kashin_jax.models.bert import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.classifier_names import classifier_name
+from kashin_jax.models.names import parse_stored_name
 
 __all__ = ["LayerName", "layer_names"]
 
