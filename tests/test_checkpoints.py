@@ -16,7 +16,7 @@ from kashin_jax import Rule, Rules, quantize_model
 from kashin_jax.io import open_checkpoint, save_checkpoint
 from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
 from kashin_jax.methods import config_to_json, method_names
-from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.models import load_classifier
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import (
     REPORT_NAME,
@@ -214,7 +214,7 @@ def test_the_plan_has_the_sizes_that_are_written(opt):
     for tensor in plan.tensors:
         file = written.file_of(tensor.name)
         for name, spec in tensor.specs.items():
-            assert file.entry(name).spec == spec
+            assert file.spec(name) == spec
     assert {layer.choice.path for layer in plan.quantized} == opt.reports.keys()
 
 

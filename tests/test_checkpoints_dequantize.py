@@ -145,9 +145,9 @@ def test_no_tensor_straddles_two_shards(source, tmp_path, size):
     for name in checkpoint.descriptions:
         leaves = [f"{name}.{leaf}" for leaf in checkpoint.described(name).specs]
         assert len(leaves) > 1
-        assert set(leaves) <= checkpoint.file_of(name).entries.keys()
+        assert set(leaves) <= checkpoint.file_of(name).specs.keys()
     for shard, file in checkpoint.files.items():
-        data = sum(entry.stop - entry.start for entry in file.entries.values())
+        data = sum(spec.size for spec in file.specs.values())
         alone = sum(place == shard for place in checkpoint.places.values()) == 1
         assert data <= size or alone
 

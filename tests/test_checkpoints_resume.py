@@ -326,7 +326,7 @@ def test_a_missing_shard_is_named(source, tmp_path):
     (copied / "config.json").write_bytes((source / "config.json").read_bytes())
     text = '{"weight_map": {"x.weight": "model-00001-of-00002.safetensors"}}'
     (copied / "model.safetensors.index.json").write_text(text)
-    pattern = "model-00001-of-00002.safetensors: is missing"
+    pattern = "names 'model-00001-of-00002.safetensors', which is missing"
     refused(pattern, copied, tmp_path / "q", RTN_RULES, error=CheckpointError)
 
 
