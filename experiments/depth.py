@@ -93,7 +93,7 @@ from kashin_jax import BasisSpec, stored_bits
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.methods import Method
-from kashin_jax.models.classifier_loading import LoadedClassifier
+from kashin_jax.models import LoadedClassifier
 from kashin_jax.models.loading import LoadedModel, load_opt
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from kashin_jax.pipeline import selected_kernels

@@ -99,7 +99,7 @@ from kashin_jax.evaluation import (
     score_windows,
     window_nll,
 )
-from kashin_jax.models.loading import save_opt
+from kashin_jax.models import save_opt
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 
 if TYPE_CHECKING:

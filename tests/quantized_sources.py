@@ -6,7 +6,8 @@ from tiny_checkpoint import make_checkpoint
 
 from kashin_jax import RTN, Rule, Rules
 from kashin_jax.methods import config_from_json, method_names
-from kashin_jax.models.loading import load_opt, save_opt
+from kashin_jax.models import save_opt
+from kashin_jax.models.loading import load_opt
 
 # What a test asks of a method beyond its defaults, to be quick on 64 x 64.
 FIELDS = {

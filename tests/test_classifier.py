@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kashin_jax.models.bert import ClassifierConfig, SequenceClassifier
-from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.models import ClassifierConfig, SequenceClassifier, load_classifier
 from kashin_jax.pipeline import selected_kernels
 
 # Bits, or numbers that another program made, are compared.

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from kashin_jax.errors import CheckpointError
-from kashin_jax.models.classifier_config import ClassifierConfig
+from kashin_jax.models import ClassifierConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "classifier"
 KINDS = ["bert", "bert-regression", "roberta", "distilbert"]

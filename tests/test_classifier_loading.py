@@ -14,7 +14,7 @@ from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
 
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
-from kashin_jax.models.classifier_loading import head_names, load_classifier
+from kashin_jax.models import head_names, load_classifier
 from kashin_jax.models.saving import save_classifier
 
 HERE = pathlib.Path(__file__).parent

@@ -62,7 +62,7 @@ def user(tmp_path):
     written(tmp_path, FILES["lambada"], jsonl(["One two", "three"]))
     # Mikolov's lines begin and end with a space.
     written(tmp_path, FILES["ptb"], "".join(f" {line} \n" for line in PTB).encode())
-    written(tmp_path, FILES["c4"], gzip.compress(jsonl(C4)))
+    written(tmp_path, FILES["c4"], gzip.compress(jsonl(C4), mtime=0))
     return tmp_path
 
 
@@ -160,10 +160,10 @@ def test_a_data_dir_that_is_none_is_refused(tmp_path, fake_hub):
     ("content", "says"),
     [
         (b"not gzip", "cannot be read"),
-        (gzip.compress(jsonl(C4))[:200], "cannot be read"),
-        (gzip.compress(b"") , "is empty"),
-        (gzip.compress(jsonl(C4[:2]) + b"{"), "line 3 is not JSON"),
-        (gzip.compress(b"\xff\n"), "cannot be read"),
+        (gzip.compress(jsonl(C4), mtime=0)[:200], "cannot be read"),
+        (gzip.compress(b"", mtime=0) , "is empty"),
+        (gzip.compress(jsonl(C4[:2]) + b"{", mtime=0), "line 3 is not JSON"),
+        (gzip.compress(b"\xff\n", mtime=0), "cannot be read"),
     ],
 )  # fmt: skip
 def test_a_damaged_c4_file_is_an_error_that_names_it(user, content, says):

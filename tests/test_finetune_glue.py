@@ -19,7 +19,7 @@ from experiments.finetuning.run import finetune
 from experiments.train.optimizer import decays, make_optimizer
 from experiments.train.step import init_state
 from experiments.train.stored import Checkpoints
-from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.models import load_classifier
 
 # A whole program on tiny models; its parts have tests of their own.
 pytestmark = pytest.mark.slow

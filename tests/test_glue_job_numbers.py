@@ -21,7 +21,7 @@ from tiny_classifier import (
 from experiments.common.results import read_jsonl
 from experiments.glue import main
 from kashin_jax import BasisSpec, GreedyKashin, dequantize, quantize
-from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.models import load_classifier
 from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
 
 __all__ = ["copy", "finished", "given"]  # fixtures

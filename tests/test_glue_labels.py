@@ -7,7 +7,7 @@ import pytest
 from experiments.classification.labels import output_order, with_task_labels
 from experiments.classification.tasks import TASKS, choose_tasks
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.models.bert import ClassifierConfig
+from kashin_jax.models import ClassifierConfig
 
 MNLI, RTE, STSB = TASKS["mnli"], TASKS["rte"], TASKS["stsb"]
 

@@ -26,7 +26,7 @@ from opt_checkpoints import (
 )
 
 from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.models import reading
+from kashin_jax.models import architecture
 from kashin_jax.models.loading import load_opt
 
 __all__ = ["directory", "tensors"]  # fixtures
@@ -150,7 +150,7 @@ def test_without_torch_a_torch_file_says_what_to_install(directory, monkeypatch)
 def test_loading_draws_no_random_weights(directory, tensors, monkeypatch):
     write(directory, tensors)
     # What an earlier test has loaded is known already.
-    reading._abstract_state.cache_clear()
+    architecture._abstract_state.cache_clear()
     draw, calls = nnx.initializers.normal(0.1), []
 
     def draw_abstractly(*args):

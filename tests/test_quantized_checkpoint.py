@@ -20,7 +20,7 @@ from experiments.common.quantized_layers import decode
 from kashin_jax import BasisSpec, Rule, Rules, quantize, stored_bits
 from kashin_jax.cli import main as kashin_main
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
-from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.models import load_classifier
 from kashin_jax.pipeline import (
     dequantize_checkpoint,
     inspect_checkpoint,

@@ -19,7 +19,7 @@ from experiments.glue import main as glue
 from experiments.refine_glue import main
 from kashin_jax import stored_bits
 from kashin_jax.errors import UsageError
-from kashin_jax.models.classifier_loading import load_classifier
+from kashin_jax.models import load_classifier
 
 pytestmark = pytest.mark.slow
 

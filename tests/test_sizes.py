@@ -10,7 +10,7 @@ from experiments import sizes
 from experiments.common.results import read_jsonl
 from experiments.sizes import SizesConfig, main
 from kashin_jax import RTN, Rules
-from kashin_jax.models.bert import ClassifierConfig, SequenceClassifier
+from kashin_jax.models import ClassifierConfig, SequenceClassifier
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.models.saving import save_classifier, save_opt
 from kashin_jax.pipeline import inspect_checkpoint, quantize_checkpoint

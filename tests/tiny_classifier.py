@@ -23,8 +23,8 @@ from tokenizers import models, pre_tokenizers, processors
 from experiments.classification.tasks import TASKS
 from experiments.common.results import read_jsonl
 from experiments.glue import main
+from kashin_jax.models import save_classifier
 from kashin_jax.models.bert import ClassifierConfig, SequenceClassifier
-from kashin_jax.models.classifier_loading import save_classifier
 
 WORDS = tuple(f"w{i}" for i in range(40))
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")

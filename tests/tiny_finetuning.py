@@ -7,8 +7,7 @@ from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments.finetuning.config import FinetuneConfig
-from kashin_jax.models.bert import ClassifierConfig, SequenceClassifier
-from kashin_jax.models.classifier_loading import save_classifier
+from kashin_jax.models import ClassifierConfig, SequenceClassifier, save_classifier
 
 WORDS = ("good", "bad", *(f"w{i}" for i in range(20)))
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")

@@ -19,11 +19,7 @@ from experiments.common.corpora import check_data_dir
 from experiments.common.tables import Record
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import checkpoint_directory, read_json
-from kashin_jax.models.classifier_loading import (
-    LoadedClassifier,
-    head_names,
-    load_classifier,
-)
+from kashin_jax.models import LoadedClassifier, head_names, load_classifier
 from kashin_jax.pipeline import inspect_checkpoint
 
 __all__ = ["load_task_bench", "resolve_tasks"]

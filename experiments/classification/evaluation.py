@@ -22,8 +22,7 @@ from experiments.classification.encoding import (
 from experiments.classification.metrics import glue_metrics
 from experiments.classification.tasks import Task
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
-from kashin_jax.models.classifier_loading import LoadedClassifier
+from kashin_jax.models import ClassifierConfig, LoadedClassifier, SequenceClassifier
 from kashin_jax.models.tokenizer import (
     PairTokenizer,
     check_padding,

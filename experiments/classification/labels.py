@@ -9,11 +9,8 @@ import re
 
 from experiments.classification.tasks import Task, label_key
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.models.classifier_config import (
-    REGRESSION,
-    SINGLE_LABEL,
-    ClassifierConfig,
-)
+from kashin_jax.models import ClassifierConfig
+from kashin_jax.models.bert import REGRESSION, SINGLE_LABEL
 
 __all__ = ["output_order", "with_task_labels"]
 

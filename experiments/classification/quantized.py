@@ -19,9 +19,8 @@ from kashin_jax.errors import CheckpointError
 from kashin_jax.io import checkpoint_directory, read_json, save_checkpoint
 from kashin_jax.layers import PackedKernel, QuantizedLinear
 from kashin_jax.methods import config_to_json
-from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
-from kashin_jax.models.classifier_loading import LoadedClassifier
-from kashin_jax.models.classifier_names import classifier_name
+from kashin_jax.models import ClassifierConfig, LoadedClassifier, SequenceClassifier
+from kashin_jax.models.registry import names_of
 from kashin_jax.models.saving import stored_array
 from kashin_jax.pipeline import load_quantized, rules_from_json, rules_to_json
 from kashin_jax.tensors import QuantizedTensor
@@ -127,7 +126,7 @@ def save_quantized(
     stored: dict[str, np.ndarray | QuantizedTensor] = {}
     packed = set()
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name = classifier_name(path, config.model_type)
+        name = names_of(config.model_type).published(path)
         layer = "/".join(map(str, path[:-1]))
         if path[-1] == "kernel" and layer in tensors:
             stored[name] = tensors[layer]

@@ -36,8 +36,7 @@ from experiments.common.tables import Record
 from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.methods import Method
-from kashin_jax.models.classifier import SequenceClassifier
-from kashin_jax.models.classifier_loading import LoadedClassifier
+from kashin_jax.models import LoadedClassifier, SequenceClassifier
 from kashin_jax.pipeline import replace_kernels, selected_kernels
 from kashin_jax.tensors import QuantizedTensor
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from experiments.common.text import ASSETS
 from kashin_jax.errors import UsageError
 from kashin_jax.io import checkpoint_directory, read_json
-from kashin_jax.models.classifier_loading import head_names, load_classifier
+from kashin_jax.models import head_names, load_classifier
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import selected_kernels
 

@@ -9,7 +9,7 @@ fine-tuned checkpoints, which are not public: closeness can only be expected for
 """
 
 from experiments.common.methods import FULL_PRECISION, Width
-from kashin_jax.models.classifier import ClassifierConfig
+from kashin_jax.models import ClassifierConfig
 
 __all__ = ["published_glue", "published_perplexity"]
 

@@ -25,8 +25,12 @@ from experiments.finetuning.batches import TrainBatch
 from experiments.finetuning.config import STORED, FinetuneConfig
 from experiments.train.step import LossFn, Params
 from kashin_jax import Rules
-from kashin_jax.models.classifier import ClassifierConfig, SequenceClassifier
-from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
+from kashin_jax.models import (
+    ClassifierConfig,
+    LoadedClassifier,
+    SequenceClassifier,
+    load_classifier,
+)
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [

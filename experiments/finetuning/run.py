@@ -40,7 +40,7 @@ from experiments.train.step import (
     make_trainer,
 )
 from experiments.train.stored import Panel, claim_directory, open_run, plot_log
-from kashin_jax.models.classifier_loading import save_classifier
+from kashin_jax.models import save_classifier
 
 __all__ = ["FinetuneResult", "finetune"]
 

@@ -1,7 +1,7 @@
 """Text generation with a key-value cache: greedy, or sampled at a temperature."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,37 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from kashin_jax.errors import UsageError
-from kashin_jax.models.opt import KVCache, OPTForCausalLM
+from kashin_jax.models.transformer import KVCache
 
-__all__ = ["generate"]
+__all__ = ["CausalLM", "generate"]
+
+
+@runtime_checkable
+class CausalLM(Protocol):
+    """A language model, an NNX module, that can go on where it stopped reading.
+
+    Attributes:
+      config: With `vocab_size`, `max_position_embeddings` and `pad_token_id`.
+    """
+
+    config: Any
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `max_length` tokens per row, padding included."""
+        ...
+
+    def decode(
+        self,
+        input_ids: Int[Array, "b t"],
+        cache: KVCache,
+        attention_mask: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b vocab"], KVCache]:
+        """Reads `t` more tokens and predicts the one that follows them."""
+        ...
 
 
 def generate(
-    model: OPTForCausalLM,
+    model: CausalLM,
     input_ids: Int[Array, "b t"],
     *,
     attention_mask: Int[Array, "b t"] | None = None,
@@ -51,9 +75,9 @@ def generate(
     """
     mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
     _check(model, input_ids, mask, max_new_tokens, temperature, key)
-    model = nnx.merge(*nnx.split(model))
-    model.eval()
-    graphdef, state = nnx.split(model)
+    copy: Any = nnx.merge(*nnx.split(model))
+    copy.eval()
+    graphdef, state = nnx.split(copy)
     # Ids are not negative, so -1 ends no row.
     eos = -1 if eos_token_id is None else eos_token_id
     fill = eos if (pad := model.config.pad_token_id) is None else pad
@@ -127,7 +151,7 @@ def _generate(
 
 
 def _check(
-    model: OPTForCausalLM,
+    model: CausalLM,
     input_ids: Int[Array, "b t"],
     mask: Int[Array, "b t"],
     max_new_tokens: int,

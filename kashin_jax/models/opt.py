@@ -3,7 +3,11 @@
 Modules carry Hugging Face's names.
 """
 
-from typing import NamedTuple
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,33 +15,236 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from kashin_jax.models.opt_config import OPTConfig
-from kashin_jax.models.opt_layers import (
+from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.models.architecture import Architecture
+from kashin_jax.models.config_fields import check_rates, check_sizes, read_fields
+from kashin_jax.models.names import Names
+from kashin_jax.models.transformer import (
+    ACTIVATIONS,
+    KVCache,
     LayerCache,
-    OPTDecoderLayer,
+    LayerFactory,
+    LayerNorm,
     Past,
-    layer_norm,
+    attend,
+    check_length,
+    empty_cache,
+    mask_or_ones,
+    remember,
+    split_heads,
+    token_positions,
 )
-from kashin_jax.models.transformer import LayerFactory
 
-__all__ = ["KVCache", "LayerCache", "OPTConfig", "OPTForCausalLM"]
+__all__ = [
+    "OPT",
+    "OPTAttention",
+    "OPTConfig",
+    "OPTDecoder",
+    "OPTDecoderLayer",
+    "OPTForCausalLM",
+]
 
 # OPT's position table has two rows in front that belong to padding.
 POSITION_OFFSET = 2
+_EPSILON = 1e-5
+# The only field that Hugging Face spells in a way a dataclass should not.
+_ALIASES = {"remove_final_layer_norm": "_remove_final_layer_norm"}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "ffn_dim",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "word_embed_proj_dim",
+)
 
 
-class KVCache(NamedTuple):
-    """What a decoder remembers of the tokens it has read, in `s` fixed slots.
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OPTConfig:
+    """Architecture of an OPT language model; field names are Hugging Face's.
+
+    Layer dropping (`layerdrop`) is not implemented and not read; every published
+    model has it at 0.
 
     Attributes:
-      layers: One entry per block.
-      mask: 1 where a slot holds a real token, 0 for padding and unused slots.
-      length: Slots in use, padding included; the same for every row.
+      vocab_size: Rows of the token embedding.
+      hidden_size: Width of the residual stream.
+      num_hidden_layers: Number of blocks.
+      ffn_dim: Width of the hidden layer of each feed-forward part.
+      num_attention_heads: Heads per block; divides `hidden_size`.
+      max_position_embeddings: Longest sequence that has positions. Says nothing of
+        the length a model was trained at.
+      word_embed_proj_dim: Width of the token embedding; `None` means `hidden_size`.
+        Where it differs (opt-350m) two linears lead in and out of the stream.
+      do_layer_norm_before: Pre-norm blocks and a final layer norm. False is opt-350m:
+        post-norm blocks, no final norm.
+      remove_final_layer_norm: Leaves the final norm out of a pre-norm model, for
+        checkpoints fine-tuned before transformers 4.20.1.
+      enable_bias: Whether the linears of the blocks have biases.
+      layer_norm_elementwise_affine: Whether layer norms have scale and bias.
+      activation_function: One of `ACTIVATIONS`.
+      tie_word_embeddings: Whether the token embedding is also the output matrix.
+      dropout: Rate on the output of attention and feed-forward parts, training only.
+      attention_dropout: Rate on attention probabilities, training only.
+      init_std: Standard deviation of freshly drawn weights.
+      pad_token_id: Token used as padding by the tokenizer.
+      bos_token_id: Token that starts a text.
+      eos_token_id: Token that ends a text.
     """
 
-    layers: tuple[LayerCache, ...]
-    mask: Int[Array, "b s"]
-    length: Int[Array, ""]
+    model_type: ClassVar[str] = "opt"
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    ffn_dim: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    word_embed_proj_dim: int | None = None
+    do_layer_norm_before: bool = True
+    remove_final_layer_norm: bool = False
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    activation_function: str = "relu"
+    tie_word_embeddings: bool = True
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 2
+    eos_token_id: int | None = 2
+
+    def __post_init__(self) -> None:
+        check_sizes(self, _SIZES)
+        if self.activation_function not in ACTIVATIONS:
+            raise UsageError(
+                f"`activation_function`={self.activation_function!r} is not supported; "
+                f"known are {', '.join(ACTIVATIONS)}."
+            )
+        check_rates(self, ("dropout", "attention_dropout"))
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the token embedding."""
+        return self.word_embed_proj_dim or self.hidden_size
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_final_layer_norm(self) -> bool:
+        """Whether a layer norm follows the last block."""
+        return self.do_layer_norm_before and not self.remove_final_layer_norm
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any], source: str) -> "OPTConfig":
+        """Reads the content of a Hugging Face `config.json`.
+
+        Sizes must be present; other fields default as they do at Hugging Face, and
+        fields unknown here are ignored.
+
+        Args:
+          mapping: The parsed JSON object.
+          source: Where it came from, for error messages.
+
+        Returns:
+          The configuration.
+
+        Raises:
+          CheckpointError: If the model type is not "opt", a size is missing, or a
+            value is of the wrong type or not supported; names `source` and the field.
+        """
+        model_type = mapping.get("model_type", "opt")
+        if model_type != "opt":
+            raise CheckpointError(
+                f"{source}: `model_type` is {model_type!r}; only 'opt' checkpoints can "
+                "be loaded here."
+            )
+        return read_fields(cls, mapping, source, aliases=_ALIASES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a Hugging Face `config.json`; inverse of `from_dict`."""
+        fields = dataclasses.asdict(self)
+        named = {_ALIASES.get(name, name): value for name, value in fields.items()}
+        return {
+            "architectures": ["OPTForCausalLM"],
+            "model_type": self.model_type,
+            **named,
+            "word_embed_proj_dim": self.embedding_size,
+        }
+
+
+def _layer_norm(config: OPTConfig, make: LayerFactory) -> LayerNorm:
+    """A norm of the residual stream."""
+    affine = config.layer_norm_elementwise_affine
+    return make.layer_norm(config.hidden_size, epsilon=_EPSILON, affine=affine)
+
+
+class OPTAttention(nnx.Module):
+    """Multi-head self-attention with a softmax in float32."""
+
+    def __init__(self, config: OPTConfig, make: LayerFactory):
+        width = config.hidden_size
+        self.head_dim = config.head_dim
+        self.q_proj = make.linear(width, width, use_bias=config.enable_bias)
+        self.k_proj = make.linear(width, width, use_bias=config.enable_bias)
+        self.v_proj = make.linear(width, width, use_bias=config.enable_bias)
+        self.out_proj = make.linear(width, width, use_bias=config.enable_bias)
+        self.dropout = make.dropout(config.attention_dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        visible: Bool[Array, "b 1 t s"],
+        past: Past | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "b t d"], LayerCache]:
+        queries, keys, values = (
+            split_heads(project(x), self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cache = remember(LayerCache(keys, values), past)
+        drop = functools.partial(self.dropout, rngs=rngs)
+        mixed = attend(queries, cache.keys, cache.values, visible, drop)
+        return self.out_proj(mixed), cache
+
+
+class OPTDecoderLayer(nnx.Module):
+    """Attention and feed-forward part, each normalised before (or, 350m, after)."""
+
+    def __init__(self, config: OPTConfig, make: LayerFactory):
+        width, hidden, bias = config.hidden_size, config.ffn_dim, config.enable_bias
+        self.norm_first = config.do_layer_norm_before
+        self.activation = config.activation_function
+        self.self_attn = OPTAttention(config, make)
+        self.self_attn_layer_norm = _layer_norm(config, make)
+        self.fc1 = make.linear(width, hidden, use_bias=bias)
+        self.fc2 = make.linear(hidden, width, use_bias=bias)
+        self.final_layer_norm = _layer_norm(config, make)
+        self.dropout = make.dropout(config.dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        visible: Bool[Array, "b 1 t s"],
+        past: Past | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "b t d"], LayerCache]:
+        h = self.self_attn_layer_norm(x) if self.norm_first else x
+        h, cache = self.self_attn(h, visible, past, rngs)
+        x = x + self.dropout(h, rngs=rngs)
+        if not self.norm_first:
+            x = self.self_attn_layer_norm(x)
+        h = self.final_layer_norm(x) if self.norm_first else x
+        h = self.fc2(ACTIVATIONS[self.activation](self.fc1(h)))
+        x = x + self.dropout(h, rngs=rngs)
+        if not self.norm_first:
+            x = self.final_layer_norm(x)
+        return x, cache
 
 
 class OPTDecoder(nnx.Module):
@@ -59,7 +266,7 @@ class OPTDecoder(nnx.Module):
             [OPTDecoderLayer(config, make) for _ in range(config.num_hidden_layers)]
         )
         self.final_layer_norm = (
-            layer_norm(config, make) if config.has_final_layer_norm else None
+            _layer_norm(config, make) if config.has_final_layer_norm else None
         )
 
     def __call__(
@@ -156,29 +363,19 @@ class OPTForCausalLM(nnx.Module):
             mask is not of the shape of `input_ids`.
         """
         t = input_ids.shape[1]
-        _check_length("input_ids", t, self.config.max_position_embeddings)
-        mask = _mask_or_ones(input_ids, attention_mask)
+        check_length("input_ids", t, self.config.max_position_embeddings)
+        mask = mask_or_ones(input_ids, attention_mask)
         causal = jnp.tril(jnp.ones((t, t), bool))
         visible = causal[None, None] & mask.astype(bool)[:, None, None]
-        x, _ = self.decoder(input_ids, _positions(mask), visible, rngs=rngs)
+        x, _ = self.decoder(input_ids, token_positions(mask), visible, rngs=rngs)
         return self._logits(x)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `max_length` tokens per row, padding included."""
-        _check_length("max_length", max_length, self.config.max_position_embeddings)
-        heads, width = self.config.num_attention_heads, self.config.head_dim
-        shape = (batch_size, max_length, heads, width)
-
-        def zeros() -> Float[Array, "b s heads head_dim"]:
-            return jnp.zeros(shape, self.dtype)
-
-        # No array twice, so that a cache can be donated.
-        layers = range(self.config.num_hidden_layers)
-        return KVCache(
-            layers=tuple(LayerCache(zeros(), zeros()) for _ in layers),
-            mask=jnp.zeros((batch_size, max_length), jnp.int32),
-            length=jnp.zeros((), jnp.int32),
-        )
+        check_length("max_length", max_length, self.config.max_position_embeddings)
+        config = self.config
+        shape = (batch_size, max_length, config.num_attention_heads, config.head_dim)
+        return empty_cache(shape, config.num_hidden_layers, self.dtype)
 
     def decode(
         self,
@@ -203,12 +400,12 @@ class OPTForCausalLM(nnx.Module):
             the shape of `input_ids`.
         """
         t, slots = input_ids.shape[1], cache.mask.shape[1]
-        _check_length("input_ids", t, slots)
+        check_length("input_ids", t, slots)
         mask = jax.lax.dynamic_update_slice_in_dim(
-            cache.mask, _mask_or_ones(input_ids, attention_mask), cache.length, axis=1
+            cache.mask, mask_or_ones(input_ids, attention_mask), cache.length, axis=1
         )
         positions = jax.lax.dynamic_slice_in_dim(
-            _positions(mask), cache.length, t, axis=1
+            token_positions(mask), cache.length, t, axis=1
         )
         now = cache.length + jnp.arange(t)
         causal = jnp.arange(slots)[None, :] <= now[:, None]
@@ -222,26 +419,11 @@ class OPTForCausalLM(nnx.Module):
         return self.lm_head(x).astype(jnp.float32)
 
 
-def _positions(mask: Int[Array, "b s"]) -> Int[Array, "b s"]:
-    # Padding gets -1, row 1 of the table, as at Hugging Face.
-    return jnp.cumsum(mask, axis=1) * mask - 1
-
-
-def _mask_or_ones(
-    input_ids: Int[Array, "b t"], mask: Int[Array, "..."] | None
-) -> Int[Array, "b t"]:
-    if mask is None:
-        return jnp.ones(input_ids.shape, jnp.int32)
-    if mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` must have the shape of `input_ids`, {input_ids.shape}. "
-            f"Got {mask.shape}."
-        )
-    return mask.astype(jnp.int32)
-
-
-def _check_length(name: str, length: int, limit: int) -> None:
-    if not 1 <= length <= limit:
-        raise ValueError(
-            f"`{name}` has {length} tokens; between 1 and {limit} fit. Shorten it."
-        )
+OPT = Architecture(
+    model_type=OPTConfig.model_type,
+    config=OPTConfig,
+    model=OPTForCausalLM,
+    # The version is left in some conversions from fairseq; a number, not a weight.
+    names=Names(ignored=re.compile(r"decoder\.version$")),
+    tied=(("lm_head", "kernel"), ("decoder", "embed_tokens", "embedding")),
+)

@@ -1,6 +1,6 @@
 """Saving models in Hugging Face's layout."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +11,25 @@ from jax.typing import DTypeLike
 
 from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.io import make_directory, write_json, write_tensors
+from kashin_jax.models.architecture import (
+    Architecture,
+    Config,
+    ParamPath,
+    abstract_state,
+)
 from kashin_jax.models.bert import ClassifierConfig, SequenceClassifier
-from kashin_jax.models.classifier_names import classifier_name
-from kashin_jax.models.names import opt_name
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
-from kashin_jax.models.reading import ParamPath, abstract_state
+from kashin_jax.models.registry import ARCHITECTURES
 
-__all__ = ["save_classifier", "save_opt", "stored_array"]
+__all__ = ["save_classifier", "save_model", "save_opt", "stored_array"]
 
 
-def save_opt(
-    model: OPTForCausalLM,
-    config: OPTConfig,
+def save_model(
+    model: nnx.Module,
+    config: Config,
     directory: str | Path,
     *,
-    dtype: DTypeLike = "float16",
-) -> None:
-    """Writes `model.safetensors` and `config.json`, as `transformers` reads them.
-
-    Each file appears whole or not at all, `config.json` last. The tokenizer is not
-    part of a model and is left to the caller.
-
-    Args:
-      model: A model with dense layers.
-      config: Its architecture.
-      directory: Created where it does not exist; files of those names are replaced.
-      dtype: Floating-point precision to store.
-
-    Raises:
-      UsageError: If the model has other parameters than `config` asks for, as after
-        quantizing; dequantize it first.
-      NonFiniteError: If a weight is not finite, or overflows `dtype`; names it.
-      CheckpointError: If the directory cannot be written.
-    """
-    _, expected = abstract_state(OPTForCausalLM, config, jnp.dtype(jnp.float32))
-    _save(model, expected, opt_name, config.to_dict(), Path(directory), dtype)
-
-
-def save_classifier(
-    model: SequenceClassifier,
-    config: ClassifierConfig,
-    directory: str | Path,
-    *,
-    dtype: DTypeLike = "float32",
+    dtype: DTypeLike,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `model.safetensors` and `config.json`, as `transformers` reads them.
@@ -63,7 +39,7 @@ def save_classifier(
 
     Args:
       model: A model with dense layers.
-      config: Its architecture.
+      config: Its architecture, one of the registry.
       directory: Created where it does not exist; files of those names are replaced.
       dtype: Floating-point precision to store.
       extra: Further fields of `config.json`, such as `finetuning_task`.
@@ -74,37 +50,42 @@ def save_classifier(
       NonFiniteError: If a weight is not finite, or overflows `dtype`; names it.
       CheckpointError: If the directory cannot be written.
     """
-    _, expected = abstract_state(SequenceClassifier, config, jnp.dtype(jnp.float32))
-    content = config.to_dict() | dict(extra or {})
-
-    def name(path: ParamPath) -> str:
-        return classifier_name(path, config.model_type)
-
-    _save(model, expected, name, content, Path(directory), dtype)
-
-
-def _save(
-    model: nnx.Module,
-    expected: Any,
-    name: Callable[[ParamPath], str],
-    content: dict[str, Any],
-    directory: Path,
-    dtype: DTypeLike,
-) -> None:
-    dtype = jnp.dtype(dtype)
-    tensors = _tensors(model, expected, name, dtype)
+    dtype, directory = jnp.dtype(dtype), Path(directory)
+    tensors = _tensors(model, config, ARCHITECTURES[config.model_type], dtype)
+    content = config.to_dict() | dict(extra or {}) | {"torch_dtype": dtype.name}
     make_directory(directory)
     # Readers of transformers refuse files that do not say whose layout they have.
     write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
-    write_json(directory / "config.json", content | {"torch_dtype": dtype.name})
+    write_json(directory / "config.json", content)
+
+
+def save_opt(
+    model: OPTForCausalLM,
+    config: OPTConfig,
+    directory: str | Path,
+    *,
+    dtype: DTypeLike = "float16",
+) -> None:
+    """Writes an OPT model as published ones are stored; see `save_model`."""
+    save_model(model, config, directory, dtype=dtype)
+
+
+def save_classifier(
+    model: SequenceClassifier,
+    config: ClassifierConfig,
+    directory: str | Path,
+    *,
+    dtype: DTypeLike = "float32",
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a classifier as published ones are stored; see `save_model`."""
+    save_model(model, config, directory, dtype=dtype, extra=extra)
 
 
 def _tensors(
-    model: nnx.Module,
-    expected: Any,
-    name_of: Callable[[ParamPath], str],
-    dtype: np.dtype,
+    model: nnx.Module, config: Any, architecture: Architecture, dtype: np.dtype
 ) -> dict[str, np.ndarray]:
+    _, expected = abstract_state(architecture.model, config, jnp.dtype(jnp.float32))
     shapes = {path: v.shape for path, v in nnx.to_flat_state(expected)}
     found = dict(nnx.to_flat_state(nnx.state(model)))
     if odd := shapes.keys() ^ found.keys():
@@ -114,7 +95,7 @@ def _tensors(
         )
     tensors = {}
     for path, variable in found.items():
-        name = name_of(path)
+        name = architecture.names.published(path)
         value = np.asarray(variable[...])
         if value.shape != shapes[path]:
             raise UsageError(

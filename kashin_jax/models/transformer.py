@@ -1,4 +1,4 @@
-"""What all transformers here are made of: layers with one set of choices, attention.
+"""What all transformers here are made of: layers, attention, and its memory.
 
 Every matrix product is an `nnx.Linear` that is only ever called, so that anything with
 the same call can take its place.
@@ -7,14 +7,29 @@ the same call can take its place.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["ACTIVATIONS", "LayerFactory", "LayerNorm", "attend", "split_heads"]
+__all__ = [
+    "ACTIVATIONS",
+    "KVCache",
+    "LayerCache",
+    "LayerFactory",
+    "LayerNorm",
+    "Past",
+    "attend",
+    "check_length",
+    "empty_cache",
+    "mask_or_ones",
+    "remember",
+    "split_heads",
+    "token_positions",
+]
 
 # Names are Hugging Face's: its "gelu" is exact, its "gelu_new" the tanh form.
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -127,3 +142,97 @@ def attend(
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(values.dtype))
     mixed = jnp.einsum("bhts,bshd->bthd", weights, values)
     return mixed.reshape(*mixed.shape[:2], -1)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one block; slots not yet written are zero."""
+
+    keys: Float[Array, "b s heads head_dim"]
+    values: Float[Array, "b s heads head_dim"]
+
+
+class KVCache(NamedTuple):
+    """What a decoder remembers of the tokens it has read, in `s` fixed slots.
+
+    Attributes:
+      layers: One entry per block.
+      mask: 1 where a slot holds a real token, 0 for padding and unused slots.
+      length: Slots in use, padding included; the same for every row.
+    """
+
+    layers: tuple[LayerCache, ...]
+    mask: Int[Array, "b s"]
+    length: Int[Array, ""]
+
+
+class Past(NamedTuple):
+    """A block's cache and its first free slot."""
+
+    cache: LayerCache
+    start: Int[Array, ""]
+
+
+def empty_cache(
+    shape: tuple[int, int, int, int], num_layers: int, dtype: DTypeLike
+) -> KVCache:
+    """A cache that holds nothing.
+
+    Args:
+      shape: Rows, slots, heads of keys and values, and their width.
+      num_layers: Number of blocks.
+      dtype: Type of keys and values.
+    """
+
+    def zeros() -> Float[Array, "b s heads head_dim"]:
+        return jnp.zeros(shape, dtype)
+
+    # No array twice, so that a cache can be donated.
+    return KVCache(
+        layers=tuple(LayerCache(zeros(), zeros()) for _ in range(num_layers)),
+        mask=jnp.zeros(shape[:2], jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def remember(new: LayerCache, past: Past | None) -> LayerCache:
+    """Keys and values that a block looks at: the new ones, behind those it has."""
+    if past is None:
+        return new
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+            old, new, past.start, axis=1
+        ),
+        past.cache,
+        new,
+    )
+
+
+def token_positions(mask: Int[Array, "b s"]) -> Int[Array, "b s"]:
+    """Positions from 0 that count real tokens only; -1 for padding."""
+    return jnp.cumsum(mask, axis=1) * mask - 1
+
+
+def mask_or_ones(
+    input_ids: Int[Array, "b t"], mask: Int[Array, "..."] | None
+) -> Int[Array, "b t"]:
+    """The attention mask of some tokens; all 1 when None.
+
+    Raises:
+      ValueError: If it is not of the shape of `input_ids`.
+    """
+    if mask is None:
+        return jnp.ones(input_ids.shape, jnp.int32)
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `input_ids`, {input_ids.shape}. "
+            f"Got {mask.shape}."
+        )
+    return mask.astype(jnp.int32)
+
+
+def check_length(name: str, length: int, limit: int) -> None:
+    """Raises ValueError unless from 1 to `limit` tokens are given."""
+    if not 1 <= length <= limit:
+        raise ValueError(
+            f"`{name}` has {length} tokens; between 1 and {limit} fit. Shorten it."
+        )

@@ -124,9 +124,8 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
 
 
 def _candidates(source: Checkpoint) -> list[Candidate]:
-    where = str(source.directory / "config.json")
     found = []
-    for name, layer in layer_names(source.names(), source.config, where).items():
+    for name, layer in layer_names(source.names(), source.config).items():
         spec = source.spec(name)
         if spec.dtype not in _FLOATS or len(spec.shape) != 2 or 0 in spec.shape:
             continue

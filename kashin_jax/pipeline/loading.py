@@ -13,8 +13,7 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import Checkpoint, open_checkpoint
 from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
 from kashin_jax.layers.packed import Inputs, pack
-from kashin_jax.models.classifier_loading import LoadedClassifier, load_classifier
-from kashin_jax.models.loading import LoadedModel, load_opt
+from kashin_jax.models.loading import LoadedClassifier, LoadedModel, load_model
 from kashin_jax.pipeline.checkpoint import refuse_foreign
 from kashin_jax.pipeline.names import layer_names
 from kashin_jax.tensors import QuantizedTensor
@@ -28,7 +27,7 @@ def load_quantized(
     dtype: DTypeLike = jnp.float32,
     head: str | None = None,
 ) -> LoadedModel | LoadedClassifier:
-    """Loads OPT, BERT, RoBERTa or DistilBERT, quantized or not.
+    """Loads a checkpoint of any architecture in `models.registry`, quantized or not.
 
     Packed matrices become `QuantizedLinear` and `QuantizedEmbed` layers and are never
     decoded as a whole; with the same rules and seed the model is that of
@@ -46,19 +45,14 @@ def load_quantized(
       NonFiniteError: If a weight is NaN or infinite, or overflows `dtype`.
     """
     checkpoint = open_checkpoint(path_or_id)
-    directory = checkpoint.directory
     refuse_foreign(checkpoint)
-    packed = list(checkpoint.descriptions)
-    loaded: LoadedModel | LoadedClassifier
-    if checkpoint.config.get("model_type") == "opt":
-        loaded = load_opt(directory, dtype=dtype, absent=packed)
-    else:
-        loaded = load_classifier(directory, head=head, dtype=dtype, absent=packed)
+    loaded = load_model(checkpoint, dtype=dtype, head=head)
     tensors = {
         path: _of_type(tensor, dtype)
         for path, tensor in packed_layers(checkpoint).items()
     }
-    return loaded._replace(model=_with_packed(loaded.model, tensors, directory))
+    model = _with_packed(loaded.model, tensors, checkpoint.directory)
+    return loaded._replace(model=model)
 
 
 def packed_layers(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
@@ -67,8 +61,7 @@ def packed_layers(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
     Raises:
       CheckpointError: If one is damaged, or orientations do not fit the names.
     """
-    where = str(checkpoint.directory / "config.json")
-    named = layer_names(list(checkpoint.descriptions), checkpoint.config, where)
+    named = layer_names(checkpoint.descriptions, checkpoint.config)
     tensors: dict[str, QuantizedTensor] = {}
     for name in checkpoint.descriptions:
         if name not in named or (

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kashin_jax.models.classifier_loading import load_classifier, save_classifier
+from kashin_jax.models import load_classifier, save_classifier
 
 ASSETS = pathlib.Path(__file__).parents[2] / "experiments" / "assets"
 VARIANTS = ["bert", "bert-regression", "roberta", "distilbert"]

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kashin_jax.models import load_opt, save_opt
 from kashin_jax.models.generation import generate
-from kashin_jax.models.loading import load_opt, save_opt
 
 ASSETS = pathlib.Path(__file__).parents[2] / "experiments" / "assets"
 

@@ -1,0 +1,119 @@
+"""The registry of architectures: names both ways, and one loader for all."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from opt_checkpoints import GOLDEN as OPT_GOLDEN
+from opt_checkpoints import HERE, assert_same, parameters
+from quantized_sources import RTN_RULES
+
+from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.io import open_checkpoint
+from kashin_jax.models import (
+    LoadedClassifier,
+    LoadedModel,
+    load_classifier,
+    load_model,
+    load_opt,
+    save_model,
+)
+from kashin_jax.models.architecture import abstract_state
+from kashin_jax.models.registry import ARCHITECTURES, names_of
+from kashin_jax.pipeline import quantize_checkpoint
+from kashin_jax.pipeline.names import layer_names
+
+CLASSIFIERS = HERE / "golden" / "classifier"
+DIRECTORIES = {"opt": OPT_GOLDEN / "untied"} | {
+    name: CLASSIFIERS / name for name in ("bert", "roberta", "distilbert")
+}
+
+
+def test_every_architecture_is_tested_here():
+    assert DIRECTORIES.keys() == ARCHITECTURES.keys()
+
+
+def config_of(name):
+    content = json.loads((DIRECTORIES[name] / "config.json").read_text())
+    return ARCHITECTURES[name].config.from_dict(content, name)
+
+
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_published_names_lead_back_to_parameters_and_layers(name):
+    entry, config = ARCHITECTURES[name], config_of(name)
+    _, state = abstract_state(entry.model, config, np.dtype("float32"))
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    published = {path: entry.names.published(path) for path in paths}
+    assert len(set(published.values())) == len(paths) > 20
+    layers = layer_names(published.values(), {"model_type": name})
+    for path, stored in published.items():
+        assert entry.names.parse(stored).name == entry.names.stem(path)
+        if path[-1] in ("kernel", "embedding"):
+            expected = ("/".join(map(str, path[:-1])), path[-1] == "kernel")
+            assert layers[stored] == expected
+
+
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_one_loader_and_one_saver_do_for_all(name, tmp_path):
+    loaded = load_model(open_checkpoint(DIRECTORIES[name]))
+    kind = LoadedModel if name == "opt" else LoadedClassifier
+    assert isinstance(loaded, kind) and loaded.config == config_of(name)
+    load = load_opt if name == "opt" else load_classifier
+    expected = parameters(load(DIRECTORIES[name]).model)
+    assert_same(parameters(loaded.model), expected)
+    save_model(loaded.model, loaded.config, tmp_path, dtype="float32")
+    assert_same(parameters(load_model(tmp_path).model), expected)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == name and len(written["architectures"]) == 1
+
+
+def test_layers_of_unknown_architectures_are_called_by_their_stored_names():
+    stored = ["model.layers.0.self_attn.q_proj.weight", "transformer.wte.weight",
+              "model.norm.bias", "encoder/block_0/dense/kernel"]  # fmt: skip
+    found = layer_names(stored, {"model_type": "unheard-of"})
+    assert found == {
+        stored[0]: ("layers/0/self_attn/q_proj", True),
+        stored[1]: ("transformer/wte", False),
+        stored[3]: ("encoder/block_0/dense", False),
+    }
+    gpt2 = layer_names(["h.0.attn.c_attn.weight"], {"model_type": "gpt2"})
+    assert gpt2 == {"h.0.attn.c_attn.weight": ("h/0/attn/c_attn", False)}
+    assert names_of("unheard-of").published(("lm_head", "kernel")) == "lm_head.weight"
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None, ["opt"]])
+def test_an_architecture_that_is_not_registered_is_refused(tmp_path, model_type):
+    shutil.copytree(OPT_GOLDEN / "prenorm", tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    content = json.loads(path.read_text()) | {"model_type": model_type}
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="are bert, distilbert, opt, roberta"):
+        load_model(path.parent)
+
+
+def test_a_head_of_a_language_model_is_refused():
+    with pytest.raises(UsageError, match="`head`='rte' is for classifiers"):
+        load_model(OPT_GOLDEN / "prenorm", head="rte")
+
+
+def test_what_is_packed_stays_a_shape_and_is_loaded_by_load_quantized(tmp_path):
+    quantize_checkpoint(OPT_GOLDEN / "prenorm", tmp_path / "q", RTN_RULES)
+    with pytest.raises(CheckpointError, match="`load_quantized`") as caught:
+        load_opt(tmp_path / "q")
+    assert "\n" not in str(caught.value) and str(tmp_path / "q") in str(caught.value)
+    model = load_model(tmp_path / "q").model
+    kernel = model.decoder.layers[0].fc1.kernel.get_value()
+    bias = model.decoder.layers[0].fc1.bias.get_value()
+    assert not isinstance(kernel, jnp.ndarray) and kernel.shape == (32, 48)
+    assert isinstance(bias, jnp.ndarray)
+
+
+def test_the_weights_of_another_architecture_are_refused(tmp_path):
+    loaded = load_opt(OPT_GOLDEN / "prenorm")
+    save_model(loaded.model, loaded.config, tmp_path, dtype="float32")
+    shutil.copy(CLASSIFIERS / "bert" / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match="is not part of the model"):
+        load_model(tmp_path)
