@@ -85,7 +85,7 @@ def _tasks_of(model: str) -> list[str]:
 
 
 def _at_hand(known: Sequence[str], data_dir: Path | None) -> list[str]:
-    """Of the tasks that heads of these names answer, those that a table is made of."""
+    """The tasks of a table: those with data, among what heads of these names answer."""
     # A folder of GLUE asks for GLUE: no other task stands in for what it lacks.
     folder = EMBEDDED if data_dir is None else data_dir
     own = [name for name in known if has_files(TASKS[name], folder)]

@@ -143,7 +143,7 @@ class Setting:
 
     @property
     def model_name(self) -> str:
-        """As the titles have it."""
+        """Name as it stands in titles."""
         return short_model_name(self.model)
 
     @cached_property

@@ -172,7 +172,7 @@ def quantize_each(
     key: Key[Array, ""],
     label: str,
 ) -> dict[str, StoredLayer]:
-    """As `quantize_layers`, with a method for each path."""
+    """Quantizes every kernel by the method of its path, or reads what is finished."""
     progress = tqdm(kernels.items(), desc=label, unit="layer", disable=None)
     return {
         path: store.quantize(path, kernel, configs[path], path_key(key, path))

@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Of one step, before its update.
+    """Loss and norm of one step, before its update.
 
     Attributes:
       loss: Mean over the batch, with dropout.

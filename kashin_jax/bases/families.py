@@ -25,7 +25,7 @@ from kashin_jax.bases.kronecker import KroneckerBasis
 __all__ = ["FAMILIES", "REFLECTORS", "BasisSpec", "make_basis", "make_pair"]
 
 REFLECTORS = 8
-"""Of the family `householder8`."""
+"""How many reflections a basis of the family `householder8` is made of."""
 
 FAMILIES: Mapping[str, Callable[[Key[Array, ""], int], Basis]] = MappingProxyType(
     {

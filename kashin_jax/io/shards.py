@@ -165,7 +165,7 @@ def write_stored(
 
 
 class FileRecord(NamedTuple):
-    """What an index says about a file.
+    """The entry of one file in an index.
 
     Attributes:
       name: Without its directory.
@@ -181,7 +181,7 @@ class FileRecord(NamedTuple):
 
 
 def record_file(path: str | Path) -> FileRecord:
-    """What the index says about a shard, read from the shard itself.
+    """The entry of a shard in the index, read from the shard itself.
 
     Raises:
       CheckpointError: If the file is missing or damaged.
@@ -209,7 +209,7 @@ def write_index(directory: str | Path, shards: Sequence[FileRecord]) -> None:
 def quantization_config(
     rules: Mapping[str, Any], seed: int, tensors: Sequence[PlannedTensor]
 ) -> dict[str, Any]:
-    """What `config.json` says about a quantized checkpoint; `rules` are JSON."""
+    """The field of `config.json` that describes quantization; `rules` are JSON."""
     packed = [t for t in tensors if t.description is not None]
     weights = sum(_weights(t.description) for t in packed if t.description)
     return {

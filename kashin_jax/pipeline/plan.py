@@ -139,12 +139,12 @@ class Plan(NamedTuple):
 
     @property
     def bytes_before(self) -> int:
-        """Of all parameters now."""
+        """Bytes of all parameters now."""
         return self.other_bytes + sum(layer.bytes_before for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
-        """Of all parameters then, as stored."""
+        """Bytes of all parameters as they will be stored."""
         return self.other_bytes + sum(layer.bytes_after for layer in self.layers)
 
     def __str__(self) -> str:

@@ -176,7 +176,7 @@ def _check_owner(
 
 
 def _state(directory: Path) -> dict[str, Any]:
-    """What the hidden file says; empty where there is none."""
+    """Content of the hidden file; empty where there is none."""
     path = directory / _STATE
     return read_json(path) if path.exists() else {}
 

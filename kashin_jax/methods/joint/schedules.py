@@ -75,7 +75,7 @@ class Schedule:
       temperature: T of u.
       temperature_ratio: T of v over that of u.
       repulsion: `a` of u, in [0, 1).
-      repulsion_shift: What the logit of `a` is larger by for v.
+      repulsion_shift: Added to the logit of `a` for v.
       damping: Share of the old value that is kept in a step.
       levels_u: Positive half of the levels of u, ascending; the others mirror them.
       levels_v: The same for v.
