@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,13 +29,12 @@ Exit codes: 0 done; 1 a file or its content is unusable; 2 wrong use; 130 interr
 class _Parser(argparse.ArgumentParser):
     """A parser whose help may end in something that takes time to find out."""
 
-    late_epilog: Callable[[], str] | None = None
+    ending: Callable[[], str] | None = None
 
     def format_help(self) -> str:
         """The help; argparse asks for it only when it is to be printed."""
-        if self.late_epilog is not None:
-            self.epilog = self.late_epilog()
-        return super().format_help()
+        ending = "" if self.ending is None else f"\n{self.ending()}\n"
+        return super().format_help() + ending
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +111,10 @@ def _quantize(commands: Any) -> None:
         metavar="METHOD",
         help="the first of those named below when left out",
     )
-    parser.late_epilog = lambda: f"Methods: {', '.join(Methods())}."
+    # Names can be copied from it: no hyphen is taken for the place to break a line.
+    parser.ending = lambda: textwrap.fill(
+        f"Methods: {', '.join(Methods())}.", 79, break_on_hyphens=False
+    )
     parser.add_argument(
         "--rules",
         metavar="FILE",
