@@ -23,6 +23,11 @@ LAYERS = [
 ALLOWED = {layer: {"errors", *LAYERS[: i + 1]} for i, layer in enumerate(LAYERS)}
 ALLOWED |= {
     "errors": {"errors"},
+    # Old names, and the modules that had them.
+    "deprecated": {"methods"},
+    "quantized": {"deprecated"},
+    "checkpoints": {"deprecated"},
+    "layers": {"errors", "deprecated", *LAYERS},
     "evaluation": {"errors", "evaluation"},
     "io": {"errors", "bases", "packing", "tensors", "io"},
     "models": {"errors", "io", "models"},

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import pytest
 from flax import nnx
 from quantized_sources import FEW, content, make_source, method
@@ -80,7 +79,6 @@ def test_select_without_rules_stands_in_the_place_of_the_default_list(heads):
         plan_model(heads, rules=rules, select=lambda path: path == "shared")
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Careful(RTN):
     default_skip = ("^body$",)
@@ -209,7 +207,7 @@ def test_an_interrupted_run_that_is_to_be_found_again_goes_on(
 ):
     result = finished._replace(directory=tmp_path / "q")
     with monkeypatch.context() as patched:
-        patched.setattr(run, "full_shape", interrupted_at_the_second())
+        patched.setattr(run, "quantize_stack", interrupted_at_the_second())
         with pytest.raises(KeyboardInterrupt):
             again(source, result)
     assert json.loads((tmp_path / "q" / STATE).read_text()).keys() == {"fingerprint"}
@@ -222,12 +220,12 @@ def test_an_interrupted_run_that_is_to_be_found_again_goes_on(
 
 
 def interrupted_at_the_second():
-    original, calls = run.full_shape, []
+    original, calls = run.quantize_stack, []
 
-    def shape(tensor):
-        calls.append(tensor)
+    def quantize(*args, **options):
+        calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(tensor)
+        return original(*args, **options)
 
-    return shape
+    return quantize

@@ -21,7 +21,7 @@ from kashin_jax.evaluation import (
     window_nll,
 )
 from kashin_jax.io import open_checkpoint, read_json
-from kashin_jax.methods import config_from_json, config_to_json
+from kashin_jax.methods import config_from_json
 from kashin_jax.models.generation import generate
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
@@ -109,7 +109,7 @@ def _print_plan(plan: Plan) -> None:
                 layer.choice.name,
                 layer.choice.path,
                 " x ".join(map(str, candidate.shape)),
-                f"{config_to_json(config)['method']}, {config.bits} bits",
+                f"{config.name}, {config.bits} bits",
                 f"{layer.bits_per_weight:.3f}",
                 f"{layer.bytes_after:,}",
             ]

@@ -24,6 +24,7 @@ from kashin_jax.pipeline.plan import (
 from kashin_jax.pipeline.report import LayerReport
 from kashin_jax.pipeline.rules import Rules, default_select
 from kashin_jax.pipeline.run import Coded, LayerQuantizer, quantize_each, reported
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
     "QuantizedModel",
@@ -129,7 +130,7 @@ def quantize_model(
     # Nothing else holds the targets: in place, it would hold the dense kernels.
     choices = _choices(find_targets(model), config, rules, select)
     changed = _Replacing(model if in_place else nnx.clone(model, variables=False))
-    quantizer: Callable[[Choice], tuple[Any, LayerReport]]
+    quantizer: Callable[[Choice], tuple[QuantizedTensor, LayerReport]]
     if quantize_layer is None:
         # Methods that cannot code a matrix say so before hours of work, not after.
         make_plan(choices, 0)
@@ -137,7 +138,7 @@ def quantize_model(
     else:
         own = quantize_layer
 
-        def quantizer(choice: Choice) -> tuple[Any, LayerReport]:
+        def quantizer(choice: Choice) -> tuple[QuantizedTensor, LayerReport]:
             kernel = changed.kernel(choice)
             return reported(choice.path, None, lambda: own(choice.path, kernel))
 
@@ -157,7 +158,7 @@ class _Replacing:
         """The dense matrix."""
         return self._targets[choice.path].variable.get_value()
 
-    def put(self, choice: Choice, tensor: Any) -> None:
+    def put(self, choice: Choice, tensor: QuantizedTensor) -> None:
         """Puts a packed matrix in the place of a dense one, which is let go."""
         packed = pack(tensor, self._known)
         for layer in self._targets.pop(choice.path).layers:

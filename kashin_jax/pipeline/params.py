@@ -102,7 +102,7 @@ def quantize_params(
     def kernel(choice: Choice) -> Array:
         return jnp.asarray(by_path[choice.path].value)
 
-    def put(choice: Choice, tensor: Any) -> None:
+    def put(choice: Choice, tensor: QuantizedTensor) -> None:
         for place in by_path[choice.path].places:
             leaves[place] = tensor
 

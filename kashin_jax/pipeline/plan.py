@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kashin_jax.errors import UsageError
 from kashin_jax.io import PlannedTensor
-from kashin_jax.methods import Method, config_to_json, encode
+from kashin_jax.methods import Method, encode
 from kashin_jax.pipeline.rules import Rules, resolve_rules
 from kashin_jax.pipeline.table import aligned
 from kashin_jax.tensors import stored_bits
@@ -250,6 +250,7 @@ def packed_shape(shape: tuple[int, int], dtype: str, config: Method) -> Any:
     Raises:
       ValueError: If the method cannot code such a matrix.
     """
+    config.check(shape)
     # NumPy's float64 becomes float32 on its way into JAX.
     return _packed_shape(shape, jax.dtypes.canonicalize_dtype(dtype).name, config)
 
@@ -279,7 +280,7 @@ def _planned(choice: Choice) -> LayerPlan:
 
 def method_name(config: Method) -> str:
     """`kashin-joint 4`: the method and its width."""
-    return f"{config_to_json(config)['method']} {config.bits}"
+    return f"{config.name} {config.bits}"
 
 
 def _dense_bits(each: Candidate) -> int:

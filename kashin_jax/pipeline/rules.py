@@ -6,8 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kashin_jax.errors import UsageError
-from kashin_jax.methods import DEFAULT_CONFIG, Method
-from kashin_jax.methods.base import config_from_json, config_to_json
+from kashin_jax.methods import (
+    DEFAULT_CONFIG,
+    Method,
+    config_from_json,
+    config_to_json,
+)
 
 __all__ = [
     "DEFAULT_SKIPS",
@@ -94,7 +98,7 @@ class Rules:
     @property
     def default_skip(self) -> Sequence[str]:
         """Patterns of layers that stay unless a rule names them."""
-        own: Sequence[str] | None = self.config.default_skip
+        own = self.config.default_skip
         return DEFAULT_SKIPS if own is None else own
 
     def config_for(self, path: str) -> Method | None:

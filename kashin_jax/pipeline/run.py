@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,11 @@ from kashin_jax.pipeline.plan import Choice
 from kashin_jax.pipeline.report import LayerReport, warn_of_outliers
 from kashin_jax.pipeline.rules import Rules
 from kashin_jax.pipeline.sharing import InputScales, find_groups, layer_key
-from kashin_jax.tensors import QuantizedTensor, stored_bits
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["Coded", "LayerQuantizer", "quantize_each", "reported"]
 
-Coded = tuple[Any, QuantizationReport]
+Coded = tuple[QuantizedTensor, QuantizationReport]
 
 
 class LayerQuantizer:
@@ -48,7 +47,7 @@ class LayerQuantizer:
         self._groups = find_groups(choices, rules)
         self._scales = InputScales(self._groups, kernel)
 
-    def __call__(self, choice: Choice) -> tuple[Any, LayerReport]:
+    def __call__(self, choice: Choice) -> tuple[QuantizedTensor, LayerReport]:
         """The packed matrix, and what it lost and took.
 
         Raises:
@@ -83,14 +82,14 @@ def reported(
     worst = None if errors.ndim == 0 else jnp.max(errors)
     return tensor, LayerReport(
         errors if worst is None else jnp.mean(errors), report.decomposition,
-        tensor.full_shape, config, stored_bits(tensor), seconds, worst, path,
+        tensor.full_shape, config, tensor.stored_bits, seconds, worst, path,
     )  # fmt: skip
 
 
 def quantize_each(
     choices: Sequence[Choice],
-    quantizer: Callable[[Choice], tuple[Any, LayerReport]],
-    put: Callable[[Choice, Any], None],
+    quantizer: Callable[[Choice], tuple[QuantizedTensor, LayerReport]],
+    put: Callable[[Choice, QuantizedTensor], None],
 ) -> dict[str, LayerReport]:
     """Quantizes the chosen matrices of a model in memory, with a progress bar.
 

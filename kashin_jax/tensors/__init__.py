@@ -1,6 +1,5 @@
 """Packed matrices: what is stored, how it is decoded and multiplied by."""
 
-from kashin_jax.tensors import kernels as _kernels
 from kashin_jax.tensors.affine import AffineTensor as AffineTensor
 from kashin_jax.tensors.base import Bases as Bases
 from kashin_jax.tensors.base import Prepared as Prepared
@@ -11,8 +10,8 @@ from kashin_jax.tensors.base import prepare as prepare
 from kashin_jax.tensors.base import stored_bits as stored_bits
 from kashin_jax.tensors.codebook import CodebookTensor as CodebookTensor
 from kashin_jax.tensors.kashin import KashinTensor as KashinTensor
+from kashin_jax.tensors.kernels import matmul as matmul
 from kashin_jax.tensors.products import ProductOptions as ProductOptions
-from kashin_jax.tensors.products import matmul as matmul
 from kashin_jax.tensors.products import register_kernel as register_kernel
 
 __all__ = [
@@ -30,6 +29,3 @@ __all__ = [
     "register_kernel",
     "stored_bits",
 ]
-
-# Registers its products.
-del _kernels
