@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -147,7 +148,7 @@ class QuantizedTensor:
         """Codes and scales in a few words, such as `4-bit codes, groups of 64`."""
         return f"{self.kind} codes"
 
-    def __rmatmul__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b n"]:
+    def __rmatmul__(self, x: Float[Array | np.ndarray, "*b m"]) -> Float[Array, "*b n"]:
         return matmul(x, self)
 
     # NumPy's arrays would take a tensor for a scalar object, and not ask it.
@@ -206,7 +207,7 @@ class Prepared:
         """`x @ W.T` in the type of `x`, accumulated in float32."""
         return self.tensor.transposed_product(x, self.bases)
 
-    def __rmatmul__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b n"]:
+    def __rmatmul__(self, x: Float[Array | np.ndarray, "*b m"]) -> Float[Array, "*b n"]:
         return matmul(x, self)
 
     __array_ufunc__ = None

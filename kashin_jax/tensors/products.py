@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 __all__ = [
@@ -77,7 +78,7 @@ def kernels_of(kind: type) -> tuple[tuple[str | None, Kernel], ...]:
 
 
 def matmul(
-    x: Float[Array, "*b m"],
+    x: Float[Array | np.ndarray, "*b m"],
     tensor: Any,
     *,
     max_tile: int = MAX_TILE,
