@@ -1,6 +1,7 @@
 """Checkpoint directories that somebody damaged: each is refused, in one line."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -108,6 +109,16 @@ def test_damaged_json_is_refused(copied, name, content):
 def test_a_directory_that_is_empty_or_missing_is_refused(tmp_path):
     assert "holds no weights; put one of model.safetensors" in message(tmp_path)
     assert "gone: no such directory" in message(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    "name", [INDEX, "config.json", "flax_model.msgpack", "pytorch_model.bin"]
+)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    if name in (INDEX, "config.json"):
+        write_tensors(tmp_path / "model.safetensors", {"x": np.zeros(3)})
+    os.mkfifo(tmp_path / name)
+    assert f"{name}: is not a regular file" in message(tmp_path)
 
 
 def test_a_shard_that_is_no_regular_file_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from kashin_jax.errors import CheckpointError
 
 __all__ = [
     "atomic_path",
+    "check_regular",
     "damaged",
     "hash_file",
     "make_directory",
@@ -51,6 +52,12 @@ def unreadable(path: Path, reason: OSError) -> CheckpointError:
     return CheckpointError(
         f"{path}: cannot be read ({reason.strerror or reason}); copy it again."
     )
+
+
+def check_regular(path: Path) -> None:
+    """Raises CheckpointError for a pipe or device, which may block or never end."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is not a regular file; copy it again.")
 
 
 def _unwritable(path: Path, reason: OSError) -> CheckpointError:
@@ -129,6 +136,7 @@ def read_json(path: Path) -> dict[str, Any]:
       CheckpointError: If the file is missing, too large, not JSON, not an object, or
         has a key twice.
     """
+    check_regular(path)
     try:
         with path.open("rb") as file:
             data = file.read(min(os.fstat(file.fileno()).st_size, _MAX_JSON_BYTES) + 1)

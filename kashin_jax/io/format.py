@@ -402,7 +402,7 @@ def from_leaves(
     Args:
       description: Parsed JSON as `describe` made it.
       leaves: Arrays by the name of their field.
-      name: Of the tensor, for messages.
+      name: The tensor, for messages.
 
     Raises:
       CheckpointError: If the description is damaged, a leaf is missing, unknown or of

@@ -25,7 +25,14 @@ import safetensors
 from jaxtyping import Shaped
 
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.io.files import atomic_path, damaged, parse_json, shown, unreadable
+from kashin_jax.io.files import (
+    atomic_path,
+    check_regular,
+    damaged,
+    parse_json,
+    shown,
+    unreadable,
+)
 
 __all__ = [
     "DTYPES",
@@ -225,9 +232,7 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
         the data do not fill the file exactly; names the file.
     """
     path = Path(path)
-    # The library waits for ever at a pipe.
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: is not a regular file; copy it again.")
+    check_regular(path)
     try:
         with safetensors.safe_open(path, framework="np", backend="pread") as file:
             names = file.offset_keys()

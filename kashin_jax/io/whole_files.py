@@ -17,7 +17,7 @@ from flax import serialization
 from jaxtyping import Shaped
 
 from kashin_jax.errors import CheckpointError
-from kashin_jax.io.files import damaged, shown, unreadable
+from kashin_jax.io.files import check_regular, damaged, shown, unreadable
 from kashin_jax.io.safetensors import (
     DTYPES,
     RANKS,
@@ -123,6 +123,7 @@ def _spec(array: Shaped[np.ndarray, "..."]) -> TensorSpec:
 
 
 def _read(path: Path) -> Arrays:
+    check_regular(path)
     try:
         arrays = dict(_READERS[path.suffix](path))
     except (CheckpointError, MemoryError):

@@ -409,9 +409,9 @@ class SequenceClassifier(nnx.Module):
         Args:
           config: The architecture.
           rngs: Source of the initial weights.
-          dtype: Of activations and matrix products. Softmax and the statistics of
+          dtype: Type of activations and matrix products. Softmax and the statistics of
             layer norms are float32 in any case.
-          param_dtype: Of the stored parameters.
+          param_dtype: Type of the stored parameters.
         """
         make = LayerFactory(
             init_std=config.initializer_range,

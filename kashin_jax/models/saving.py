@@ -113,7 +113,7 @@ def stored_array(
 
     Args:
       name: In the file, for the message.
-      path: Of the parameter.
+      path: Where the model has it.
       value: As the model has it.
       dtype: Floating-point precision to store.
 

@@ -55,8 +55,8 @@ class LayerFactory:
 
     Attributes:
       init_std: Standard deviation of fresh kernels and embeddings.
-      dtype: Of activations and products.
-      param_dtype: Of parameters.
+      dtype: Type of activations and products.
+      param_dtype: Type of parameters.
       rngs: Source of fresh weights.
     """
 
