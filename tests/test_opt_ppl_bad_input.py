@@ -230,7 +230,7 @@ def larger_tokenizer(directory):
         (remove("model.safetensors"), "holds no weights; put one of model.safetensors"),
         (poison(np.nan), f"`{WEIGHT}` has NaN or infinite values; download it again."),
         (poison(np.inf), f"`{WEIGHT}` has NaN or infinite values; download it again."),
-        (remove("config.json"), "config.json: is missing; download it."),
+        (remove("config.json"), "config.json: is missing; copy or download it."),
         (write("config.json", "{"), "config.json: is not valid JSON"),
         (write("config.json", "[]"), "config.json: is not a JSON object"),
         (remove("tokenizer.json"), "has no tokenizer: add `tokenizer.json`"),
