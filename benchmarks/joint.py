@@ -30,13 +30,8 @@ from experiments.common.flags import (
     parse_numbers,
     run_program,
 )
-from experiments.common.plots import COLOURS
-from experiments.common.results import (
-    atomic_path,
-    environment_fields,
-    merge_records,
-    prepare_output,
-)
+from experiments.common.plots import COLOURS, new_figure, save_picture
+from experiments.common.results import environment_fields, merge_records, prepare_output
 from experiments.common.tables import Column, Record, aligned_table, fixed
 from kashin_jax import BasisSpec, JointKashin, make_pair
 from kashin_jax.methods.joint.anneal import anneal
@@ -98,11 +93,7 @@ def memory(bits: float) -> float:
 
 def plot(records: Sequence[Record], path: Path) -> None:
     """Draws error over Shannon's bound against steps, one line for each width."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
     for colour, bits in zip(COLOURS, SPLITS, strict=False):
         ours = [r for r in records if r["bits"] == bits and r["repulsion"]]
@@ -119,8 +110,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     axes.grid(color="#E5E5E5", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_picture(figure, path, bbox_inches=None)
 
 
 def run(config: JointBenchConfig) -> int:

@@ -45,13 +45,9 @@ from experiments.common.plots import (
     family_legend,
     finish_axes,
     new_figure,
+    save_picture,
 )
-from experiments.common.results import (
-    atomic_path,
-    environment_fields,
-    prepare_output,
-    write_results,
-)
+from experiments.common.results import environment_fields, prepare_output, write_results
 from experiments.common.seeds import spread_fields, stack_bases
 from experiments.common.tables import (
     Column,
@@ -401,8 +397,7 @@ def _present(
     )  # fmt: skip
     picture = out / "ablate_bases.png"
     title = f"{config.bits} bits, {config.seeds} seeds, at most {config.steps} steps"
-    with atomic_path(picture) as temporary:
-        draw_trade_off(records, title).savefig(temporary)
+    save_picture(draw_trade_off(records, title), picture, bbox_inches=None)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
 
 

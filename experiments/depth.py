@@ -57,10 +57,10 @@ from experiments.common.flags import (
 )
 from experiments.common.methods import METHODS
 from experiments.common.perplexity import Bench, full_precision_row, quantized_row
+from experiments.common.plots import save_picture
 from experiments.common.quantized_layers import LayerStore, loss_fields, quantize_layers
 from experiments.common.results import (
     append_jsonl,
-    atomic_path,
     environment_fields,
     prepare_output,
     read_jsonl,
@@ -615,8 +615,7 @@ def present(config: DepthConfig, records: Sequence[Record], out: Path) -> None:
     )  # fmt: skip
     picture = out / "depth.png"
     figure = draw(records, title)
-    with atomic_path(picture) as temporary:
-        figure.savefig(temporary, bbox_inches="tight", pad_inches=0.08)
+    save_picture(figure, picture)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
 
 

@@ -41,13 +41,8 @@ from experiments.common.flags import (
     run_program,
 )
 from experiments.common.methods import JOINT, METHODS, RowKind, choose_methods
-from experiments.common.plots import COLOURS
-from experiments.common.results import (
-    atomic_path,
-    environment_fields,
-    prepare_output,
-    write_results,
-)
+from experiments.common.plots import COLOURS, new_figure, save_picture
+from experiments.common.results import environment_fields, prepare_output, write_results
 from experiments.common.tables import Column, Record, aligned_table, fixed, increase
 from kashin_jax import BasisSpec, JointKashin, quantize, stored_bits
 from kashin_jax.errors import CheckpointError, DataError, NonFiniteError, UsageError
@@ -454,11 +449,7 @@ def plot_rate_distortion(records: Sequence[Record], path: Path, *, title: str) -
       path: A PNG file, replaced in one step.
       title: Above the figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.6, 4.4), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.6, 4.4)
     axes = figure.subplots()
     shown = [r for r in records if r["relative_error"]]
     rates = [r["stored_bits_per_weight"] for r in shown]
@@ -477,8 +468,7 @@ def plot_rate_distortion(records: Sequence[Record], path: Path, *, title: str) -
     axes.grid(color="#E5E5E5", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight", pad_inches=0.08)
+    save_picture(figure, path)
 
 
 def _draw_methods(axes: Any, records: Sequence[Record]) -> None:

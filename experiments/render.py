@@ -21,12 +21,13 @@ from pathlib import Path
 
 from experiments.common.flags import flag, run_program
 from experiments.common.result_files import RESULT_FILES
-from experiments.common.results import atomic_path, read_jsonl
+from experiments.common.results import read_jsonl
 from experiments.common.tables import Column, Record, markdown_table
 from experiments.documents.pictures import PICTURES, draw_picture, is_current
 from experiments.documents.quotes import missing_quotes, read_quotes
 from experiments.documents.views import VIEWS, select
 from kashin_jax.errors import DataError
+from kashin_jax.io import atomic_path
 
 __all__ = ["RenderConfig", "documents", "main", "read_files", "run", "with_tables"]
 

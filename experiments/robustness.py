@@ -41,13 +41,8 @@ from experiments.common.flags import (
     flag,
     run_program,
 )
-from experiments.common.plots import new_figure
-from experiments.common.results import (
-    atomic_path,
-    environment_fields,
-    prepare_output,
-    write_results,
-)
+from experiments.common.plots import new_figure, save_picture
+from experiments.common.results import environment_fields, prepare_output, write_results
 from experiments.common.seeds import spread_fields, stack_bases
 from experiments.common.tables import (
     Column,
@@ -575,8 +570,7 @@ def _present(
         f"{config.size} x {config.size} matrices, at most {config.steps} steps to "
         f"{config.rtol:g}, mean of {config.seeds} seeds"
     )
-    with atomic_path(picture) as temporary:
-        draw_heat_map(records, title).savefig(temporary)
+    save_picture(draw_heat_map(records, title), picture, bbox_inches=None)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
 
 

@@ -31,7 +31,6 @@ or checkpoint unusable, or loss not finite; 2: wrong flag; 3: stopped, steps are
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -60,7 +59,6 @@ from experiments.common.flags import (
     run_program,
 )
 from experiments.common.results import (
-    atomic_path,
     environment_fields,
     merge_records,
     prepare_output,
@@ -99,6 +97,7 @@ from kashin_jax.evaluation import (
     score_windows,
     window_nll,
 )
+from kashin_jax.io import write_json
 from kashin_jax.models import save_opt
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 
@@ -534,8 +533,7 @@ def _write_asset(directory: Path, config: TrainConfig) -> None:
     # Positions beyond the training context exist but are untrained; evaluations read
     # the length to use from here.
     content = {"name": Path(config.out).name, "trained_context": config.context}
-    with atomic_path(directory / "asset.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    write_json(directory / "asset.json", content)
 
 
 def _run(config: TrainConfig) -> int:

@@ -12,7 +12,7 @@ from experiments.common import quantized_layers
 from experiments.common.methods import METHODS
 from experiments.common.quantized_layers import LayerStore
 from kashin_jax import RTN, BasisSpec, Uniform
-from kashin_jax.errors import NonFiniteError
+from kashin_jax.errors import CheckpointError, NonFiniteError
 from kashin_jax.pipeline import path_key
 
 ENVIRONMENT = {"jax_version": "1", "device": "cpu"}
@@ -163,6 +163,6 @@ def test_a_full_disk_leaves_no_file(store, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.numpy.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         store.quantize("a", kernel(), CONFIG, KEY)
     assert list(tmp_path.iterdir()) == []

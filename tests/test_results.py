@@ -39,7 +39,7 @@ from experiments.common.tables import (
     markdown_table,
     share,
 )
-from kashin_jax.errors import DataError, UsageError
+from kashin_jax.errors import CheckpointError, DataError, UsageError
 from kashin_jax.evaluation import ScoredBatch, make_windows
 
 FULL = {"method": "full precision", "stored_bits_per_weight": 16.0, "perplexity": 25.9}
@@ -407,6 +407,6 @@ def test_a_figure_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         plot_perplexity(RECORDS, tmp_path / "figure.png")
     assert list(tmp_path.iterdir()) == []

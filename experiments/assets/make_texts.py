@@ -32,8 +32,9 @@ from typing import NamedTuple
 
 from experiments.common.corpora import ASSETS, read_utf8
 from experiments.common.flags import GIVEN, check_flags, flag, run_program
-from experiments.common.results import atomic_path, prepare_output
+from experiments.common.results import prepare_output
 from kashin_jax.errors import DataError
+from kashin_jax.io import atomic_path
 
 __all__ = [
     "MakeTextsConfig",

@@ -7,8 +7,7 @@ from typing import Any
 
 from experiments.classification.tasks import Task
 from experiments.common.methods import FULL_PRECISION
-from experiments.common.plots import COLOURS
-from experiments.common.results import atomic_path
+from experiments.common.plots import COLOURS, new_figure, save_picture
 from experiments.common.tables import Record
 
 __all__ = ["plot_glue", "plot_refinement"]
@@ -29,16 +28,12 @@ def plot_glue(
       path: A PNG file, replaced in one step.
       title: Above the figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = [(task, metric) for task in tasks for metric in task.metrics]
     quantized = [r for r in records if r["method"] != FULL_PRECISION]
     widths = sorted({r["bits"] for r in quantized}) or [0]
     series = _series([r for r in quantized if r["value"] is not None])
     size = (max(6.5, 1.25 * len(groups) + 2.6), 0.5 + 2.3 * len(widths))
-    figure = Figure(figsize=size, dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(*size)
     panels = figure.subplots(len(widths), squeeze=False, sharex=True)[:, 0]
     for panel, width in zip(panels, widths, strict=True):
         _draw(panel, width, series, groups)
@@ -51,8 +46,7 @@ def plot_glue(
     panels[0].legend(
         loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8
     )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight", pad_inches=0.08)
+    save_picture(figure, path)
 
 
 def _series(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -134,12 +128,8 @@ def plot_refinement(
       path: A PNG file, replaced in one step.
       title: Above the figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     width = 3.4 * len(task.metrics) + 1.8
-    figure = Figure(figsize=(width, 3.2), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, 3.2)
     panels = figure.subplots(1, len(task.metrics), squeeze=False)[0]
     for panel, metric in zip(panels, task.metrics, strict=True):
         _draw_refinement(panel, records, metric)
@@ -148,8 +138,7 @@ def plot_refinement(
         loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8
     )
     figure.suptitle(title, fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight", pad_inches=0.08)
+    save_picture(figure, path)
 
 
 def _draw_refinement(panel: Any, records: Sequence[Record], metric: str) -> None:

@@ -13,10 +13,14 @@ from flax import nnx
 
 from experiments.common.checkpoints import is_quantized
 from experiments.common.quantized_layers import decode
-from experiments.common.results import atomic_path
 from kashin_jax import Rules
 from kashin_jax.errors import CheckpointError
-from kashin_jax.io import checkpoint_directory, read_json, save_checkpoint
+from kashin_jax.io import (
+    atomic_path,
+    checkpoint_directory,
+    read_json,
+    save_checkpoint,
+)
 from kashin_jax.layers import PackedKernel, QuantizedLinear
 from kashin_jax.methods import config_to_json
 from kashin_jax.models import ClassifierConfig, LoadedClassifier, SequenceClassifier

@@ -20,8 +20,8 @@ from experiments.common.flags import (
     run_program,
     short_model_name,
 )
+from experiments.common.plots import save_picture
 from experiments.common.results import (
-    atomic_path,
     environment_fields,
     merge_records,
     prepare_output,
@@ -102,11 +102,8 @@ def _save(figure: Any, path: Path) -> None:
 
     # Equal pictures are equal files: no date, and no random names inside an SVG.
     is_svg = path.suffix == ".svg"
-    with rc_context({"svg.hashsalt": path.stem}), atomic_path(path) as temporary:
-        figure.savefig(
-            temporary, bbox_inches="tight", pad_inches=0.08,
-            metadata={"Date": None} if is_svg else None,
-        )  # fmt: skip
+    with rc_context({"svg.hashsalt": path.stem}):
+        save_picture(figure, path, metadata={"Date": None} if is_svg else None)
 
 
 PAPER_LAYERS = (

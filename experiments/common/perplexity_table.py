@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.common.methods import FULL_PRECISION, JOINT
-from experiments.common.plots import COLOURS
-from experiments.common.results import atomic_path
+from experiments.common.plots import COLOURS, new_figure, save_picture
 from experiments.common.tables import (
     Column,
     Record,
@@ -294,18 +293,13 @@ def plot_perplexity(
       title: Above the figure.
       logarithmic: Takes a logarithmic axis, which has room for more of the models.
     """
-    # The object interface with a canvas of its own leaves pyplot's global state alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     means = seed_means(records)
     reference = [mean.perplexity for mean in means if mean.method == baseline][:1]
     groups = _grouped([mean for mean in means if mean.method != baseline])
     series = _split(groups, _FAR if logarithmic else _FAR_AT_WIDTH)
     off_scale = [one for one in series if one.far]
     heights = [_LINE_INCHES * (len(off_scale) + 2 if off_scale else 0.1), 3.8]
-    figure = Figure(figsize=(7.6, 0.4 + sum(heights)), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.6, 0.4 + sum(heights))
     strip, axes = figure.subplots(2, sharex=True, height_ratios=heights)
     _draw_strip(strip, off_scale)
     for value in filter(math.isfinite, reference):
@@ -323,8 +317,7 @@ def plot_perplexity(
     _scale(axes, shown, 1.0 if logarithmic else _LOG_FROM)
     _decorate(axes)
     strip.set_title(title, loc="left", fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight", pad_inches=0.08)
+    save_picture(figure, path)
 
 
 def _grouped(means: Sequence[SeedMean]) -> dict[str, list[SeedMean]]:

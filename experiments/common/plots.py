@@ -4,11 +4,20 @@ matplotlib is imported only when a picture is drawn, and its global state left a
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from kashin_jax.bases import FAMILIES
+from kashin_jax.io import atomic_path
 
-__all__ = ["COLOURS", "FAMILY_STYLES", "family_legend", "finish_axes", "new_figure"]
+__all__ = [
+    "COLOURS",
+    "FAMILY_STYLES",
+    "family_legend",
+    "finish_axes",
+    "new_figure",
+    "save_picture",
+]
 
 # The colours of Okabe and Ito, told apart by all common kinds of colour vision. Markers
 # differ as well, so the figure survives a black-and-white printer.
@@ -51,6 +60,23 @@ def new_figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_picture(figure: Any, path: Path, **options: Any) -> None:
+    """Writes a figure in one step: an SVG by the name `*.svg`, else a PNG.
+
+    Args:
+      figure: Of matplotlib.
+      path: The file.
+      **options: Of `savefig`; by default empty margins are cut off.
+
+    Raises:
+      CheckpointError: If the file cannot be written.
+    """
+    kind = "svg" if path.suffix == ".svg" else "png"
+    cut = {"bbox_inches": "tight", "pad_inches": 0.08}
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=kind, **cut | options)
 
 
 def finish_axes(axes: Any, *, x: str, y: str, title: str = "") -> None:

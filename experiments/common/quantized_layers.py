@@ -18,9 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from experiments.common.results import atomic_path
 from experiments.common.tables import Record
 from kashin_jax import GreedyKashin, stored_bits
+from kashin_jax.io import atomic_path
 from kashin_jax.methods import Method, QuantizationReport, encode, quantize
 from kashin_jax.pipeline import path_key
 from kashin_jax.tensors import QuantizedTensor

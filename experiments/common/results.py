@@ -27,11 +27,11 @@ import numpy as np
 from experiments.common.result_files import RESULT_FILES
 from experiments.common.tables import Column, Record, markdown_table
 from kashin_jax.errors import DataError, UsageError
+from kashin_jax.io import atomic_path
 
 __all__ = [
     "WrittenResults",
     "append_jsonl",
-    "atomic_path",
     "environment_fields",
     "merge_records",
     "prepare_output",
@@ -87,20 +87,6 @@ def remove_work(work: Path) -> None:
     shutil.rmtree(work)
     if not any(work.parent.iterdir()):
         work.parent.rmdir()
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Lends a temporary path that becomes `path` if the block ends without an error.
-
-    It keeps the suffix, by which some writers choose their format.
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def environment_fields() -> dict[str, str]:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float64
 
-from experiments.common.results import append_jsonl, atomic_path, read_jsonl, to_json
+from experiments.common.results import append_jsonl, read_jsonl, to_json
 from experiments.common.tables import Record
 from kashin_jax.errors import DataError, UsageError
 from kashin_jax.evaluation import ScoredBatch, Windows, score_windows
+from kashin_jax.io import atomic_path
 
 __all__ = ["PartialScores", "remembered", "score_resumably"]
 
@@ -148,6 +149,7 @@ def remembered(
         if found.shape == shape:
             return found
     outputs = compute()
-    with atomic_path(path) as temporary:
-        np.save(temporary, outputs, allow_pickle=False)
+    # NumPy would add a suffix to a path.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, outputs, allow_pickle=False)
     return outputs

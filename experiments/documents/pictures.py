@@ -19,7 +19,8 @@ from experiments.classification.plot import plot_glue, plot_refinement
 from experiments.classification.tasks import TASKS
 from experiments.common.methods import FULL_PRECISION, GLUE_METHODS, JOINT, METHODS
 from experiments.common.perplexity_table import plot_perplexity
-from experiments.common.results import atomic_path, to_json
+from experiments.common.plots import save_picture
+from experiments.common.results import to_json
 from experiments.common.tables import Record
 from experiments.depth_curves import draw as draw_depth
 from experiments.depth_curves import title_of
@@ -27,6 +28,7 @@ from experiments.documents.views import FIVE_TASKS, SENTIMENT, VIEWS, Where, ord
 from experiments.rate_distortion import plot_rate_distortion
 from experiments.robustness import draw_heat_map
 from kashin_jax.errors import DataError
+from kashin_jax.io import atomic_path
 
 __all__ = ["PICTURES", "Picture", "draw_picture", "is_current"]
 
@@ -46,13 +48,6 @@ class Picture(NamedTuple):
     file: str
     where: Where
     draw: Draw | None
-
-
-def _save(
-    draw: Callable[..., Any], *arguments: Any, path: Path, **options: Any
-) -> None:
-    with atomic_path(path) as temporary:
-        draw(*arguments).savefig(temporary, **options)
 
 
 def _perplexity(
@@ -79,10 +74,7 @@ def _refined(records: Sequence[Record], path: Path) -> None:
 
 
 def _depth(records: Sequence[Record], path: Path) -> None:
-    _save(
-        draw_depth, records, title_of(records), path=path, bbox_inches="tight",
-        pad_inches=0.08,
-    )  # fmt: skip
+    save_picture(draw_depth(records, title_of(records)), path)
 
 
 def _robustness(records: Sequence[Record], path: Path) -> None:
@@ -90,18 +82,18 @@ def _robustness(records: Sequence[Record], path: Path) -> None:
     size, steps = first["size"], first["max_steps"]
     title = f"{size} x {size} matrices, at most {steps} steps to {first['rtol']:g}"
     title += f", mean of {first['seeds']} seeds"
-    _save(draw_heat_map, records, title, path=path)
+    save_picture(draw_heat_map(records, title), path, bbox_inches=None)
 
 
 def _ablation(records: Sequence[Record], path: Path) -> None:
     first = records[0]
     title = f"{first['bits']} bits, {first['seeds']} seeds, "
     title += f"at most {first['max_steps']} steps"
-    _save(draw_trade_off, records, title, path=path)
+    save_picture(draw_trade_off(records, title), path, bbox_inches=None)
 
 
 def _figure(draw: Callable[..., Any], records: Sequence[Record], path: Path) -> None:
-    _save(draw, records, path=path, bbox_inches="tight", pad_inches=0.08)
+    save_picture(draw(records), path)
 
 
 def _fig3(records: Sequence[Record]) -> Any:
@@ -223,4 +215,4 @@ def draw_picture(
         with Image.open(temporary) as image:
             note = PngInfo()
             note.add_text(_DIGEST, _digest(records))
-            image.save(temporary, pnginfo=note, dpi=image.info.get("dpi"))
+            image.save(temporary, "png", pnginfo=note, dpi=image.info.get("dpi"))

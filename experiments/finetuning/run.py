@@ -1,6 +1,5 @@
 """From a configuration to a trained classifier in Hugging Face's layout."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -22,7 +21,7 @@ from experiments.classification.evaluation import (
 from experiments.classification.quantized import copy_tokenizer, save_quantized
 from experiments.classification.tasks import Task
 from experiments.common.checkpoints import checkpoint_sha256
-from experiments.common.results import atomic_path, environment_fields, read_jsonl
+from experiments.common.results import environment_fields, read_jsonl
 from experiments.finetuning.batches import (
     ShuffledIndices,
     TrainingSet,
@@ -40,6 +39,7 @@ from experiments.train.step import (
     make_trainer,
 )
 from experiments.train.stored import Panel, claim_directory, open_run, plot_log
+from kashin_jax.io import write_json
 from kashin_jax.models import save_classifier
 
 __all__ = ["FinetuneResult", "finetune"]
@@ -124,8 +124,7 @@ def write_metrics(
         **described,
         **environment_fields(),
     }
-    with atomic_path(Path(config.out) / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    write_json(Path(config.out) / "metrics.json", content)
 
 
 class RunData(NamedTuple):

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.common.results import atomic_path
 from kashin_jax.errors import CheckpointError, DataError
+from kashin_jax.io import atomic_path
 from kashin_jax.models.tokenizer import read_tokenizer_json
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
-from experiments.common.results import atomic_path
 from experiments.train.bpe import end_of_text_id, vocabulary_size
 from kashin_jax.errors import DataError, UsageError
+from kashin_jax.io import atomic_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -369,8 +369,9 @@ def _write_cache(
         if not sum(lengths):
             names = ", ".join(f"`{path}`" for path in source.paths)
             raise DataError(f"{names} holds no text; give `--text_file` a larger one.")
-    with atomic_path(files.offsets) as temporary:
-        np.save(temporary, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    with atomic_path(files.offsets) as temporary, open(temporary, "wb") as file:
+        np.save(file, offsets)
 
 
 def _write_tokens(

@@ -11,14 +11,11 @@ import jax
 from jax.sharding import Sharding
 from jaxtyping import Array
 
-from experiments.common.results import (
-    append_jsonl,
-    atomic_path,
-    read_jsonl,
-    write_jsonl,
-)
+from experiments.common.plots import save_picture
+from experiments.common.results import append_jsonl, read_jsonl, write_jsonl
 from experiments.train.step import TrainState
 from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.io import write_json
 
 __all__ = [
     "Checkpoints",
@@ -50,8 +47,7 @@ def claim_directory(out: Path, identity: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _check_identity(out, json.loads(path.read_text("utf-8")), identity)
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(identity, indent=2) + "\n", "utf-8")
+        write_json(path, identity)
     except OSError as error:
         raise UsageError(
             f"`--out={out}` cannot be written ({error.strerror}); choose another "
@@ -113,8 +109,7 @@ class Checkpoints:
         self._manager.save(step, args=self._args.StandardSave(_named_leaves(state)))
         known = self._read_checksums() | {str(step): self._checksum(step)}
         kept = {str(step): known.get(str(step)) for step in self._manager.all_steps()}
-        with atomic_path(self._checksums) as temporary:
-            temporary.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+        write_json(self._checksums, kept)
 
     def restore_latest(self, state: TrainState, placement: Sharding) -> TrainState:
         """Reads the newest state.
@@ -239,8 +234,7 @@ def plot_log(
         axes.grid(which="both", alpha=0.3)
         if axes.lines:
             axes.legend()
-    with atomic_path(picture) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save_picture(figure, picture, bbox_inches=None, dpi=150)
 
 
 class StoredRun(NamedTuple):
