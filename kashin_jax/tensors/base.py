@@ -156,13 +156,17 @@ class QuantizedTensor:
 
     def __repr__(self) -> str:
         name = type(self).__name__
-        if not hasattr(self.packed_codes, "dtype"):
+        leaves = jax.tree.leaves(self)
+        if not all(
+            isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in leaves
+        ):
             # Inside `tree.map` leaves may be anything.
             return f"{name}({_fields(self)})"
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         shape = " x ".join(map(str, self.full_shape))
         return (
-            f"{name}({shape}, {self.bits_per_weight:.3f} bits per weight, "
-            f"{self.describe()}, {self.stored_bits // 8:,} bytes)"
+            f"{name}({shape}, {8 * size / math.prod(self.full_shape):.3f} bits per "
+            f"weight, {self.describe()}, {size:,} bytes)"
         )
 
 
