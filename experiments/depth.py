@@ -60,14 +60,13 @@ from experiments.common.perplexity import Bench, full_precision_row, quantized_r
 from experiments.common.plots import save_picture
 from experiments.common.quantized_layers import LayerStore, loss_fields, quantize_layers
 from experiments.common.results import (
-    append_jsonl,
     environment_fields,
     prepare_output,
-    read_jsonl,
     remove_work,
     start_work,
     write_results,
 )
+from experiments.common.resumable import FinishedRecords
 from experiments.common.tables import Record, aligned_table, markdown_table
 from experiments.common.text import (
     ASSETS,
@@ -503,8 +502,7 @@ def measure(
     Raises:
       DataError: If the file of finished records is damaged.
     """
-    path = work / "records.jsonl"
-    finished = read_jsonl(path)
+    finished = FinishedRecords(work / "records.jsonl")
     records = []
     bar = tqdm([None, *points], desc="settings", unit="setting", disable=None)
     for point in bar:
@@ -513,7 +511,7 @@ def measure(
         for subject in subjects:
             for record, is_new in _of_subject(subject, point, finished):
                 if is_new:
-                    append_jsonl(path, record)
+                    finished.add(record)
                     fresh = True
                 of_point.append(record)
         if fresh:
@@ -525,7 +523,7 @@ def measure(
 
 
 def _of_subject(
-    subject: Subject, point: Point | None, finished: Sequence[Record]
+    subject: Subject, point: Point | None, finished: FinishedRecords
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """The records of one model at one setting, and whether they are new."""
     metrics = list(subject.scorers)
@@ -534,9 +532,8 @@ def _of_subject(
     lost: Record | None = None
     for metric in metrics:
         key = {"metric": metric, **_setting(point), **subject.identity}
-        known = next((r for r in finished if r.items() >= key.items()), None)
-        if known is not None:
-            yield dict(known), False
+        if known := finished.find(key):
+            yield known[0], False
             continue
         if lost is None:
             lost = {} if point is None else _lost(subject, point)

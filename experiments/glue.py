@@ -12,7 +12,9 @@ has them, or `--tasks` names them and the hub has them; it says which were left 
 quantized already, by `--save` or `kashin quantize`, is scored as it is. By the paper's
 protocol all matrices are quantized but embeddings and the classifier. It prints one row
 per method, adds them to table3_glue.jsonl in `--out`, and writes table3_glue.md and
-table3_glue.png. The same command goes on where an interrupted one stopped.
+table3_glue.png. The same command goes on where an interrupted one stopped. Rows that
+the file has, of the same model, data, choices, versions and device, are taken from
+there unless `--fresh`, or `--save` needs the classifiers.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -56,10 +58,12 @@ from experiments.common.methods import (
 from experiments.common.results import (
     environment_fields,
     prepare_output,
+    read_jsonl,
     remove_work,
     start_work,
     write_results,
 )
+from experiments.common.resumable import FinishedRecords
 from experiments.common.tables import Column, Record, aligned_table, fixed, share
 from experiments.common.text import ASSETS
 from kashin_jax.bases import FAMILIES
@@ -128,6 +132,7 @@ class GlueConfig:
         "Directory that receives each quantized classifier, in the library's format "
         "(docs/format.md).",
     )
+    fresh: bool = flag(False, "Make rows again that the results in --out have.")
     out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
@@ -163,12 +168,18 @@ def run(config: GlueConfig) -> int:
         if any(one.stored is not None for one in benches):
             _refuse_choices(config)
         name = short_model_name(config.model)
-        work = start_work(out, config, leaving=("batch_tokens", "save"))
+        work = start_work(out, config, leaving=("batch_tokens", "save", "fresh"))
+        # Records do not say what `--labels` did.
+        is_fresh = config.fresh or config.labels
+        earlier = [] if is_fresh else read_jsonl(out / f"{ARTIFACT}.jsonl")
         identity = {
             "model": name, "max_length": config.max_length, **environment_fields()
         }  # fmt: skip
         save = prepare_output(config.save) if config.save else None
-        bench = GlueBench(tasks=benches, work=work, identity=identity, save=save)
+        bench = GlueBench(
+            tasks=benches, work=work, identity=identity, save=save,
+            finished=FinishedRecords(work / "rows.jsonl", earlier),
+        )  # fmt: skip
         records = _records(config, bench)
     _present(config, bench, records, left_out, out)
     remove_work(work)
@@ -228,9 +239,10 @@ def _present(
     facts = table_facts(bench, records, left_out, config.max_length, config.seeds)
     print("\n".join(facts) + "\n\n" + aligned_table(rows, columns))
     title = f"{records[0]['model']}: {data_title(tasks)}"
+    shown = dataclasses.replace(config, fresh=False)
     written = write_results(
         out, ARTIFACT, records, columns, rows=rows, title=title, facts=facts,
-        command=command_line("glue", config, always=_shown(bench)),
+        command=command_line("glue", shown, always=_shown(bench)),
     )  # fmt: skip
     picture = out / f"{ARTIFACT}.png"
     plot_glue(records, tasks, picture, title=title)

@@ -26,6 +26,8 @@ __all__ = ["MakeResultsConfig", "commands", "main", "run"]
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "$DATA"
+# They take finished rows from the result file unless they are told not to.
+_KEEPING = ("experiments.opt_ppl", "experiments.glue")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ def commands(name: str, data_dir: str) -> tuple[list[list[str]], list[str]]:
         words = [word.replace(DATA, data_dir) for word in shlex.split(command)]
         if not any(word.startswith("--out=") for word in words):
             words.append("--out=results")
+        if words[0] in _KEEPING:
+            words.append("--fresh")
         made.append(["-m", *words])
     return made, left_out
 

@@ -10,7 +10,8 @@ of the embedded text wiki_vital, one basis and one seed; the other data sets com
 `--data_dir` or the hub. All linear matrices of the blocks are quantized; embeddings,
 norms, biases and the output head are not. It prints one row per method, adds the rows
 to table2_opt.jsonl in `--out`, and writes table2_opt.md and table2_opt.png. The same
-command goes on where an interrupted one stopped.
+command goes on where an interrupted one stopped. Rows that the file has, of the same
+model, text, choices, versions and device, are taken from there unless `--fresh`.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -44,10 +45,12 @@ from experiments.common.published import published_perplexity
 from experiments.common.results import (
     environment_fields,
     prepare_output,
+    read_jsonl,
     remove_work,
     start_work,
     write_results,
 )
+from experiments.common.resumable import FinishedRecords
 from experiments.common.tables import PERPLEXITY_COLUMNS, Column, aligned_table, fixed
 from experiments.common.text import (
     ASSETS,
@@ -115,6 +118,7 @@ class OptPplConfig:
     )  # fmt: skip
     max_steps: int = flag(200, "Greedy steps allowed per matrix.", _POSITIVE)
     batch_size: int = flag(4, "Windows per forward pass.", _POSITIVE)
+    fresh: bool = flag(False, "Make rows again that the results in --out have.")
     out: str = flag("runs", "Directory of the results.", _GIVEN)
 
     def __post_init__(self) -> None:
@@ -140,7 +144,8 @@ def run(config: OptPplConfig) -> int:
         loaded = load_opt(dense_directory(config.model, instead=_INSTEAD))
         text = _load_text(config, loaded)
         name = short_model_name(config.model)
-        work = start_work(out, config, leaving=("batch_size",))
+        work = start_work(out, config, leaving=("batch_size", "fresh"))
+        earlier = [] if config.fresh else read_jsonl(out / f"{ARTIFACT}.jsonl")
         bench = Bench(
             loaded=loaded,
             text=text,
@@ -148,6 +153,7 @@ def run(config: OptPplConfig) -> int:
             identity=_identity(config, name, text),
             weights_sha256=checkpoint_sha256(loaded.directory),
             batch_size=config.batch_size,
+            finished=FinishedRecords(work / "rows.jsonl", earlier),
         )
         records = _rows(config, bench)
     _present(config, records, text, out)
@@ -257,7 +263,9 @@ def _present(
         records,
         columns,
         title=title,
-        command=command_line("opt_ppl", config, always=("bits",)),
+        command=command_line(
+            "opt_ppl", dataclasses.replace(config, fresh=False), always=("bits",)
+        ),
         facts=facts,
         appendix=appendix,
     )

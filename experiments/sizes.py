@@ -34,14 +34,13 @@ from experiments.common.flags import (
 )
 from experiments.common.methods import JOINT, METHODS, Width, choose_methods
 from experiments.common.results import (
-    append_jsonl,
     environment_fields,
     prepare_output,
-    read_jsonl,
     remove_work,
     start_work,
     write_results,
 )
+from experiments.common.resumable import FinishedRecords
 from experiments.common.tables import Column, Record, aligned_table, fixed
 from kashin_jax import BasisSpec, JointKashin, Rules
 from kashin_jax.errors import CheckpointError, UsageError
@@ -131,8 +130,7 @@ def measure(
       CheckpointError: If a model cannot be used, or a size is not as claimed.
       UsageError: If no method has any of the widths.
     """
-    finished = work / "finished.jsonl"
-    found = read_jsonl(finished)
+    finished = FinishedRecords(work / "finished.jsonl")
     records = []
     for source in sources:
         for bits in parse_widths("bits", config.bits, 1, 8):
@@ -141,10 +139,10 @@ def measure(
                 if quantizer is None:
                     continue
                 row = _row(config, source, name, bits, quantizer)
-                known = [record for record in found if row.items() <= record.items()]
+                known = finished.find(row)
                 if not known:
                     known = [row | _measured(source, quantizer, config.seed, work)]
-                    append_jsonl(finished, known[0])
+                    finished.add(known[0])
                 records.append(known[0] | {"note": METHODS[name].note})
     if not records:
         raise UsageError(

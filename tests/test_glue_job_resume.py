@@ -188,6 +188,32 @@ def test_unfinished_work_of_another_table_is_left_alone(
     assert quantize.count == LAYERS - 7
 
 
+def test_finished_rows_are_taken_from_the_result_file(
+    given, command, resumed, whole, quantize, states, tmp_path
+):
+    table(given.template, given.data, tmp_path, METHODS)
+    quantize.count = states.count = 0
+    assert resumed() == whole
+    assert quantize.count == states.count == 0
+    assert main([*command, "--seeds=2"]) == 0
+    assert quantize.count == LAYERS // 2  # `uniform` is not random
+    quantize.count = 0
+    assert main([*command, "--fresh"]) == 0
+    assert quantize.count == LAYERS
+
+
+def test_rows_are_made_again_for_what_a_record_does_not_say(given, tmp_path, quantize):
+    """Saved classifiers are in no record, nor is what `--labels` said."""
+    flags, out = (*OTHER, "--methods=uniform"), tmp_path / "out"
+    model = given.root / "bert-sst2"
+    first = numbers(table(model, given.data, out, *flags))
+    for flag in (f"--save={tmp_path / 'saved'}", "--labels=task"):
+        quantize.count = 0
+        assert numbers(table(model, given.data, out, *flags, flag)) == first
+        assert quantize.count == LINEARS["bert"]
+    assert len(list((tmp_path / "saved").iterdir())) == 1
+
+
 def test_outputs_for_other_data_in_the_same_folder_are_not_used(
     given, tmp_path, states, capsys
 ):

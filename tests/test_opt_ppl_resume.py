@@ -11,6 +11,7 @@ from interruptions import Calls, quantize
 from tiny_checkpoint import LINEARS, arguments, as_in_tests, numbers, row, table, tiny
 
 from experiments.common import perplexity as perplexity_rows
+from experiments.common.results import read_jsonl, write_jsonl
 from experiments.opt_ppl import main
 
 __all__ = ["quantize", "tiny"]  # fixtures
@@ -131,10 +132,43 @@ def test_unfinished_work_of_another_table_is_left_alone(
 ):
     command = arguments(tiny, tmp_path, METHODS)
     interrupt(quantize, 8, command, tmp_path, capsys)
-    table(tiny, tmp_path, "--methods=uniform")
+    table(tiny, tmp_path, "--methods=rtn-channel")
     quantize.count = 0
     assert main(command) == 0
     assert quantize.count == 2 * LINEARS - 7
+
+
+def test_finished_rows_are_taken_from_the_result_file(
+    tiny, tmp_path, whole, quantize, nll
+):
+    table(tiny, tmp_path, "--methods=uniform")
+    quantize.count = nll.count = 0
+    assert numbers(table(tiny, tmp_path, METHODS)) == [whole[0], whole[2], whole[1]]
+    assert (quantize.count, nll.count) == (LINEARS, BATCHES_PER_ROW)
+    quantize.count = nll.count = 0
+    assert main(arguments(tiny, tmp_path, METHODS)) == 0
+    assert (quantize.count, nll.count) == (0, 0)
+    text = (tmp_path / "table2_opt.md").read_text()
+    assert all(f"{record['perplexity']:.2f}" in text for record in whole)
+
+
+def test_no_row_of_other_choices_is_taken_and_none_if_fresh(tiny, tmp_path, quantize):
+    table(tiny, tmp_path, "--methods=kashin")
+    for flag in ("--max_steps=150", "--seed=7", "--bits=3", "--fresh"):
+        quantize.count = 0
+        assert main(arguments(tiny, tmp_path, "--methods=kashin", flag)) == 0
+        assert quantize.count == LINEARS
+    assert "--fresh" not in (tmp_path / "table2_opt.md").read_text()
+
+
+def test_no_row_of_another_device_or_version_is_taken(tiny, tmp_path, quantize):
+    table(tiny, tmp_path, "--methods=uniform")
+    path = tmp_path / "table2_opt.jsonl"
+    for field in ("device", "jax_version", "weights_sha256", "text_sha256"):
+        write_jsonl(path, [{**r, field: "another"} for r in read_jsonl(path)])
+        quantize.count = 0
+        assert main(arguments(tiny, tmp_path, "--methods=uniform")) == 0
+        assert quantize.count == LINEARS
 
 
 @pytest.mark.parametrize(

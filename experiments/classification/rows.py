@@ -31,7 +31,7 @@ from experiments.common.quantized_layers import (
     stored_width,
     unconverged,
 )
-from experiments.common.resumable import remembered
+from experiments.common.resumable import FinishedRecords, remembered
 from experiments.common.tables import Record
 from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import NonFiniteError
@@ -135,12 +135,14 @@ class GlueBench:
       work: Directory for unfinished work; it must exist.
       identity: Fields that every record has: model, greatest length, versions, device.
       save: Where quantized classifiers are kept, one directory each; None keeps none.
+      finished: Rows that are not made again, unless they are saved; None makes all.
     """
 
     tasks: tuple[TaskBench, ...]
     work: Path
     identity: Record
     save: Path | None = None
+    finished: FinishedRecords | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -151,6 +153,27 @@ class GlueBench:
     def store(self) -> LayerStore:
         """Finished layers."""
         return LayerStore.of_run(self.work, self.identity)
+
+    def known(self, choices: Record) -> list[dict[str, Any]]:
+        """The finished row of these choices, if all of its records are there."""
+        if self.finished is None or self.save is not None:
+            return []
+        found = []
+        for one in self.tasks:
+            data = ", ".join(each.sha256 for each in one.sets)
+            of_task = {
+                **self.identity, **choices, "task": one.task.name,
+                "data_sha256": data, "weights_sha256": one.weights_sha256,
+            }  # fmt: skip
+            for metric in one.task.metrics:
+                found.append(self.finished.find({**of_task, "metric": metric}))
+        return [each[0] for each in found] if all(found) else []
+
+    def keep(self, row: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Remembers the records of a finished row and gives them back."""
+        if self.finished is not None:
+            self.finished.add(*row)
+        return row
 
     def outputs(
         self, bench: TaskBench, computation: Record, model: SequenceClassifier
@@ -231,12 +254,15 @@ def unchanged_records(bench: GlueBench) -> list[dict[str, Any]]:
 
     All others are compared with it; of a quantized checkpoint it is the only one.
     """
+    first = _itself(bench.tasks[0])
+    if known := bench.known({"method": first["method"], "bits": first["bits"]}):
+        return known
     records: list[dict[str, Any]] = []
     for one in bench.tasks:
-        first = dict.fromkeys(("method", "bits"))
-        row = {**first, **_ABSENT, **_itself(one), **bench.identity}
+        fields = dict.fromkeys(("method", "bits"))
+        row = {**fields, **_ABSENT, **_itself(one), **bench.identity}
         records += _records(bench, one, row, _FULL, one.loaded.model, None)
-    return records
+    return bench.keep(records)
 
 
 def _itself(one: TaskBench) -> Record:
@@ -270,16 +296,18 @@ def quantized_records(
     Raises:
       ValueError: If a layer cannot be quantized; the message names its path.
     """
-    row = {
+    choices = {
         "method": name,
         "bits": bits,
-        **_ABSENT,
         "basis": str(basis) if method.has_basis else None,
         "seed": seed if method.is_random else None,
         "rtol": rtol if method.has_limits else None,
         "max_steps": max_steps if method.has_limits else None,
-        **bench.identity,
     }
+    if known := bench.known(choices):
+        return known
+    first = dict.fromkeys(("method", "bits"))
+    row = {**first, **_ABSENT, **choices, **bench.identity}
     label = f"{name}, {bits} bits"
     try:
         config = method.make(bits, basis, rtol, max_steps)
@@ -292,13 +320,15 @@ def quantized_records(
         return [{**row, "note": str(reason)}]
     row["note"] = method.note + ("" if method.is_random else _ONCE)
     computation = {"label": label, "config": repr(config), "seed": row["seed"]}
-    return [
-        record
-        for one in bench.tasks
-        for record in _scored(
-            bench, one, prepared[one.weights_sha256], row, computation
-        )
-    ]
+    return bench.keep(
+        [
+            record
+            for one in bench.tasks
+            for record in _scored(
+                bench, one, prepared[one.weights_sha256], row, computation
+            )
+        ]
+    )
 
 
 def _scored(

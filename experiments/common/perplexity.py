@@ -30,7 +30,7 @@ from experiments.common.quantized_layers import (
     stored_width,
     unconverged,
 )
-from experiments.common.resumable import PartialScores, score_resumably
+from experiments.common.resumable import FinishedRecords, PartialScores, score_resumably
 from experiments.common.tables import Record
 from experiments.common.text import EvaluationText
 from kashin_jax import BasisSpec, GreedyKashin, JointKashin
@@ -62,6 +62,7 @@ class Bench:
       identity: Fields that every row records: model, data, versions, device.
       weights_sha256: Of the checkpoint.
       batch_size: Windows per call.
+      finished: Rows that are not made again; None makes all.
     """
 
     loaded: LoadedModel
@@ -70,11 +71,24 @@ class Bench:
     identity: Record
     weights_sha256: str
     batch_size: int
+    finished: FinishedRecords | None = None
 
     @property
     def store(self) -> LayerStore:
         """Finished layers."""
         return LayerStore.of_run(self.work, self.identity)
+
+    def known(self, choices: Record) -> dict[str, Any] | None:
+        """The finished row of these choices, if there is one."""
+        of_bench = {**self.identity, "weights_sha256": self.weights_sha256}
+        found = self.finished.find({**of_bench, **choices}) if self.finished else []
+        return found[0] if found else None
+
+    def keep(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Remembers a finished row and gives it back."""
+        if self.finished:
+            self.finished.add(row)
+        return row
 
     def score(self, model: nnx.Module, computation: Record) -> float:
         """Perplexity of the model that `computation` describes; resumes."""
@@ -103,17 +117,21 @@ def _nll(
 def full_precision_row(bench: Bench) -> dict[str, Any]:
     """The row that all others are compared with."""
     bits = float(stored_width(bench.loaded.stored_dtype))
-    return {
-        "method": FULL_PRECISION,
-        "bits": int(bits),
-        **_ABSENT,
-        "stored_bits_per_weight": bits,
-        "model_bits_per_weight": bits,
-        "perplexity": bench.score(bench.loaded.model, {"config": None}),
-        "note": f"{bench.loaded.stored_dtype} checkpoint, computed in float32.",
-        **bench.identity,
-        "weights_sha256": bench.weights_sha256,
-    }
+    choices = {"method": FULL_PRECISION, "bits": int(bits)}
+    if known := bench.known(choices):
+        return known
+    return bench.keep(
+        {
+            **choices,
+            **_ABSENT,
+            "stored_bits_per_weight": bits,
+            "model_bits_per_weight": bits,
+            "perplexity": bench.score(bench.loaded.model, {"config": None}),
+            "note": f"{bench.loaded.stored_dtype} checkpoint, computed in float32.",
+            **bench.identity,
+            "weights_sha256": bench.weights_sha256,
+        }
+    )
 
 
 def quantized_row(
@@ -134,37 +152,62 @@ def quantized_row(
     Raises:
       ValueError: If a layer cannot be quantized; the message names its path.
     """
-    row = {
+    choices = {
         "method": mixed_name(name) if method.is_budget(bits) else name,
         "bits": bits,
-        **_ABSENT,
         "basis": str(basis) if method.has_basis else None,
         "seed": seed if method.is_random else None,
         "rtol": rtol if method.has_limits else None,
         "max_steps": max_steps if method.has_limits else None,
-        **bench.identity,
-        "weights_sha256": bench.weights_sha256,
     }
+    if known := bench.known(choices):
+        return known
+    measured = _measured(
+        bench, method, f"{choices['method']}, {bits} bits", bits=bits, basis=basis,
+        seed=seed, rtol=rtol, max_steps=max_steps,
+    )  # fmt: skip
+    return bench.keep(
+        {
+            **dict.fromkeys(("method", "bits")),
+            **_ABSENT,
+            **choices,
+            **bench.identity,
+            "weights_sha256": bench.weights_sha256,
+            **measured,
+        }
+    )
+
+
+def _measured(
+    bench: Bench,
+    method: RowKind,
+    label: str,
+    *,
+    bits: Width,
+    basis: BasisSpec,
+    seed: int,
+    rtol: float,
+    max_steps: int,
+) -> dict[str, Any]:
+    """The fields of a row that say what came out, or why nothing did."""
     kernels = selected_kernels(bench.loaded.model)
     try:
         plan = _plan(bench, method, kernels, bits, basis, seed, rtol, max_steps)
     except ValueError as reason:
-        return {**row, "note": str(reason)}
-    label = f"{row['method']}, {bits} bits"
+        return {"note": str(reason)}
     try:
         layers = quantize_each(
             bench.store, kernels, plan.configs, jax.random.key(seed), label
         )
     except NonFiniteError as reason:
         # The checkpoint is finite, so it is this method whose scales overflow.
-        return {**row, "note": str(reason)}
+        return {"note": str(reason)}
     kept = unconverged(layers) if method.keeps_failures else frozenset()
     config = next(iter(plan.configs.values()))
     model = _quantized_model(bench, config, layers, kept)
     computation = {"config": plan.identity, "seed": seed, "kept": sorted(kept)}
     width = stored_width(bench.loaded.stored_dtype)
     return {
-        **row,
         **size_fields(bench.loaded.model, width, layers, kept),
         "perplexity": bench.score(model, computation),
         **loss_fields(config, layers, kept),

@@ -1,8 +1,9 @@
-"""Scores of an evaluation that may be killed: what is finished is never done again."""
+"""Rows and scores of a run that may be killed: what is finished is not done again."""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kashin_jax.errors import DataError, UsageError
 from kashin_jax.evaluation import ScoredBatch, Windows, score_windows
 from kashin_jax.io import atomic_path
 
-__all__ = ["PartialScores", "remembered", "score_resumably"]
+__all__ = ["FinishedRecords", "PartialScores", "remembered", "score_resumably"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,38 @@ def score_resumably(
         store.append(batch)
         parts.append(batch.nlls)
     return np.concatenate(parts)
+
+
+class FinishedRecords:
+    """Records that are not measured twice: of a result file, and of an unfinished run.
+
+    Two are the same if all fields agree that say what is measured, by what and with
+    what: model, data, every choice, versions and device.
+    """
+
+    def __init__(self, path: Path, earlier: Iterable[Record] = ()):
+        """Reads what the unfinished run has.
+
+        Args:
+          path: A JSON-lines file of the run; made by the first `add`.
+          earlier: What a result file has.
+
+        Raises:
+          DataError: If the file is damaged.
+        """
+        self._path = path
+        self._known = [*earlier, *read_jsonl(path)]
+
+    def find(self, identity: Record) -> list[dict[str, Any]]:
+        """The records that have these fields, and perhaps others."""
+        plain = json.loads(to_json(identity))
+        return [dict(r) for r in self._known if plain.items() <= r.items()]
+
+    def add(self, *records: Record) -> None:
+        """Keeps records that are finished; they are on disk when this returns."""
+        for record in records:
+            append_jsonl(self._path, record)
+        self._known += records
 
 
 def remembered(
