@@ -120,6 +120,26 @@ def test_the_library_knows_no_experiments():
     })  # fmt: skip
 
 
+# What programs share imports from left to right; programs and documents import all.
+SHARED = {
+    "common": {"common"},
+    "classification": {"common", "classification"},
+    "train": {"common", "train"},
+    "finetuning": {"common", "classification", "train", "finetuning"},
+}
+
+
+def test_what_experiments_share_knows_no_program():
+    wrong = {}
+    for package, allowed in SHARED.items():
+        for path in sorted((ROOT / "experiments" / package).glob("*.py")):
+            names = imported(path)
+            parts = {n.split(".")[1] for n in names if n.startswith("experiments.")}
+            wrong[name_of(path)] = parts - allowed
+    assert len(wrong) > len(SHARED)
+    assert not filled(wrong)
+
+
 def test_flax_is_imported_by_files_layers_and_models_only():
     assert not filled({
         name_of(path): [n for n in imported(path) if within(n, "flax")]
