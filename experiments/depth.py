@@ -58,7 +58,11 @@ from experiments.common.flags import (
 from experiments.common.methods import METHODS
 from experiments.common.perplexity import Bench, full_precision_row, quantized_row
 from experiments.common.plots import save_picture
-from experiments.common.quantized_layers import LayerStore, loss_fields, quantize_layers
+from experiments.common.quantized_layers import (
+    loss_fields,
+    quantized_copy,
+    remove_copies,
+)
 from experiments.common.results import (
     environment_fields,
     prepare_output,
@@ -88,14 +92,13 @@ from experiments.depth_curves import (
     summary_rows,
     title_of,
 )
-from kashin_jax import BasisSpec, stored_bits
+from kashin_jax import BasisSpec, Rules, stored_bits
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.methods import Method
 from kashin_jax.models import LoadedClassifier
 from kashin_jax.models.loading import LoadedModel, load_opt
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
-from kashin_jax.pipeline import selected_kernels
 
 __all__ = [
     "METHOD",
@@ -298,15 +301,15 @@ class Subject(NamedTuple):
 
     Attributes:
       identity: Fields of a record that say what is scored on what, with what.
-      store: Finished layers.
-      checkpoints: Every one whose layers are quantized.
+      work: Directory for unfinished work.
+      checkpoints: Every one whose layers are quantized, by its hash.
       has_error: Whether the error of its weights is a metric, too.
       scorers: By metric.
     """
 
     identity: Record
-    store: LayerStore
-    checkpoints: tuple[LoadedModel | LoadedClassifier, ...]
+    work: Path
+    checkpoints: Mapping[str, LoadedModel | LoadedClassifier]
     has_error: bool
     scorers: Mapping[str, Scorer]
 
@@ -327,7 +330,8 @@ def language_subject(bench: Bench, metrics: Sequence[str]) -> Subject:
     if "perplexity" in metrics:
         scorers["perplexity"] = partial(_perplexity, bench)
     return Subject(
-        identity, bench.store, (bench.loaded,), "error" in metrics, scorers
+        identity, bench.work, {bench.weights_sha256: bench.loaded}, "error" in metrics,
+        scorers,
     )  # fmt: skip
 
 
@@ -357,7 +361,7 @@ def glue_subject(bench: GlueBench) -> Subject:
         **environment_fields(),
     }
     return Subject(
-        identity, bench.store, tuple(checkpoints.values()), False,
+        identity, bench.work, checkpoints, False,
         {"glue": partial(_glue, bench)},
     )  # fmt: skip
 
@@ -516,8 +520,7 @@ def measure(
                 of_point.append(record)
         if fresh:
             tqdm.write(_sentence(point, of_point), file=sys.stderr)
-            for file in work.glob("*.safetensors"):
-                file.unlink()
+            remove_copies(work)
         records += of_point
     return records
 
@@ -553,11 +556,10 @@ def _setting(point: Point | None) -> dict[str, Any]:
 def _lost(subject: Subject, point: Point) -> dict[str, Any]:
     layers = {
         f"{number}/{path}": layer
-        for number, loaded in enumerate(subject.checkpoints)
-        for path, layer in quantize_layers(
-            subject.store, selected_kernels(loaded.model), point.config,
-            jax.random.key(point.seed), point.label,
-        ).items()
+        for number, (sha256, loaded) in enumerate(subject.checkpoints.items())
+        for path, layer in quantized_copy(
+            loaded, Rules(config=point.config), point.seed, subject.work, sha256
+        ).layers.items()
     }  # fmt: skip
     bits = sum(stored_bits(layer.tensor) for layer in layers.values())
     weights = sum(math.prod(layer.tensor.shape) for layer in layers.values())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.common import quantized_layers
+from kashin_jax.pipeline import run
 
 
 class Calls:
@@ -18,8 +18,15 @@ class Calls:
         return self.function(*args, **kwargs)
 
 
+def finished_layers(directory):
+    """Files of quantized copies below a directory that hold a packed matrix."""
+    files = sorted(directory.rglob("*.safetensors"))
+    parts = [(file, file.with_name(f".{file.name}.report.jsonl")) for file in files]
+    return [file for file, part in parts if part.exists() and part.stat().st_size]
+
+
 @pytest.fixture
 def quantize(monkeypatch):
-    calls = Calls(quantized_layers.quantize)
-    monkeypatch.setattr(quantized_layers, "quantize", calls)
+    calls = Calls(run.quantize_stack)
+    monkeypatch.setattr(run, "quantize_stack", calls)
     return calls

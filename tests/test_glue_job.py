@@ -231,13 +231,13 @@ def several_heads(directory, tasks):
 
 
 def test_a_shared_encoder_is_quantized_once(given, tmp_path, monkeypatch):
-    from experiments.common import quantized_layers
+    from kashin_jax.pipeline import run
 
     calls = []
-    original = quantized_layers.quantize
+    original = run.quantize_stack
     monkeypatch.setattr(
-        quantized_layers,
-        "quantize",
+        run,
+        "quantize_stack",
         lambda *a, **k: calls.append(k) or original(*a, **k),
     )
     model = several_heads(tmp_path / "model", TASKS_OF_TABLE)

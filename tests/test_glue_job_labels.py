@@ -20,8 +20,8 @@ from tiny_classifier import (
 from experiments.classification.labels import output_order
 from experiments.classification.quantized import load_classifier_packed
 from experiments.classification.tasks import TASKS
-from experiments.common import quantized_layers
 from experiments.glue import main
+from kashin_jax.pipeline import run
 
 __all__ = ["copy", "given"]  # fixtures
 
@@ -144,7 +144,7 @@ def test_a_run_with_other_labels_uses_no_outputs_of_an_interrupted_one(
     name_outputs(copy, "LABEL_0", "LABEL_1")
     edit_tensors(copy, swap_outputs)
     data, out = tmp_path / "glue", tmp_path / "out"
-    quantize, calls = quantized_layers.quantize, []
+    quantize, calls = run.quantize_stack, []
 
     def interrupted(*args, **kwargs):
         calls.append(kwargs["path"])
@@ -152,7 +152,7 @@ def test_a_run_with_other_labels_uses_no_outputs_of_an_interrupted_one(
             raise KeyboardInterrupt
         return quantize(*args, **kwargs)
 
-    monkeypatch.setattr(quantized_layers, "quantize", interrupted)
+    monkeypatch.setattr(run, "quantize_stack", interrupted)
     assert main(arguments(copy, data, out, *FLAGS, "--labels=task")) == 130
     assert list(out.rglob("*.npy"))
     records = table(copy, data, out, *FLAGS, "--labels=positive,negative")

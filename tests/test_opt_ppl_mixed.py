@@ -16,9 +16,9 @@ from tiny_checkpoint import LINEARS, as_in_tests, numbers, row, table, tiny
 
 from experiments.common import mixed_widths, perplexity
 from experiments.common.mixed_widths import layer_sensitivities, probe, sampled_text
-from experiments.common.quantized_layers import LayerStore, quantize_layers
+from experiments.common.quantized_layers import quantized_copy
 from experiments.common.resumable import PartialScores
-from kashin_jax import BasisSpec, JointKashin, dequantize, quantize
+from kashin_jax import BasisSpec, JointKashin, Rules, dequantize, quantize
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
 from kashin_jax.pipeline.allocate import JOINT_ERRORS
@@ -71,10 +71,9 @@ def model(tiny):
 
 
 @pytest.fixture
-def layers(model, tmp_path):
-    store = LayerStore(tmp_path, {})
-    kernels = selected_kernels(model)
-    return quantize_layers(store, kernels, probe(HADAMARD), jax.random.key(0), "test")
+def layers(tiny, tmp_path):
+    rules = Rules(config=probe(HADAMARD))
+    return quantized_copy(load_opt(tiny), rules, 0, tmp_path, "a hash").layers
 
 
 def test_half_widths_are_rows_of_joint_coding_and_dashes_of_others(made):

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from interruptions import Calls, quantize
+from interruptions import Calls, finished_layers, quantize
 from tiny_checkpoint import LINEARS, arguments, as_in_tests, numbers, row, table, tiny
 
 from experiments.common import perplexity as perplexity_rows
@@ -44,7 +44,7 @@ def interrupt(calls, at, command, out, capsys):
         "from there."
     ]
     assert [path.name for path in out.iterdir()] == ["work"]
-    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+    assert not [path for path in out.rglob("*") if path.name.endswith(".partial")]
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +106,11 @@ def test_seconds_are_those_of_the_run_that_did_the_work(
     assert row(records, "uniform")["quantize_seconds"] > 0
 
 
-@pytest.mark.slow  # `test_layer_store.py` damages layers of no table
+@pytest.mark.slow
 def test_a_damaged_layer_is_computed_again(tiny, tmp_path, whole, quantize, capsys):
     command = arguments(tiny, tmp_path, METHODS)
     interrupt(quantize, LINEARS, command, tmp_path, capsys)
-    damaged, cut, *_ = sorted(tmp_path.rglob("*.safetensors"))
+    damaged, cut, *_ = finished_layers(tmp_path)
     damaged.write_bytes(b"\xff" * 500)
     cut.write_bytes(cut.read_bytes()[:-9])
     assert numbers(table(tiny, tmp_path, METHODS)) == whole
@@ -221,7 +221,7 @@ def test_a_killed_process_loses_nothing_finished(tiny, tmp_path, whole, quantize
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     # At a moment that no test chooses, once the first layers are there.
-    while process.poll() is None and len(list(tmp_path.rglob("*.safetensors"))) < 3:
+    while process.poll() is None and len(finished_layers(tmp_path)) < 3:
         time.sleep(0.002)
     os.kill(process.pid, kind)
     out, err = process.communicate()

@@ -5,19 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from interruptions import quantize as quantize_calls
+from tiny_checkpoint import tiny
 
 from experiments.common.checkpoints import checkpoint_sha256
 from experiments.common.quantized_layers import (
-    LayerStore,
+    QuantizedLayer,
     decoded_kernels,
     loss_fields,
-    quantize_layers,
+    quantized_copy,
+    remove_copies,
     size_fields,
     stored_width,
     unconverged,
 )
-from kashin_jax import BasisSpec, GreedyKashin, Uniform, quantize
-from kashin_jax.pipeline import path_key
+from kashin_jax import BasisSpec, GreedyKashin, Rules, Uniform, quantize
+from kashin_jax.models.loading import load_opt
+from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
+from kashin_jax.pipeline.run import reported
+
+__all__ = ["quantize_calls", "tiny"]  # fixtures
 
 KEY = jax.random.key(5)
 # One step is far too little for a Gaussian matrix, and enough for one of equal signs.
@@ -33,28 +40,78 @@ def kernels():
     }
 
 
-def layers_of(kernels, config, directory):
-    with jax.default_matmul_precision("highest"):
-        return quantize_layers(LayerStore(directory, {}), kernels, config, KEY, "test")
+def layers_of(kernels, config):
+    def coded(path):
+        key = path_key(KEY, path)
+        return reported(path, config, lambda: quantize(kernels[path], config, key))
+
+    return {path: QuantizedLayer(*coded(path)) for path in kernels}
 
 
-@pytest.fixture
-def kashin(kernels, tmp_path):
-    return layers_of(kernels, KASHIN, tmp_path)
+@pytest.fixture(scope="module")
+def kashin(kernels):
+    return layers_of(kernels, KASHIN)
 
 
-def test_each_layer_has_a_key_of_its_path(kernels, kashin):
-    assert list(kashin) == list(kernels)
+def copied(directory, work, config=UNIFORM, seed=3, sha256="a hash"):
+    rules = Rules(config=config)
+    return quantized_copy(load_opt(directory), rules, seed, work, sha256)
+
+
+@pytest.mark.parametrize("config", [KASHIN, UNIFORM], ids=["kashin", "uniform"])
+def test_a_copy_has_the_codes_of_each_matrix_alone(tiny, tmp_path, config):
+    model, layers = copied(tiny, tmp_path, config)
+    dense = load_opt(tiny).model
+    kernels = selected_kernels(dense)
+    assert list(layers) == list(kernels)
     for path, kernel in kernels.items():
-        with jax.default_matmul_precision("highest"):
-            tensor, _ = quantize(kernel, KASHIN, path_key(KEY, path))
-        found = decoded_kernels(kashin)[path]
-        assert jnp.array_equal(found, tensor.decode())
+        key = path_key(jax.random.key(3), path)
+        tensor, report = quantize(kernel, config, key)
+        assert layers[path].tensor.layout == tensor.layout
+        for ours, alone in zip(
+            jax.tree.leaves(layers[path].tensor), jax.tree.leaves(tensor), strict=True
+        ):
+            assert ours.dtype == alone.dtype and jnp.array_equal(ours, alone)
+        error = layers[path].report.relative_squared_error
+        assert error == float(report.relative_squared_error)
+    tokens = jnp.arange(12)[None]
+    decoded = replace_kernels(dense, decoded_kernels(layers))
+    np.testing.assert_allclose(model(tokens), decoded(tokens), rtol=1e-3, atol=1e-4)
 
 
-def test_layers_that_missed_the_tolerance_are_told(kashin, kernels, tmp_path):
+def test_a_copy_is_made_once_for_all_that_it_depends_on(tiny, tmp_path, quantize_calls):
+    first = copied(tiny, tmp_path).layers
+    assert quantize_calls.count == len(first)
+    again = copied(tiny, tmp_path).layers
+    assert quantize_calls.count == len(first)
+    for path, layer in first.items():
+        assert again[path].report.seconds == layer.report.seconds > 0
+    others = ({"seed": 4}, {"sha256": "another"}, {"config": Uniform(bits=3)})
+    for number, other in enumerate(others, 2):
+        copied(tiny, tmp_path, **other)
+        assert quantize_calls.count == number * len(first)
+    assert len(list(tmp_path.iterdir())) == 1 + len(others)
+    remove_copies(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 7, 40, -1])
+def test_a_damaged_copy_is_made_again(tiny, tmp_path, quantize_calls, size):
+    first = copied(tiny, tmp_path).layers
+    file = sorted(tmp_path.rglob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:size])
+    for _ in range(2):
+        again = copied(tiny, tmp_path).layers
+        assert quantize_calls.count == 2 * len(first)
+        for path, layer in first.items():
+            pairs = zip(*map(jax.tree.leaves, (layer.tensor, again[path].tensor)),
+                        strict=True)  # fmt: skip
+            assert all(jnp.array_equal(a, b) for a, b in pairs)
+
+
+def test_layers_that_missed_the_tolerance_are_told(kashin, kernels):
     assert unconverged(kashin) == {"b/hard"}
-    assert unconverged(layers_of(kernels, UNIFORM, tmp_path)) == frozenset()
+    assert unconverged(layers_of(kernels, UNIFORM)) == frozenset()
 
 
 def test_losses_are_means_over_layers(kashin, kernels):
@@ -69,7 +126,9 @@ def test_losses_are_means_over_layers(kashin, kernels):
     expected = (lost("a/easy") + lost("b/hard")) / 2
     assert fields["relative_error"] == pytest.approx(expected, rel=1e-4)
     assert fields["converged_share"] == 0.5
-    assert fields["quantize_seconds"] == sum(one.seconds for one in kashin.values())
+    assert fields["quantize_seconds"] == sum(
+        one.report.seconds for one in kashin.values()
+    )
 
 
 def test_layers_that_stay_lose_nothing_and_take_what_they_took(kashin):
@@ -85,8 +144,8 @@ def test_layers_that_stay_lose_nothing_and_take_what_they_took(kashin):
     assert sizes["model_bits_per_weight"] == (bits + 16 * 96) / (3072 + 96)
 
 
-def test_methods_that_cannot_fail_to_converge_have_no_such_share(kernels, tmp_path):
-    fields = loss_fields(UNIFORM, layers_of(kernels, UNIFORM, tmp_path))
+def test_methods_that_cannot_fail_to_converge_have_no_such_share(kernels):
+    fields = loss_fields(UNIFORM, layers_of(kernels, UNIFORM))
     assert fields["converged_share"] is None
 
 

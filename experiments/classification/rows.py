@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -23,10 +22,9 @@ from experiments.common.flags import file_stem
 from experiments.common.methods import AS_STORED, FULL_PRECISION, RowKind, Width
 from experiments.common.published import published_glue
 from experiments.common.quantized_layers import (
-    LayerStore,
     decoded_kernels,
     loss_fields,
-    quantize_layers,
+    quantized_copy,
     size_fields,
     stored_width,
     unconverged,
@@ -37,7 +35,7 @@ from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.methods import Method
 from kashin_jax.models import LoadedClassifier, SequenceClassifier
-from kashin_jax.pipeline import replace_kernels, selected_kernels
+from kashin_jax.pipeline import replace_kernels
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
@@ -148,11 +146,6 @@ class GlueBench:
     def is_quantized(self) -> bool:
         """Whether a classifier is scored as it is stored, so that no row is added."""
         return any(one.stored is not None for one in self.tasks)
-
-    @property
-    def store(self) -> LayerStore:
-        """Finished layers."""
-        return LayerStore.of_run(self.work, self.identity)
 
     def known(self, choices: Record) -> list[dict[str, Any]]:
         """The finished row of these choices, if all of its records are there."""
@@ -314,7 +307,7 @@ def quantized_records(
     except ValueError as reason:
         return [{**row, "note": str(reason)}]
     try:
-        prepared = _prepared(bench, config, seed, label, method.keeps_failures)
+        prepared = _prepared(bench, config, seed, method.keeps_failures)
     except NonFiniteError as reason:
         # The checkpoint is finite, so it is this method whose scales overflow.
         return [{**row, "note": str(reason)}]
@@ -351,17 +344,16 @@ def _scored(
 
 
 def _prepared(
-    bench: GlueBench, config: Method, seed: int, label: str, keeps: bool
+    bench: GlueBench, config: Method, seed: int, keeps: bool
 ) -> dict[str, _Prepared]:
     """Every checkpoint quantized, by its hash; `keeps` as `RowKind.keeps_failures`."""
     prepared: dict[str, _Prepared] = {}
     for one in bench.tasks:
         if one.weights_sha256 in prepared:
             continue
-        kernels = selected_kernels(one.loaded.model)
-        layers = quantize_layers(
-            bench.store, kernels, config, jax.random.key(seed), label
-        )
+        layers = quantized_copy(
+            one.loaded, Rules(config=config), seed, bench.work, one.weights_sha256
+        ).layers
         width = stored_width(one.loaded.stored_dtype)
         kept = unconverged(layers) if keeps else frozenset()
         fields = size_fields(one.loaded.model, width, layers, kept)

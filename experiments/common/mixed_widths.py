@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
 from experiments.common.methods import Width, joint_config
-from experiments.common.quantized_layers import StoredLayer, decoded_kernels
+from experiments.common.quantized_layers import QuantizedLayer, decoded_kernels
 from experiments.common.resumable import PartialScores
 from kashin_jax import BasisSpec, JointKashin
 from kashin_jax.evaluation import ScoredBatch
@@ -58,7 +58,7 @@ def sampled_text(model: OPTForCausalLM, key: Key[Array, ""]) -> Int[Array, "w t"
 
 def layer_sensitivities(
     model: OPTForCausalLM,
-    layers: Mapping[str, StoredLayer],
+    layers: Mapping[str, QuantizedLayer],
     key: Key[Array, ""],
     store: PartialScores,
 ) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """Rows of the perplexity table: quantize, score, count bits, for one method each."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,12 +22,10 @@ from experiments.common.mixed_widths import (
     probe,
 )
 from experiments.common.quantized_layers import (
-    LayerStore,
-    StoredLayer,
+    QuantizedCopy,
     decoded_kernels,
     loss_fields,
-    quantize_each,
-    quantize_layers,
+    quantized_copy,
     size_fields,
     stored_width,
     unconverged,
@@ -33,12 +33,13 @@ from experiments.common.quantized_layers import (
 from experiments.common.resumable import FinishedRecords, PartialScores, score_resumably
 from experiments.common.tables import Record
 from experiments.common.text import EvaluationText
-from kashin_jax import BasisSpec, GreedyKashin, JointKashin
+from kashin_jax import BasisSpec, GreedyKashin, JointKashin, Rule, Rules
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.evaluation import perplexity, window_nll
-from kashin_jax.methods import Method
+from kashin_jax.methods import Method, QuantizationReport
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.pipeline import quantize_model, replace_kernels, selected_kernels
+from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["Bench", "full_precision_row", "mixed_name", "quantized_row"]
 
@@ -73,10 +74,9 @@ class Bench:
     batch_size: int
     finished: FinishedRecords | None = None
 
-    @property
-    def store(self) -> LayerStore:
-        """Finished layers."""
-        return LayerStore.of_run(self.work, self.identity)
+    def quantize(self, rules: Rules, seed: int) -> QuantizedCopy:
+        """A quantized copy of the checkpoint."""
+        return quantized_copy(self.loaded, rules, seed, self.work, self.weights_sha256)
 
     def known(self, choices: Record) -> dict[str, Any] | None:
         """The finished row of these choices, if there is one."""
@@ -163,8 +163,8 @@ def quantized_row(
     if known := bench.known(choices):
         return known
     measured = _measured(
-        bench, method, f"{choices['method']}, {bits} bits", bits=bits, basis=basis,
-        seed=seed, rtol=rtol, max_steps=max_steps,
+        bench, method, bits=bits, basis=basis, seed=seed, rtol=rtol,
+        max_steps=max_steps,
     )  # fmt: skip
     return bench.keep(
         {
@@ -181,7 +181,6 @@ def quantized_row(
 def _measured(
     bench: Bench,
     method: RowKind,
-    label: str,
     *,
     bits: Width,
     basis: BasisSpec,
@@ -196,15 +195,14 @@ def _measured(
     except ValueError as reason:
         return {"note": str(reason)}
     try:
-        layers = quantize_each(
-            bench.store, kernels, plan.configs, jax.random.key(seed), label
-        )
+        copy = bench.quantize(plan.rules, seed)
     except NonFiniteError as reason:
         # The checkpoint is finite, so it is this method whose scales overflow.
         return {"note": str(reason)}
+    layers = copy.layers
     kept = unconverged(layers) if method.keeps_failures else frozenset()
-    config = next(iter(plan.configs.values()))
-    model = _quantized_model(bench, config, layers, kept)
+    config = plan.rules.config
+    model = _quantized_model(bench, config, copy, kept)
     computation = {"config": plan.identity, "seed": seed, "kept": sorted(kept)}
     width = stored_width(bench.loaded.stored_dtype)
     return {
@@ -223,7 +221,7 @@ def mixed_name(name: str) -> str:
 
 class _Plan(NamedTuple):
     # How each layer is coded; what tells it from other plans; widths if they differ.
-    configs: dict[str, Method]
+    rules: Rules
     identity: str
     widths: dict[str, Width] | None
     note: str
@@ -242,21 +240,18 @@ def _plan(
     """Raises ValueError, with the reason, where the method does not exist."""
     if not method.is_budget(bits):
         config = method.make(bits, basis, rtol, max_steps)
-        same = dict.fromkeys(kernels, config)
-        return _Plan(same, repr(config), None, method.note)
-    felt = _sensitivities(bench, kernels, probe(basis), seed)
+        return _Plan(Rules(config=config), repr(config), None, method.note)
+    felt = _sensitivities(bench, probe(basis), seed)
     widths = mixed_widths(kernels, felt, basis, bits)
-    configs: dict[str, Method] = {
-        path: joint_config(width, basis) for path, width in widths.items()
-    }
-    return _Plan(configs, repr(configs), widths, MIXED_NOTE)
+    configs = {path: joint_config(width, basis) for path, width in widths.items()}
+    each = [Rule(f"^{re.escape(path)}$", config) for path, config in configs.items()]
+    rules = Rules(config=next(iter(configs.values())), rules=each)
+    return _Plan(rules, repr(configs), widths, MIXED_NOTE)
 
 
-def _sensitivities(
-    bench: Bench, kernels: Mapping[str, Array], config: JointKashin, seed: int
-) -> dict[str, float]:
+def _sensitivities(bench: Bench, config: JointKashin, seed: int) -> dict[str, float]:
     key = jax.random.key(seed)
-    layers = quantize_layers(bench.store, kernels, config, key, "sensitivity, coding")
+    layers = bench.quantize(Rules(config=config), seed).layers
     fingerprint = {
         **bench.identity, "weights_sha256": bench.weights_sha256, "seed": seed,
         "sensitivity": [repr(config), WINDOWS, LENGTH],
@@ -268,18 +263,25 @@ def _sensitivities(
 def _quantized_model(
     bench: Bench,
     config: Method,
-    layers: Mapping[str, StoredLayer],
+    copy: QuantizedCopy,
     kept: frozenset[str],
 ) -> nnx.Module:
     """Packed layers for Kashin; decoded kernels in the dense model for the controls."""
-    model = bench.loaded.model
+    dense, layers = bench.loaded.model, copy.layers
     if not isinstance(config, GreedyKashin | JointKashin):
-        return replace_kernels(model, decoded_kernels(layers))
+        return replace_kernels(dense, decoded_kernels(layers))
+    if not kept:
+        return copy.model
     if len(kept) == len(layers):
-        return model
+        return dense
+
+    def packed(path: str, _: Array) -> tuple[QuantizedTensor, QuantizationReport]:
+        error = jnp.float32(layers[path].report.relative_squared_error)
+        return layers[path].tensor, QuantizationReport(error, None)
+
     return quantize_model(
-        model,
+        dense,
         config,
         select=lambda path: path in layers and path not in kept,
-        quantize_layer=lambda path, _: (layers[path].tensor, layers[path].report),
+        quantize_layer=packed,
     ).model

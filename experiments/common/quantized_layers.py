@@ -1,183 +1,142 @@
-"""Quantized layers of a row: kept on disk, their size, what they lost."""
+"""Quantized layers of a row: a checkpoint on disk, its size, what it lost."""
 
-import dataclasses
 import hashlib
 import json
 import math
-import time
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import nnx
-from jaxtyping import Array, Float, Key
-from tqdm import tqdm
+from jaxtyping import Array, Float
 
-from experiments.common.tables import Record
-from kashin_jax import GreedyKashin, stored_bits
-from kashin_jax.io import atomic_path
-from kashin_jax.methods import Method, QuantizationReport, encode, quantize
-from kashin_jax.pipeline import path_key
+from experiments.common.results import environment_fields
+from kashin_jax import GreedyKashin, Rules, stored_bits
+from kashin_jax.layers import PackedKernel
+from kashin_jax.methods import Method
+from kashin_jax.models import LoadedClassifier, head_names
+from kashin_jax.models.loading import LoadedModel
+from kashin_jax.pipeline import (
+    LayerReport,
+    load_quantized,
+    quantize_checkpoint,
+    rules_to_json,
+    selected_kernels,
+)
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
-    "LayerStore",
-    "StoredLayer",
+    "QuantizedCopy",
+    "QuantizedLayer",
     "decode",
     "decoded_kernels",
     "loss_fields",
-    "quantize_each",
-    "quantize_layers",
+    "quantized_copy",
+    "remove_copies",
     "size_fields",
     "stored_width",
     "unconverged",
 ]
 
 
-class StoredLayer(NamedTuple):
-    """One finished layer.
+class QuantizedLayer(NamedTuple):
+    """One matrix of a quantized checkpoint.
 
     Attributes:
-      tensor: The packed matrix.
-      report: What was lost.
-      seconds: What it took when it was computed, compilation included.
+      tensor: It, packed.
+      report: What was lost, and the seconds of the run that coded it.
     """
 
     tensor: QuantizedTensor
-    report: QuantizationReport
-    seconds: float
+    report: LayerReport
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerStore:
-    """A directory with one safetensors file per finished layer.
+Layers = Mapping[str, QuantizedLayer]
 
-    A file is named after everything the layer depends on: kernel, configuration, key,
-    versions and device. So runs never meet, and whoever deletes a file only costs time.
+
+class QuantizedCopy(NamedTuple):
+    """A quantized copy of a checkpoint, loaded.
 
     Attributes:
-      directory: Where the files are; it must exist.
-      environment: Versions and device.
+      model: Its layers are packed, parameters and activations float32.
+      layers: What is packed, by path, in the order of the model.
     """
 
-    directory: Path
-    environment: dict[str, str]
+    model: nnx.Module
+    layers: Layers
 
-    @classmethod
-    def of_run(cls, directory: Path, identity: Record) -> "LayerStore":
-        """The store of a run, whose identity has `environment_fields` among others."""
-        fields = ("kashin_jax_version", "jax_version", "device")
-        return cls(directory, {name: identity[name] for name in fields})
-
-    def quantize(
-        self,
-        path: str,
-        kernel: Float[Array, "m n"],
-        config: Method,
-        key: Key[Array, ""],
-    ) -> StoredLayer:
-        """Reads the layer if it is finished; else quantizes and keeps it.
-
-        Raises:
-          ValueError: As `kashin_jax.quantize` does.
-        """
-        file = self.directory / f"{self._digest(kernel, config, key)}.safetensors"
-        stored = _read(file, kernel, config, key)
-        if stored is not None:
-            return stored
-        start = time.perf_counter()
-        tensor, report = quantize(kernel, config, key, path=path)
-        jax.block_until_ready((tensor, report))
-        layer = StoredLayer(tensor, report, time.perf_counter() - start)
-        leaves = jax.tree.leaves((tensor, report))
-        with atomic_path(file) as temporary:
-            safetensors.numpy.save_file(
-                {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)},
-                temporary,
-                metadata={"path": path, "seconds": repr(layer.seconds)},
-            )
-        return layer
-
-    def _digest(
-        self, kernel: Float[Array, "m n"], config: Method, key: Key[Array, ""]
-    ) -> str:
-        key_data = np.asarray(jax.random.key_data(key)).tolist()
-        fields = [repr(config), key_data, kernel.shape, kernel.dtype.name]
-        digest = hashlib.sha256(json.dumps([fields, self.environment]).encode())
-        digest.update(np.asarray(kernel).tobytes())
-        return digest.hexdigest()[:32]
-
-
-def _read(
-    file: Path,
-    kernel: Float[Array, "m n"],
-    config: Method,
-    key: Key[Array, ""],
-) -> StoredLayer | None:
-    if not file.exists():
-        return None
-    shapes: Any = jax.eval_shape(lambda k, s: encode(k, s, config), kernel, key)
-    expected, structure = jax.tree.flatten(shapes)
-    try:
-        with safetensors.safe_open(file, framework="numpy") as reader:
-            leaves = [reader.get_tensor(str(i)) for i in range(len(expected))]
-            seconds = float(reader.metadata()["seconds"])
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
-        # Damaged, by a full disk say: the layer is computed again and replaces it.
-        return None
-    kinds = [[(leaf.shape, leaf.dtype) for leaf in tree] for tree in (leaves, expected)]
-    if kinds[0] != kinds[1]:
-        return None
-    tensor, report = jax.tree.unflatten(structure, jax.device_put(leaves))
-    return StoredLayer(tensor, report, seconds)
-
-
-Layers = Mapping[str, StoredLayer]
 
 decode = jax.jit(lambda tensor: tensor.decode())
 """The matrix of a packed tensor; compiled, it rounds otherwise than step by step."""
 
 
-def quantize_layers(
-    store: LayerStore,
-    kernels: Mapping[str, Float[Array, "m n"]],
-    config: Method,
-    key: Key[Array, ""],
-    label: str,
-) -> dict[str, StoredLayer]:
-    """Quantizes every kernel, each with a key of its path, or reads what is finished.
+def quantized_copy(
+    loaded: LoadedModel | LoadedClassifier,
+    rules: Rules,
+    seed: int,
+    work: Path,
+    weights_sha256: str,
+) -> QuantizedCopy:
+    """A quantized copy of a checkpoint, which is all that a row needs.
+
+    The copy is a directory in `work`, named after everything that it depends on but the
+    method's code. It is made unless it is there; a file of it holds one matrix, and an
+    interrupted run goes on behind the last one. Whoever deletes it only costs time.
 
     Args:
-      store: Keeps finished layers.
-      kernels: By path.
-      config: The method, the same for all.
-      key: Root key.
-      label: What the progress bar says.
+      loaded: The model in full precision.
+      rules: What is quantized, and how.
+      seed: Of everything random.
+      work: Directory for unfinished work; it must exist.
+      weights_sha256: Of the checkpoint.
 
     Raises:
-      NonFiniteError: If scales of the method overflow; names the path.
+      UsageError: If the rules do not suit the checkpoint.
+      CheckpointError: If a file cannot be written.
+      NonFiniteError: If scales of the method overflow; names the matrix.
     """
-    return quantize_each(store, kernels, dict.fromkeys(kernels, config), key, label)
-
-
-def quantize_each(
-    store: LayerStore,
-    kernels: Mapping[str, Float[Array, "m n"]],
-    configs: Mapping[str, Method],
-    key: Key[Array, ""],
-    label: str,
-) -> dict[str, StoredLayer]:
-    """Quantizes every kernel by the method of its path, or reads what is finished."""
-    progress = tqdm(kernels.items(), desc=label, unit="layer", disable=None)
-    return {
-        path: store.quantize(path, kernel, configs[path], path_key(key, path))
-        for path, kernel in progress
+    fields = [weights_sha256, rules_to_json(rules), seed, environment_fields()]
+    name = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
+    _remove_damaged(work / name)
+    result = quantize_checkpoint(
+        loaded.directory, work / name, rules, seed=seed, max_shard_bytes=1,
+        exist_ok=True,
+    )  # fmt: skip
+    heads = head_names(result.directory)
+    model = load_quantized(result.directory, head=heads[0] if heads else None).model
+    found = nnx.to_flat_state(nnx.state(model, PackedKernel))
+    tensors = {"/".join(map(str, path[:-1])): v.get_value() for path, v in found}
+    reports = {report.path: report for report in result.reports.values()}
+    layers = {
+        path: QuantizedLayer(tensors[path], reports[path])
+        for path in selected_kernels(loaded.model)
     }
+    return QuantizedCopy(model, layers)
+
+
+def _remove_damaged(directory: Path) -> None:
+    """Removes files that a full disk, say, left: they are made again."""
+    for file in directory.glob("*.safetensors"):
+        try:
+            with safetensors.safe_open(file, framework="numpy"):
+                continue
+        except safetensors.SafetensorError:
+            file.unlink()
+        if (directory / "config.json").exists():
+            shutil.rmtree(directory)
+            return
+
+
+def remove_copies(work: Path) -> None:
+    """Removes what `quantized_copy` made: rows of a large model would fill a disk."""
+    for directory in work.iterdir():
+        if (directory / "config.json").exists():
+            shutil.rmtree(directory)
 
 
 def decoded_kernels(layers: Layers) -> dict[str, Float[Array, "m n"]]:
@@ -214,7 +173,9 @@ def loss_fields(
     return {
         "relative_error": float(np.mean(errors)),
         "converged_share": 1 - failed / len(layers) if converges else None,
-        "quantize_seconds": sum(layer.seconds for layer in layers.values()),
+        "quantize_seconds": sum(
+            layer.report.seconds or 0.0 for layer in layers.values()
+        ),
     }
 
 
