@@ -572,7 +572,7 @@ def _lost(subject: Subject, point: Point) -> dict[str, Any]:
         "stored_bits_per_weight": bits / weights,
         "residual": mean("residual"),
         "steps_taken": mean("num_steps"),
-        **loss_fields(point.config, layers),
+        **loss_fields(layers),
     }
 
 

@@ -40,11 +40,17 @@ from experiments.common.flags import (
     parse_widths,
     run_program,
 )
-from experiments.common.methods import JOINT, METHODS, RowKind, choose_methods
+from experiments.common.methods import (
+    JOINT,
+    METHODS,
+    RowKind,
+    choose_methods,
+    joint_config,
+)
 from experiments.common.plots import COLOURS, new_figure, save_picture
 from experiments.common.results import environment_fields, prepare_output, write_results
 from experiments.common.tables import Column, Record, aligned_table, fixed, increase
-from kashin_jax import BasisSpec, JointKashin, quantize, stored_bits
+from kashin_jax import BasisSpec, quantize, stored_bits
 from kashin_jax.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from kashin_jax.io import open_safetensors
 from kashin_jax.methods import Method
@@ -208,7 +214,7 @@ def rate_row(
       method: How its configuration is made.
       bits: Code width.
       seed: Of the method.
-      effort: Of a joint coder.
+      effort: Of joint coding; None for other methods.
     """
     row = {
         "method": name, "bits": bits, **_ABSENT, "effort": effort,
@@ -217,10 +223,12 @@ def rate_row(
         **environment_fields(),
     }  # fmt: skip
     try:
-        quantizer = method.make(bits, BasisSpec.parse("hadamard"), _RTOL, _MAX_STEPS)
-        if isinstance(quantizer, JointKashin) and effort is not None:
+        basis = BasisSpec.parse("hadamard")
+        quantizer = method.make(bits, basis, _RTOL, _MAX_STEPS)
+        if effort is not None:
             # Weight error is what this table is about.
-            quantizer = dataclasses.replace(quantizer, effort=effort, unshrink=0.0)
+            joint = joint_config(bits, basis)
+            quantizer = dataclasses.replace(joint, effort=effort, unshrink=0.0)
     except ValueError as reason:
         return {**row, "note": str(reason)}
     try:

@@ -32,7 +32,13 @@ from experiments.common.flags import (
     run_program,
     short_model_name,
 )
-from experiments.common.methods import JOINT, METHODS, Width, choose_methods
+from experiments.common.methods import (
+    JOINT,
+    METHODS,
+    Width,
+    choose_methods,
+    joint_config,
+)
 from experiments.common.results import (
     environment_fields,
     prepare_output,
@@ -42,7 +48,7 @@ from experiments.common.results import (
 )
 from experiments.common.resumable import FinishedRecords
 from experiments.common.tables import Column, Record, aligned_table, fixed
-from kashin_jax import BasisSpec, JointKashin, Rules
+from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import open_safetensors
 from kashin_jax.methods import Method
@@ -154,13 +160,13 @@ def measure(
 
 def _quantizer(name: str, bits: Width, effort: str) -> Method | None:
     """The method; None where it does not exist at this width."""
+    basis = BasisSpec.parse("hadamard")
     try:
-        config = METHODS[name].make(bits, BasisSpec.parse("hadamard"), 1e-6, 6000)
+        if name == JOINT:
+            return dataclasses.replace(joint_config(bits, basis), effort=effort)
+        return METHODS[name].make(bits, basis, 1e-6, 6000)
     except ValueError:
         return None
-    if isinstance(config, JointKashin):
-        return dataclasses.replace(config, effort=effort)
-    return config
 
 
 def _row(

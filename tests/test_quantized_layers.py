@@ -122,7 +122,7 @@ def test_losses_are_means_over_layers(kashin, kernels):
         )
         return np.square(kernel - found).sum() / np.square(kernel).sum()
 
-    fields = loss_fields(KASHIN, kashin)
+    fields = loss_fields(kashin)
     expected = (lost("a/easy") + lost("b/hard")) / 2
     assert fields["relative_error"] == pytest.approx(expected, rel=1e-4)
     assert fields["converged_share"] == 0.5
@@ -134,7 +134,7 @@ def test_losses_are_means_over_layers(kashin, kernels):
 def test_layers_that_stay_lose_nothing_and_take_what_they_took(kashin):
     model = nnx.Linear(32, 96, rngs=nnx.Rngs(0))
     kept = frozenset({"b/hard"})
-    fields = loss_fields(KASHIN, kashin, kept)
+    fields = loss_fields(kashin, kept)
     easy = float(kashin["a/easy"].report.relative_squared_error)
     assert fields["relative_error"] == easy / 2
     # 4 bits each, sixteen pairs of float32, a scale and a seed; 2048 kept at 16 bits.
@@ -145,7 +145,7 @@ def test_layers_that_stay_lose_nothing_and_take_what_they_took(kashin):
 
 
 def test_methods_that_cannot_fail_to_converge_have_no_such_share(kernels):
-    fields = loss_fields(UNIFORM, layers_of(kernels, UNIFORM))
+    fields = loss_fields(layers_of(kernels, UNIFORM))
     assert fields["converged_share"] is None
 
 

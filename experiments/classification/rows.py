@@ -360,7 +360,7 @@ def _prepared(
         coded = {path: layer for path, layer in layers.items() if path not in kept}
         skipped = [f"^{re.escape(path)}$" for path in sorted(kept)]
         prepared[one.weights_sha256] = _Prepared(
-            {**fields, **loss_fields(config, layers, kept)},
+            {**fields, **loss_fields(layers, kept)},
             decoded_kernels(coded),
             {path: layer.tensor for path, layer in coded.items()},
             Rules(config=config, skip=skipped),

@@ -33,13 +33,13 @@ from experiments.common.quantized_layers import (
 from experiments.common.resumable import FinishedRecords, PartialScores, score_resumably
 from experiments.common.tables import Record
 from experiments.common.text import EvaluationText
-from kashin_jax import BasisSpec, GreedyKashin, JointKashin, Rule, Rules
+from kashin_jax import BasisSpec, JointKashin, Rule, Rules
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.evaluation import perplexity, window_nll
 from kashin_jax.methods import Method, QuantizationReport
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.pipeline import quantize_model, replace_kernels, selected_kernels
-from kashin_jax.tensors import QuantizedTensor
+from kashin_jax.tensors import KashinTensor, QuantizedTensor
 
 __all__ = ["Bench", "full_precision_row", "mixed_name", "quantized_row"]
 
@@ -208,7 +208,7 @@ def _measured(
     return {
         **size_fields(bench.loaded.model, width, layers, kept),
         "perplexity": bench.score(model, computation),
-        **loss_fields(config, layers, kept),
+        **loss_fields(layers, kept),
         "widths": plan.widths,
         "note": plan.note,
     }
@@ -268,7 +268,7 @@ def _quantized_model(
 ) -> nnx.Module:
     """Packed layers for Kashin; decoded kernels in the dense model for the controls."""
     dense, layers = bench.loaded.model, copy.layers
-    if not isinstance(config, GreedyKashin | JointKashin):
+    if not all(isinstance(one.tensor, KashinTensor) for one in layers.values()):
         return replace_kernels(dense, decoded_kernels(layers))
     if not kept:
         return copy.model
