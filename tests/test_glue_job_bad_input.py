@@ -93,7 +93,8 @@ def test_help_is_the_manual_with_every_flag(capsys):
     printed = capsys.readouterr()
     assert "Exit code 0: done" in printed.out
     for field in dataclasses.fields(GlueConfig):
-        assert f"--{field.name}:" in printed.out
+        name = f"[no]{field.name}" if field.type is bool else field.name
+        assert f"--{name}:" in printed.out
     assert printed.err == ""
 
 
@@ -266,8 +267,8 @@ def test_a_method_that_overflows_is_a_dash_and_names_the_layer(copy, tmp_path, c
     assert (rtn["method"], rtn["value"]) == ("rtn-g128", None)
     assert (uniform["method"], uniform["value"] is None) == ("uniform", False)
     printed = capsys.readouterr()
-    assert "`encoder/layers/1/output` reaches" in printed.out
+    assert f"`{WEIGHT}` reaches" in printed.out
     assert "rtn-g128, 4 bits: -" in printed.err
     (page,) = out.glob("*.md")
-    assert "`encoder/layers/1/output` reaches" in page.read_text()
+    assert f"`{WEIGHT}` reaches" in page.read_text()
     assert json.loads(next(out.glob("*.jsonl")).read_text().splitlines()[2])["note"]

@@ -88,7 +88,8 @@ def test_help_is_the_manual_with_every_flag(capsys):
     printed = capsys.readouterr()
     assert "Exit code 0: done" in printed.out
     for field in dataclasses.fields(OptPplConfig):
-        assert f"--{field.name}:" in printed.out
+        name = f"[no]{field.name}" if field.type is bool else field.name
+        assert f"--{name}:" in printed.out
     assert printed.err == ""
 
 
@@ -279,7 +280,7 @@ def test_a_method_that_overflows_is_a_dash_and_names_the_layer(copy, tmp_path, c
     out = tmp_path / "out"
     assert main([*arguments(copy, out), "--methods=rtn-channel,uniform"]) == 0
     table = capsys.readouterr().out
-    assert "`decoder/layers/1/fc1` reaches" in table
+    assert f"`{WEIGHT}` reaches" in table
     (jsonl,) = out.glob("*.jsonl")
     _, uniform, rtn = map(json.loads, jsonl.read_text().splitlines())
     assert rtn["method"] == "rtn-channel" and rtn["perplexity"] is None
