@@ -51,7 +51,7 @@ from experiments.common.tables import Column, Record, aligned_table, fixed
 from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import open_safetensors
-from kashin_jax.methods import Method
+from kashin_jax.methods import Method, config_to_json
 from kashin_jax.methods.joint.coder import EFFORTS
 from kashin_jax.pipeline import StreamResult, quantize_checkpoint
 
@@ -180,7 +180,7 @@ def _row(
         "model": source.name,
         "method": name,
         "bits": bits,
-        "config": repr(quantizer),
+        "config": config_to_json(quantizer),
         "seed": config.seed,
         "weights_sha256": source.sha256,
         **environment_fields(),
