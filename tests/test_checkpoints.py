@@ -51,7 +51,7 @@ def assert_same_layers(found, expected):
     assert found.keys() == expected.keys()
     for path, tensor in expected.items():
         # What was stored in half precision is loaded in single.
-        layout = dataclasses.replace(found[path].layout, dtype=tensor.dtype)
+        layout = dataclasses.replace(found[path].layout, dtype=tensor.layout.dtype)
         assert layout == tensor.layout
         for ours, theirs in zip(
             jax.tree.leaves(found[path]), jax.tree.leaves(tensor), strict=True

@@ -330,7 +330,7 @@ def test_half_precision_is_quantized_as_its_float32_values(config, dtype):
     q, _ = quantize(w, config, KEY)
     single, _ = quantize(w.astype(jnp.float32), config, KEY)
     assert codes_of(q) == codes_of(single)
-    assert q.dtype == jnp.dtype(dtype).name
+    assert q.dtype == jnp.dtype(dtype)
     assert dequantize(q).dtype == dtype
     assert dequantize(q, jnp.float32).dtype == jnp.float32
 

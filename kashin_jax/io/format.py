@@ -350,8 +350,8 @@ def leaf_specs(tensor: Any) -> dict[str, TensorSpec]:
     _type_name(tensor)
     return {
         leaf: TensorSpec(np.dtype(value.dtype).name, tuple(value.shape))
-        for leaf, value in _fields(tensor).items()
-        if leaf != "layout" and value is not None
+        for leaf, value in tensor.leaves().items()
+        if value is not None
     }
 
 
@@ -361,7 +361,7 @@ def to_leaves(tensor: QuantizedTensor) -> dict[str, Shaped[np.ndarray, "..."]]:
     Raises:
       UsageError: If it is of no type that can be stored.
     """
-    fields = _fields(tensor)
+    fields = tensor.leaves()
     return {leaf: np.asarray(fields[leaf]) for leaf in leaf_specs(tensor)}
 
 
@@ -429,11 +429,6 @@ def from_leaves(
     }
     tensor: QuantizedTensor = cls(**fields | {"layout": layout})
     return tensor
-
-
-def _fields(tensor: Any) -> dict[str, Any]:
-    names = (field.name for field in dataclasses.fields(tensor))
-    return {name: getattr(tensor, name) for name in names}
 
 
 def _type_name(tensor: Any) -> str:

@@ -136,7 +136,7 @@ class QuantizedEmbed(nnx.Module):
         query = query.astype(jnp.result_type(query.dtype, table.dtype))
         flat = query.reshape(-1, self.features)
         y = prepared.transposed_product(flat)
-        return _placed(y.reshape(*query.shape[:-1], -1), out_sharding)
+        return _placed(y.reshape(*query.shape[:-1], y.shape[-1]), out_sharding)
 
 
 @partial(jax.jit, inline=True)

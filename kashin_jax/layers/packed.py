@@ -1,4 +1,4 @@
-"""The variables in which layers hold a packed matrix."""
+"""How Flax holds packed matrices: variables of layers, and state dicts."""
 
 from collections.abc import Hashable
 from operator import itemgetter
@@ -7,11 +7,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, serialization
 from jaxtyping import Array, Float
 
 from kashin_jax.bases import Basis, KroneckerBasis
-from kashin_jax.tensors import Bases, KashinTensor, Prepared, QuantizedTensor
+from kashin_jax.tensors import (
+    AffineTensor,
+    Bases,
+    CodebookTensor,
+    KashinTensor,
+    Prepared,
+    QuantizedTensor,
+)
 
 __all__ = [
     "DerivedBasis",
@@ -114,7 +121,9 @@ def pack(tensor: QuantizedTensor | Packed, known: Inputs | None = None) -> Packe
         inputs = known[name] = DerivedBasis(left)
     else:
         inputs = found
-        inputs.set_value(inputs.get_value()._replace(scale=tensor.in_scale))
+        # A copy: who donates a model must not donate one buffer twice.
+        scale = None if tensor.in_scale is None else jnp.array(tensor.in_scale)
+        inputs.set_value(inputs.get_value()._replace(scale=scale))
     return Packed(PackedKernel(tensor), inputs, DerivedBasis(right))
 
 
@@ -145,4 +154,41 @@ def _input_name(tensor: KashinTensor) -> Hashable:
         None if scale is None else (scale.dtype.name, np.asarray(scale).tobytes()),
         (layout.shape[0], layout.block_shape[0]),
         (layout.basis.left, layout.rotation and layout.rotation.left),
+    )
+
+
+def _to_state(tensor: QuantizedTensor) -> dict[str, Any]:
+    """The leaves that a tensor stores, by name; its layout is that of the target."""
+    leaves = tensor.leaves()
+    return {
+        name: serialization.to_state_dict(leaf)
+        for name, leaf in leaves.items()
+        if leaf is not None
+    }
+
+
+def _from_state(target: QuantizedTensor, state: dict[str, Any]) -> QuantizedTensor:
+    """The target with other leaves.
+
+    Raises:
+      ValueError: If the state has not the leaves of the target.
+    """
+    leaves = {name: leaf for name, leaf in target.leaves().items() if leaf is not None}
+    if leaves.keys() != state.keys():
+        odd = min(leaves.keys() ^ state.keys())
+        raise ValueError(
+            f"The state of a {type(target).__name__} and its target differ in the leaf "
+            f"`{odd}`; give a target that was quantized by the same method."
+        )
+    return target.replace(
+        **{
+            name: serialization.from_state_dict(leaf, state[name], name=name)
+            for name, leaf in leaves.items()
+        }
+    )
+
+
+for _kind in (KashinTensor, AffineTensor, CodebookTensor):
+    serialization.register_serialization_state(
+        _kind, _to_state, _from_state, override=True
     )

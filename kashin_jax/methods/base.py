@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Float16, Key, UInt32
 
 from kashin_jax.bases import BasisSpec, seed_from_key
@@ -90,11 +91,20 @@ class Method:
     has_half_scales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        self._as_python()
         if not 1 <= self.bits <= 8:
             raise ValueError(f"`bits` must lie in [1, 8]. Got bits={self.bits}.")
         size = getattr(self, "group_size", None)
         if size is not None and size < 1:
             raise ValueError(f"`group_size` must be at least 1. Got {size}.")
+
+    def _as_python(self) -> None:
+        """Numbers of NumPy, as loops over `np.arange` give them, become Python's."""
+        own: Any = self
+        for field in dataclasses.fields(own):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError, naming the remedy, if no such matrix can be encoded."""

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float16, Int, Key, Num
 
-from kashin_jax.errors import NonFiniteError
+from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.methods.base import Encoded, Method
 from kashin_jax.methods.joint.coder import JointKashin
 from kashin_jax.tensors import Prepared, QuantizedTensor, prepare
@@ -24,6 +25,9 @@ __all__ = [
 
 DEFAULT_CONFIG = JointKashin()
 """Joint coding at 4 bits; the 2024 paper's method is `GreedyKashin`."""
+
+# Integers as wide as the types of weights, in bytes.
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 # Weights decoded at a time to measure what was lost, 64 MiB as float32.
 _BAND = 2**24
@@ -78,7 +82,7 @@ def quantize(
       NonFiniteError: If it holds NaN or infinity, or is too large to be stored.
     """
     config = DEFAULT_CONFIG if config is None else config
-    weight = jnp.asarray(weight)  # NumPy's float64 too: the layout records the type
+    weight = _whole(jnp.asarray(weight))  # NumPy's float64: the layout has the type
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"`{path}` has type {weight.dtype}; cast it to float first.")
     try:
@@ -99,7 +103,34 @@ def quantize(
             f"what {type(config).__name__} stores. Rescale it"
             + (remedy if config.has_half_scales else ".")
         )
+    if report.relative_squared_error > 0.5 and config.has_half_scales:
+        _refuse_underflow(weight, config, path)
     return tensor, report
+
+
+def _whole(weight: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
+    """The matrix on every device of its mesh, where axes are explicit.
+
+    Blocks are cut across the axes, and what is cut there would have to say how its
+    result is laid out. Over axes of other kinds XLA moves what it needs.
+    """
+    sharding = weight.sharding
+    if not isinstance(sharding, NamedSharding):
+        return weight
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return weight
+    return jax.device_put(weight, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def _refuse_underflow(weight: Float[Array, "m n"], config: Method, path: str) -> None:
+    peak = float(jnp.max(jnp.abs(weight)))
+    # Steps below this have less than six bits in half precision.
+    if 0 < peak / 2**config.bits < 2.0**-18:
+        raise UsageError(
+            f"`{path}` reaches {peak:.3g} only, too little for the half-precision "
+            f"scales of {type(config).__name__}. Rescale it, or use GreedyKashin, with "
+            "scales in float32."
+        )
 
 
 def quantize_stack(
@@ -182,7 +213,12 @@ def _relative_squared_error(
             (stacked(weight, bands), tensors),
         )
     total, lost = jax.tree.map(jnp.sum, parts)
-    return lost / jnp.where(total > 0, total, 1.0)
+    # Numbers so small that XLA takes them for zeros are not: all of them is lost.
+    kind = _UNSIGNED[weight.dtype.itemsize]
+    # All bits but the sign, which zeros may have.
+    magnitude = jax.lax.bitcast_convert_type(weight, kind) << 1
+    is_lost = jnp.any(magnitude != 0).astype(jnp.float32)
+    return jnp.where(total > 0, lost / jnp.where(total > 0, total, 1.0), is_lost)
 
 
 def require_finite(weight: Num[Array, "*shape"], path: str) -> None:

@@ -78,10 +78,13 @@ class QuantizedTensor:
         return (*self.packed_codes.shape[:-1], *self.shape)
 
     @property
-    def dtype(self) -> str:
-        """Name of the type that the matrix had."""
-        dtype: str = self.layout.dtype
-        return dtype
+    def dtype(self) -> np.dtype:
+        """The type that the matrix had."""
+        return jnp.dtype(self.layout.dtype)
+
+    def leaves(self) -> dict[str, Any]:
+        """All that is stored, by name; None for what a tensor does not have."""
+        return {k: v for k, v in _fields(self).items() if k != "layout"}
 
     @property
     def stored_bits(self) -> int:
@@ -190,9 +193,9 @@ class Prepared:
         return shape
 
     @property
-    def dtype(self) -> str:
-        """Name of the type that the matrix had."""
-        dtype: str = self.tensor.dtype
+    def dtype(self) -> np.dtype:
+        """The type that the matrix had."""
+        dtype: np.dtype = self.tensor.dtype
         return dtype
 
     def prepare(self) -> "Prepared":

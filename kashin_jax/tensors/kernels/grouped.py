@@ -16,6 +16,8 @@ from kashin_jax.tensors.kernels.planes import (
     by_tile,
     plane_rows,
     scales_of_tiles,
+    varying_as,
+    widened,
 )
 from kashin_jax.tensors.levels import MOST_SELECTED, select, select_levels
 from kashin_jax.tensors.products import ProductOptions, dot
@@ -32,7 +34,7 @@ def grouped_product(
     """`x @ Q1 A Q2^T`, or without rotation `x @ A`, decoded in parts."""
     (m, n), basis, x = tensor.shape, bases.basis, rows
     if basis is not None:
-        x = by_blocks(basis.left.analysis, x, m)
+        x = by_blocks(basis.left.analysis, widened(x), m)
     height = _plane_rows(tensor, options.max_tile, len(x))
     if height is None:
         y = _by_tiles(x, tensor, options.max_tile, options.precision)
@@ -129,7 +131,8 @@ def _by_tiles(
         return y + dot(x_tile, values.reshape(tile, n), precision), None
 
     padded = jnp.pad(x, ((0, 0), (0, tiles * tile - m)))
-    start = jnp.zeros((x.shape[0], n), jnp.float32)
+    zeros = jnp.zeros((x.shape[0], n), jnp.float32)
+    start = varying_as(zeros, x, tensor)
     parts = packed, by_tile(padded, tile), jnp.arange(tiles)
     y, _ = jax.lax.scan(add, start, parts)
     return y

@@ -23,7 +23,7 @@ from kashin_jax.tensors.kernels.factors import (
     factor_rows,
     row_product,
 )
-from kashin_jax.tensors.kernels.planes import by_blocks, by_tile
+from kashin_jax.tensors.kernels.planes import by_blocks, by_tile, varying_as, widened
 from kashin_jax.tensors.products import ProductOptions, dot
 
 __all__ = ["kashin_product"]
@@ -42,7 +42,7 @@ def kashin_product(
     """
     basis, rotation = bases
     assert basis is not None, "a Kashin tensor has one"
-    y = _scaled_inputs(rows, tensor, rotation)
+    y = _scaled_inputs(widened(rows), tensor, rotation)
     is_many = len(y) >= options.many_rows
     y = _block_product(y, tensor, basis, options.max_tile, options.precision, is_many)
     return _scaled_outputs(y, tensor, rotation)
@@ -102,7 +102,8 @@ def _by_bands(
         return y + dot(x_band, band.decode(Bases(basis)), precision), None
 
     by_band = by_tile(x, x.shape[1] // bands)
-    start = jnp.zeros((x.shape[0], tensor.shape[1]), jnp.float32)
+    zeros = jnp.zeros((x.shape[0], tensor.shape[1]), jnp.float32)
+    start = varying_as(zeros, x, tensor, basis)
     y, _ = jax.lax.scan(add, start, (by_band, cut_rows(tensor, bands)))
     return y
 
@@ -152,6 +153,7 @@ def _by_tiles(
         ), None
 
     zeros = jnp.zeros((x.shape[0], n), jnp.float32)
+    zeros = varying_as(zeros, x, rotated, tensor)
     parts = (packed, coarse, scale, padded(x), padded(rotated))
     products, _ = jax.lax.scan(accumulate, (zeros, zeros), parts)
     return products

@@ -8,10 +8,11 @@ put in order, and scales of columns are taken into the sums instead of the weigh
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 
 __all__ = [
     "PlaneProduct",
@@ -22,6 +23,8 @@ __all__ = [
     "plane_count",
     "plane_rows",
     "unpacked",
+    "varying_as",
+    "widened",
 ]
 
 _LEAST_ROWS = 8
@@ -118,7 +121,8 @@ def add_planes(
         return added, None
 
     tiles = packed.reshape(-1, rows, n * bits // 8)
-    by_plane = [tuple(each[:, columns] for each in start) for columns in own]
+    begun = [varying_as(each, packed, parts) for each in start]
+    by_plane = [tuple(each[:, columns] for each in begun) for columns in own]
     sums, _ = jax.lax.scan(add, by_plane, (tiles, parts))
     joined = (
         jnp.stack(planes_of_one, axis=2) for planes_of_one in zip(*sums, strict=True)
@@ -131,6 +135,38 @@ def _scaled(
 ) -> Float[Array, "s p"]:
     blocks = values.reshape(len(factors), -1, values.shape[1])
     return (blocks * factors[:, None]).reshape(values.shape)
+
+
+def widened(x: Float[Array, "r m"]) -> Float[Array, "r m"]:
+    """Activations in a type that scales and rotations of inputs do not overflow.
+
+    Half precision ends at 65,504: 2,500 times an input's scale of 36 is beyond it,
+    where the product itself is not. bfloat16 has the range of float32.
+    """
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+
+
+def varying_as(
+    start: Float[Array, "r n"], *others: PyTree[Array]
+) -> Float[Array, "r n"]:
+    """A first sum that varies over the axes of `shard_map` that its terms vary over.
+
+    Loops want sums of one type, and inside `shard_map` fresh zeros are equal on all
+    devices where what is added to them is not.
+    """
+    axes = set().union(*map(_varying_axes, jax.tree.leaves(others)))
+    missing = tuple(sorted(axes - _varying_axes(start)))
+    return jax.lax.pcast(start, missing, to="varying") if missing else start
+
+
+def _varying_axes(leaf: Array) -> frozenset[str]:
+    kind: Any = jax.typeof(leaf)
+    # `vma` in versions of JAX before and, for all we know, after.
+    manual = getattr(kind, "manual_axis_type", None)
+    axes: frozenset[str] = (
+        getattr(kind, "vma", frozenset()) if manual is None else manual.varying
+    )
+    return axes
 
 
 def by_tile(x: Float[Array, "r m"], rows: int) -> Float[Array, "t r s"]:
