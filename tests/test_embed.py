@@ -207,3 +207,11 @@ def test_many_tokens_and_logits_need_no_more_than_a_tile(monkeypatch):
     query = table((2, 64))
     assert max(decoded_sizes(logits_of, query, tensor)) <= 2**13
     assert_close(tensor.transposed_product(query), query @ dequantize(tensor).T)
+
+
+def test_no_queries_have_no_logits():
+    packed, dense = pair()
+    nothing = jnp.zeros((0, FEATURES))
+    assert (
+        packed.attend(nothing).shape == dense.attend(nothing).shape == (0, VOCABULARY)
+    )

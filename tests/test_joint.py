@@ -578,3 +578,20 @@ def test_the_fast_and_the_dense_transforms_of_the_search_agree(monkeypatch):
     assert share_of_equal(*found) > 0.98
     errors = [error_of(x, words, basis) for words in found]
     np.testing.assert_allclose(*errors, rtol=0.01)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("seen", [slice(0, None, 2), slice(0, 3)])
+def test_an_input_that_nobody_heard_loses_less_than_zeros_in_its_place(bits, seen):
+    """Importances of 0 once scaled a row so far that it lost 176 times itself."""
+    w = np.asarray(problems.gaussian(256, 64)) * 0.02
+    importance = np.zeros(256, np.float32)
+    importance[seen] = 1.0
+    config = JointKashin(bits=bits, effort="fast")
+    q, _ = quantize(w, config, KEY, importance=importance)
+    lost = np.sum((np.asarray(q.decode()) - w) ** 2, axis=1) / np.sum(w**2, axis=1)
+    assert lost.max() < 1
+    # What is heard is coded better than by a coder that hears all alike.
+    plain, _ = quantize(w, config, KEY)
+    alike = np.sum((np.asarray(plain.decode()) - w) ** 2, axis=1) / np.sum(w**2, axis=1)
+    assert lost[seen].mean() < alike[seen].mean()

@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from packed_matrices import random_tensor
 
 from kashin_jax import (
     NF4,
     RTN,
     GreedyKashin,
+    JointKashin,
     QuantizedLinear,
     dequantize,
+    quantize_model,
     stored_bits,
 )
 from kashin_jax.layers import DerivedBasis, PackedKernel
@@ -174,3 +176,17 @@ def test_features_must_match_the_layer():
     packed, _ = pair()
     with pytest.raises(ValueError, match=r"`x` has 24 features"):
         packed(activations((4, 24)))
+
+
+def test_packed_models_are_tabulated_and_written_by_flax():
+    """Flax asks a value for its type, and knows no classes but its own and NumPy's."""
+    model = nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(0)))
+    packed = quantize_model(model, RTN()).model
+    assert "float32[32,32]" in nnx.tabulate(packed, jnp.ones((2, 32)))
+    tensor = random_tensor(JointKashin(bits=2.5), (32, 32))
+    target = jax.tree.map(jnp.zeros_like, tensor)
+    again = serialization.from_bytes(target, serialization.to_bytes(tensor))
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, tensor))
+    other = random_tensor(RTN(), (32, 32))
+    with pytest.raises(ValueError, match="differ in the leaf `centroids`"):
+        serialization.from_state_dict(tensor, serialization.to_state_dict(other))

@@ -5,6 +5,8 @@ with a user's, once it is registered.
 """
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -176,3 +178,19 @@ def test_a_packed_matrix_says_what_it_is():
         "AffineTensor(64 x 32, 5.250 bits per weight, 4-bit affine codes, groups of "
         "16, 1,344 bytes)"
     )
+
+
+@pytest.mark.slow
+def test_numbers_of_numpy_become_pythons():
+    """`for bits in np.arange(2, 5)` gave configurations that no file could hold.
+
+    In a process of its own, where nobody checks the types of fields.
+    """
+    code = "import numpy as np; from kashin_jax import RTN, JointKashin as J; print("
+    code += (
+        "type(RTN(group_size=np.int64(9)).group_size), type(J(bits=np.int64(3)).bits))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[0] == "<class 'int'> <class 'int'>"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from packed_matrices import random_tensor
 
-from kashin_jax import RTN, JointKashin, KMeans, Rotated, matmul, prepare
+from kashin_jax import RTN, JointKashin, KMeans, Rotated, matmul, prepare, quantize
 from kashin_jax.tensors import QuantizedTensor, products, register_kernel
 
 CONFIGS = [JointKashin(), Rotated(RTN(group_size=16)), KMeans()]
@@ -101,3 +101,18 @@ def test_a_kernel_registered_later_is_used_although_programs_are_kept(monkeypatc
     register_kernel(Doubled, lambda rows, *_: jnp.zeros((rows.shape[0], 16)))
     assert np.any(before)
     np.testing.assert_array_equal(X @ q, np.zeros((3, 16)))
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda config: config.name)
+def test_half_precision_holds_what_scales_and_rotations_make_of_an_input(config):
+    """2,500 times a scale of 36 is beyond float16, where the product is not."""
+    w = np.random.default_rng(0).normal(size=(512, 16)).astype(np.float32) / 50
+    w[7] *= 100
+    q = quantize(w, config)[0]
+    x = np.random.default_rng(1).normal(size=(4, 512))
+    x[:, 7] = 2500
+    x = jnp.asarray(x, jnp.float16)
+    dense = x.astype(jnp.float32) @ q.decode()
+    y = x @ q
+    assert y.dtype == jnp.float16
+    np.testing.assert_allclose(y.astype(jnp.float32), dense, rtol=0.02, atol=30)

@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 
 from kashin_jax import (
+    HQQ,
     NF4,
     RTN,
     BasisSpec,
@@ -499,3 +500,20 @@ def test_the_same_key_gives_the_same_bytes_eagerly_and_under_jit():
     assert jitted.layout == eager.layout and (jitted.seed == eager.seed).all()
     other, _ = encode(w, jax.random.key(6), SMALL)
     assert codes_of(other) != codes_of(eager)
+
+
+@pytest.mark.parametrize("config", [RTN(group_size=16), NF4(group_size=16), HQQ()])
+def test_weights_below_half_precision_scales_are_refused(config):
+    """Their steps are 0 in float16, and all of the matrix was lost in silence."""
+    with pytest.raises(ValueError, match=r"`fc` reaches .*e-09 only, too little"):
+        quantize(1e-9 * weight((64, 32)), config, KEY, path="fc")
+
+
+@pytest.mark.parametrize("config", [RTN(group_size=16), GreedyKashin(num_restarts=1)])
+def test_a_matrix_of_denormal_numbers_is_reported_as_lost(config):
+    """XLA takes them for zeros, and an error of 0 was reported."""
+    tiny = np.full((16, 24), 1e-39, np.float32)
+    _, report = quantize(tiny, config, KEY)
+    assert report.relative_squared_error == 1
+    _, report = quantize(np.zeros((16, 24), np.float32), config, KEY)
+    assert report.relative_squared_error == 0

@@ -286,3 +286,14 @@ def test_a_damaged_member_is_named_before_any_is_packed(dense):
 def test_a_pattern_by_which_nothing_is_shared_is_an_error(dense, share, named):
     with pytest.raises(UsageError, match=named):
         quantize_model(dense, rules=Rules(config=CONFIG, share=share))
+
+
+def test_a_model_with_shared_inputs_can_be_donated():
+    """The common scale was one buffer in two variables, and donated twice."""
+    model = make_linears(q_proj=64, k_proj=64)
+    rules = Rules(config=JointKashin(effort="fast"), share=SHARED_INPUTS)
+    packed = quantize_model(model, rules=rules).model
+    graphdef, state = nnx.split(packed)
+    leaves = jax.tree.leaves(state)
+    places = [leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.size]
+    assert len(places) == len(set(places))

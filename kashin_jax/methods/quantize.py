@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float16, Int, Key, Num
 
 from kashin_jax.errors import NonFiniteError, UsageError
@@ -82,7 +82,8 @@ def quantize(
       NonFiniteError: If it holds NaN or infinity, or is too large to be stored.
     """
     config = DEFAULT_CONFIG if config is None else config
-    weight = _whole(jnp.asarray(weight))  # NumPy's float64: the layout has the type
+    # NumPy's float64 too: the layout records the type.
+    weight, target = _on_one_device(jnp.asarray(weight))
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"`{path}` has type {weight.dtype}; cast it to float first.")
     try:
@@ -105,21 +106,25 @@ def quantize(
         )
     if report.relative_squared_error > 0.5 and config.has_half_scales:
         _refuse_underflow(weight, config, path)
-    return tensor, report
+    return (
+        (tensor, report) if target is None else jax.device_put((tensor, report), target)
+    )
 
 
-def _whole(weight: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
-    """The matrix on every device of its mesh, where axes are explicit.
+def _on_one_device(
+    weight: Num[Array, "*shape"],
+) -> tuple[Num[Array, "*shape"], NamedSharding | None]:
+    """The matrix on one device, and where its codes go: to all that it was cut over.
 
-    Blocks are cut across the axes, and what is cut there would have to say how its
-    result is laid out. Over axes of other kinds XLA moves what it needs.
+    Blocks lie across the cuts, sums over parts round otherwise than sums over the
+    whole, and codes are to be those of the matrix, wherever it lies.
     """
     sharding = weight.sharding
-    if not isinstance(sharding, NamedSharding):
-        return weight
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return weight
-    return jax.device_put(weight, NamedSharding(sharding.mesh, PartitionSpec()))
+    if len(sharding.device_set) == 1 or not sharding.is_fully_addressable:
+        return weight, None
+    mesh = getattr(sharding, "mesh", None)
+    target = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.device_put(weight, weight.addressable_shards[0].device), target
 
 
 def _refuse_underflow(weight: Float[Array, "m n"], config: Method, path: str) -> None:

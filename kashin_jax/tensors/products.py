@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 __all__ = [
@@ -127,6 +128,28 @@ def _product(
     x: Float[Array, "*b m"],
     tensor: Any,
     bases: Any,
+    kernels: tuple[tuple[str | None, Kernel], ...],
+    options: ProductOptions,
+) -> Float[Array, "*b n"]:
+    sharding = jax.typeof(x).sharding
+    if any(axis is not None for axis in sharding.spec):
+        # Over explicit axes kernels would have to say how each reshape is laid out.
+        # What they make of rows is left to XLA; the batch axes stay as they are.
+        spec = PartitionSpec(*sharding.spec[:-1], None)
+        free = jax.sharding.auto_axes(
+            partial(_product_of_rows, kernels=kernels, options=options),
+            out_sharding=NamedSharding(sharding.mesh, spec),
+        )
+        y: Array = free(x, tensor, bases)
+        return y
+    return _product_of_rows(x, tensor, bases, kernels=kernels, options=options)
+
+
+def _product_of_rows(
+    x: Float[Array, "*b m"],
+    tensor: Any,
+    bases: Any,
+    *,
     kernels: tuple[tuple[str | None, Kernel], ...],
     options: ProductOptions,
 ) -> Float[Array, "*b n"]:
