@@ -505,7 +505,7 @@ def test_the_same_key_gives_the_same_bytes_eagerly_and_under_jit():
 @pytest.mark.parametrize("config", [RTN(group_size=16), NF4(group_size=16), HQQ()])
 def test_weights_below_half_precision_scales_are_refused(config):
     """Their steps are 0 in float16, and all of the matrix was lost in silence."""
-    with pytest.raises(ValueError, match=r"`fc` reaches .*e-09 only, too little"):
+    with pytest.raises(ValueError, match=r"`fc` reaches .*e-0[89] only, too little"):
         quantize(1e-9 * weight((64, 32)), config, KEY, path="fc")
 
 
