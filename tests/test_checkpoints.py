@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from opt_checkpoints import WIKI
-from quantized_sources import RTN_RULES, every_method, make_source, method
+from quantized_sources import RTN_RULES, edit_json, every_method, make_source, method
 from tiny_classifier import make_classifier
 
 from kashin_jax import Rule, Rules, quantize_model
+from kashin_jax.errors import CheckpointError
 from kashin_jax.io import open_checkpoint, save_checkpoint
 from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
 from kashin_jax.methods import config_to_json, method_names
@@ -20,6 +21,7 @@ from kashin_jax.models import load_classifier
 from kashin_jax.models.loading import load_opt
 from kashin_jax.pipeline import (
     REPORT_NAME,
+    dequantize_checkpoint,
     inspect_checkpoint,
     load_quantized,
     packed_layers,
@@ -155,19 +157,74 @@ def test_embeddings_that_a_rule_names_are_quantized_as_in_memory(source, tmp_pat
     )
 
 
-def test_a_tied_head_that_is_stored_too_may_stay_beside_a_packed_embedding(
-    source, tmp_path
-):
+EMBEDDING = "model.decoder.embed_tokens.weight"
+
+
+def with_tied_head(source, directory, head="lm_head.weight", change=0):
+    """A copy of a checkpoint that also stores the head that config.json ties."""
     before = open_checkpoint(source)
     tensors = {name: before.load(name) for name in before.names()}
-    embedding = "model.decoder.embed_tokens.weight"
-    tensors["lm_head.weight"] = tensors[embedding].copy()
-    save_checkpoint(tmp_path / "source", tensors, before.config)
-    rules = Rules(config=method("rtn"), rules=[Rule("embed_tokens", method("nf4"))])
-    quantize_checkpoint(tmp_path / "source", tmp_path / "q", rules)
+    copy = tensors[EMBEDDING] + np.float16(change)
+    tensors[head] = np.ascontiguousarray(copy.T if "kernel" in head else copy)
+    save_checkpoint(directory, tensors, before.config)
+    return directory
+
+
+@pytest.mark.parametrize("head", ["lm_head.weight", "lm_head.kernel"])
+@pytest.mark.parametrize("named", ["embed_tokens", "lm_head", "embed_tokens|lm_head"])
+def test_a_tied_head_that_is_stored_too_is_packed_once_and_stays_tied(
+    source, tmp_path, head, named
+):
+    # Each of the two was quantized alone: the result, or what was decoded from it,
+    # could not be loaded.
+    rules = Rules(config=method("rtn"), rules=[Rule(named, method("nf4"))])
+    quantize_checkpoint(
+        with_tied_head(source, tmp_path / "s", head), tmp_path / "q", rules
+    )
+    found = open_checkpoint(tmp_path / "q")
+    assert head not in found.names() and found.is_packed(EMBEDDING)
     loaded = load_quantized(tmp_path / "q")
-    assert packed_in(loaded.model).keys() >= {"decoder/embed_tokens"}
-    outputs(loaded.model, jnp.arange(20)[None])
+    assert "decoder/embed_tokens" in packed_in(loaded.model)
+    dequantize_checkpoint(tmp_path / "q", tmp_path / "back")
+    tokens = jnp.arange(20)[None]
+    np.testing.assert_allclose(
+        outputs(loaded.model, tokens),
+        outputs(load_opt(tmp_path / "back").model, tokens),
+        atol=2e-2,
+    )
+
+
+def test_a_tied_head_that_is_to_be_skipped_keeps_the_embedding(source, tmp_path):
+    rules = Rules(
+        config=method("rtn"), rules=[Rule("embed", method("nf4"))], skip=["lm_head"]
+    )
+    copy = open_checkpoint(with_tied_head(source, tmp_path / "s"))
+    plan = plan_checkpoint(copy, rules)
+    reasons = {layer.choice.name: layer.choice.reason for layer in plan.layers}
+    assert reasons[EMBEDDING] == "tied to lm_head"
+
+
+def test_a_head_that_is_not_the_embedding_is_not_dropped(source, tmp_path):
+    copy = with_tied_head(source, tmp_path / "s", change=1)
+    with pytest.raises(
+        CheckpointError, match="`lm_head.weight` differs from the token"
+    ):
+        quantize_checkpoint(copy, tmp_path / "q", RTN_RULES)
+    edit_json(copy / "config.json", lambda c: c.update(tie_word_embeddings=False))
+    quantize_checkpoint(copy, tmp_path / "q", RTN_RULES)
+    assert "lm_head.weight" in open_checkpoint(tmp_path / "q").names()
+
+
+def test_packed_tensors_that_the_model_has_no_place_for_are_left_alone(tmp_path):
+    # RoBERTa's pooler is stored by some versions of transformers, and used by none.
+    make_classifier(tmp_path / "own", "sst2", kind="roberta")
+    before = open_checkpoint(tmp_path / "own")
+    tensors = {name: before.load(name) for name in before.names()}
+    tensors["roberta.pooler.dense.weight"] = np.ones((64, 64), np.float32)
+    save_checkpoint(tmp_path / "source", tensors, before.config)
+    quantize_checkpoint(tmp_path / "source", tmp_path / "q", RTN_RULES)
+    assert open_checkpoint(tmp_path / "q").is_packed("roberta.pooler.dense.weight")
+    assert len(packed_in(load_quantized(tmp_path / "q").model)) == 12
 
 
 def test_what_the_rules_leave_is_copied_byte_for_byte(source, tmp_path):

@@ -1,8 +1,8 @@
 """The architectures that checkpoints are loaded as: a file and a line for each."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from kashin_jax.errors import CheckpointError
 from kashin_jax.models.architecture import Architecture
@@ -10,7 +10,7 @@ from kashin_jax.models.bert import BERT, DISTILBERT, ROBERTA
 from kashin_jax.models.names import Names
 from kashin_jax.models.opt import OPT
 
-__all__ = ["ARCHITECTURES", "find_architecture", "names_of"]
+__all__ = ["ARCHITECTURES", "TiedCopy", "find_architecture", "names_of", "tied_copy"]
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {entry.model_type: entry for entry in (BERT, DISTILBERT, OPT, ROBERTA)}
@@ -44,3 +44,33 @@ def names_of(model_type: str) -> Names:
     """Names of an architecture; a guess for one that is not registered."""
     entry = ARCHITECTURES.get(model_type)
     return _UNKNOWN if entry is None else entry.names
+
+
+class TiedCopy(NamedTuple):
+    """An output matrix that a checkpoint holds beside the embedding it is tied to.
+
+    Attributes:
+      head: Its stored name.
+      embedding: The stored name of the embedding.
+    """
+
+    head: str
+    embedding: str
+
+
+def tied_copy(stored: Iterable[str], config: Mapping[str, Any]) -> TiedCopy | None:
+    """The needless copy of a tied embedding; None where there is none.
+
+    Args:
+      stored: Names of all tensors of the checkpoint.
+      config: Content of its `config.json`; may be empty.
+    """
+    entry = ARCHITECTURES.get(str(config.get("model_type")))
+    if entry is None or entry.tied is None:
+        return None
+    if not config.get("tie_word_embeddings", entry.config.tie_word_embeddings):
+        return None
+    parsed = {name: entry.names.parse(name) for name in stored}
+    by_stem = {found.name: name for name, found in parsed.items() if found is not None}
+    head, embedding = (by_stem.get(entry.names.stem(path)) for path in entry.tied)
+    return TiedCopy(head, embedding) if head and embedding else None

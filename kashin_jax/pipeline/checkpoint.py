@@ -1,5 +1,6 @@
 """Quantizing a checkpoint that may be larger than memory, and undoing it."""
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 from tqdm import tqdm
 
-from kashin_jax.errors import UsageError
+from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import (
     MAX_SHARD_BYTES,
     Checkpoint,
@@ -30,6 +31,7 @@ from kashin_jax.io import (
     write_index,
     write_stored,
 )
+from kashin_jax.models.registry import tied_copy
 from kashin_jax.pipeline.names import layer_names
 from kashin_jax.pipeline.plan import (
     Candidate,
@@ -65,6 +67,8 @@ __all__ = [
 _FLOATS = frozenset({"float32", "bfloat16", "float16"})
 # Weights in any form; the other files of a checkpoint go along.
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".pt", ".pth", ".onnx", ".gguf")
+# Of a table that is compared with another one.
+_ROWS = 4096
 _OWN = frozenset({"config.json", "model.safetensors.index.json", REPORT_NAME})
 
 WriteTensor = Callable[[TensorWriter, str], LayerReport | None]
@@ -88,7 +92,8 @@ def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
     """Applies rules to every matrix of a checkpoint; quantizes and reads nothing.
 
     Matrices are the floating-point tensors of two axes named `weight`, `kernel` or
-    `embedding`.
+    `embedding`. A head that is stored beside the embedding it is tied to is left out:
+    rules that name either are about the embedding.
 
     Raises:
       UsageError: If the checkpoint is quantized already, a rule matches nothing, a
@@ -101,15 +106,16 @@ def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
             f"{source.directory}: is quantized already; name the original checkpoint, "
             "or undo it with `kashin dequantize`."
         )
-    candidates = _candidates(source)
-    what = f"matrices of {source.directory}"
     rules = Rules() if rules is None else rules
+    candidates = _candidates(source, rules)
+    what = f"matrices of {source.directory}"
     choices = choose_methods(candidates, None, rules, None, what=what)
     matrices = {each.stored_name for each in candidates}
-    others = [name for name in source.names() if name not in matrices]
+    stored = _without_copy(source)
+    others = [name for name in stored if name not in matrices]
     plan = make_plan(choices, sum(source.spec(name).size for name in others))
     packed = {layer.choice.name: layer for layer in plan.quantized}
-    tensors = (_stored(source, name, packed.get(name)) for name in source.names())
+    tensors = (_stored(source, name, packed.get(name)) for name in stored)
     return plan._replace(tensors=tuple(tensors))
 
 
@@ -123,15 +129,26 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
         )
 
 
-def _candidates(source: Checkpoint) -> list[Candidate]:
+def _without_copy(source: Checkpoint) -> list[str]:
+    """Names of all tensors but a tied head, which the embedding stands for."""
+    copy = tied_copy(source.names(), source.config)
+    return [name for name in source.names() if copy is None or name != copy.head]
+
+
+def _candidates(source: Checkpoint, rules: Rules) -> list[Candidate]:
     found = []
-    for name, layer in layer_names(source.names(), source.config).items():
+    copy = tied_copy(source.names(), source.config)
+    layers = layer_names(source.names(), source.config)
+    for name in filter(layers.__contains__, _without_copy(source)):
+        layer, paths = layers[name], (layers[name].path,)
+        if copy is not None and name == copy.embedding:
+            paths = _named((layer.path, layers[copy.head].path), rules) or paths
         spec = source.spec(name)
         if spec.dtype not in _FLOATS or len(spec.shape) != 2 or 0 in spec.shape:
             continue
         found.append(
             Candidate(
-                paths=(layer.path,),
+                paths=paths,
                 shape=spec.shape[::-1] if layer.is_transposed else spec.shape,
                 dtype=spec.dtype,
                 stored_name=name,
@@ -139,6 +156,43 @@ def _candidates(source: Checkpoint) -> list[Candidate]:
             )
         )
     return found
+
+
+def _named(paths: tuple[str, ...], rules: Rules) -> tuple[str, ...]:
+    """The paths that a rule or a pattern to skip is about."""
+
+    def is_named(path: str) -> bool:
+        skipped = any(re.search(pattern, path) for pattern in rules.skip)
+        return skipped or rules.names(path)
+
+    return tuple(filter(is_named, paths))
+
+
+def _check_copy(source: Checkpoint) -> None:
+    """Raises CheckpointError if a head to be left out is not the tied embedding."""
+    if (copy := tied_copy(source.names(), source.config)) is None:
+        return
+    head, embedding = source.spec(copy.head).shape, source.spec(copy.embedding).shape
+    if copy.head.endswith("kernel"):
+        is_same = head == embedding[::-1] and np.array_equal(
+            np.asarray(source.load(copy.head)).T,
+            np.asarray(source.load(copy.embedding)),
+        )
+    else:
+        is_same = head == embedding and all(
+            np.array_equal(*(_rows(source, name, start) for name in copy))
+            for start in range(0, head[0], _ROWS)
+        )
+    if not is_same:
+        raise CheckpointError(
+            f"{source.directory}: `{copy.head}` differs from the token embedding that "
+            "config.json ties it to; set `tie_word_embeddings` to false there."
+        )
+
+
+def _rows(source: Checkpoint, name: str, start: int) -> Shaped[np.ndarray, "..."]:
+    file = source.file_of(name)
+    return file.read_rows(name, start, min(start + _ROWS, file.spec(name).shape[0]))
 
 
 def _stored(source: Checkpoint, name: str, plan: LayerPlan | None) -> PlannedTensor:
@@ -186,6 +240,7 @@ def quantize_checkpoint(
     rules = Rules() if rules is None else rules
     checkpoint = open_checkpoint(source)
     plan = plan_checkpoint(checkpoint, rules)
+    _check_copy(checkpoint)
     target = _separate(checkpoint.directory, Path(target))
     digest = fingerprint(checkpoint, rules, seed, max_shard_bytes, plan.tensors)
     if exist_ok and (found := finished_run(target, digest)) is not None:

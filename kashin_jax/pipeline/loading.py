@@ -14,6 +14,7 @@ from kashin_jax.io import Checkpoint, open_checkpoint
 from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.loading import LoadedClassifier, LoadedModel, load_model
+from kashin_jax.models.registry import names_of
 from kashin_jax.pipeline.checkpoint import refuse_foreign
 from kashin_jax.pipeline.names import layer_names
 from kashin_jax.tensors import QuantizedTensor
@@ -47,9 +48,13 @@ def load_quantized(
     checkpoint = open_checkpoint(path_or_id)
     refuse_foreign(checkpoint)
     loaded = load_model(checkpoint, dtype=dtype, head=head)
+    names = names_of(loaded.config.model_type)
+    # Quantized with the rest, though the model has no place for them.
+    unused = {names.layer(n).path for n in checkpoint.names() if names.parse(n) is None}
     tensors = {
         path: _of_type(tensor, dtype)
         for path, tensor in packed_layers(checkpoint).items()
+        if path not in unused
     }
     model = _with_packed(loaded.model, tensors, checkpoint.directory)
     return loaded._replace(model=model)
