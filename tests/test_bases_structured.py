@@ -12,6 +12,7 @@ from kashin_jax.bases import FAMILIES, cost, key_from_seed, make_basis
 from kashin_jax.bases import dense as dense_eagerly
 from kashin_jax.bases.costs import FLOPS
 from kashin_jax.bases.givens import make_givens
+from kashin_jax.bases.hadamard import fft_order, hadamard_factors
 from kashin_jax.bases.householder import make_householder
 from tests import oracle_bases
 from tests.oracle_bases import butterfly_factors, dense_basis
@@ -248,6 +249,34 @@ def test_no_transform_builds_a_matrix(family, method, n):
     )
     # Coordinates times factors or reflectors, at most.
     assert largest_array(getattr(traced, "jaxpr", traced)) <= 10 * n
+
+
+@pytest.mark.parametrize("method", ["analysis", "synthesis"])
+@pytest.mark.parametrize("n", [4093, 2 * 1033])
+def test_hadamard_of_a_large_odd_order_is_no_matrix(method, n):
+    # A matrix of 4093 x 64 took 1.8 GB to code, which dozens of copies of the basis
+    # of its prime side took in the compiled program.
+    basis = abstract_basis("hadamard", n)
+    traced = jax.make_jaxpr(lambda basis, x: getattr(basis, method)(x))(
+        basis, jnp.ones(n)
+    )
+    consts = [np.size(value) for value in traced.consts]
+    assert max([largest_array(traced.jaxpr), *consts]) <= 10 * n
+    assert cost("hadamard", n).flops < 200 * n
+
+
+@pytest.mark.parametrize("n", [1031, 2 * 1033])
+def test_hadamard_of_a_large_odd_order_is_the_matrix_that_it_was(n):
+    basis = make_basis("hadamard", KEY, n)
+    factors = hadamard_factors(n)
+    assert fft_order(n) == factors[0].shape[0] and not fft_order(2 * 1021)
+    rows = np.eye(n, dtype=np.float32)[[0, 1, 5, n // 2, n - 1]]
+    matrix = np.kron(factors[0], factors[1]) if n % 2 == 0 else factors[0]
+    matrix = matrix * np.asarray(basis.signs)[:, None]
+    close(basis.analysis(jnp.asarray(rows)), rows @ matrix, 1e-6)
+    close(basis.synthesis(jnp.asarray(rows)), rows @ matrix.T, 1e-6)
+    close(basis.analysis(jnp.asarray(rows.T), 0), (rows @ matrix).T, 1e-6)
+    close(basis.synthesis(jnp.asarray(rows.T), 0), (rows @ matrix.T).T, 1e-6)
 
 
 def test_every_family_has_a_cost():

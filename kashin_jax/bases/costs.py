@@ -11,7 +11,7 @@ from kashin_jax.bases.basis import SEED_IMPL
 from kashin_jax.bases.butterfly import count_pairs
 from kashin_jax.bases.families import REFLECTORS, make_basis
 from kashin_jax.bases.givens import default_layers
-from kashin_jax.bases.hadamard import hadamard_factors
+from kashin_jax.bases.hadamard import fft_order, hadamard_factors
 
 __all__ = ["Cost", "cost"]
 
@@ -55,7 +55,10 @@ def _dct(n: int) -> int:
 
 
 def _hadamard(n: int) -> int:
-    return n + sum(2 * factor.shape[0] * n for factor in hadamard_factors(n))
+    order = fft_order(n)
+    dense = n // order if order else n
+    transforms = dense * _dct(order) if order else 0
+    return n + transforms + sum(2 * f.shape[0] * n for f in hadamard_factors(dense))
 
 
 def _householder(n: int, reflectors: int) -> int:
