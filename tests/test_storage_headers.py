@@ -145,6 +145,7 @@ def test_sound_files_of_odd_looks_are_read(tmp_path):
         file_of({"x": header(shape=[], data_offsets=[0, 4])}, b"\0" * 4),
         file_of({"y": header(data_offsets=[24, 48]), "x": header()}, b"\0" * 48),
         file_of({"x": header(shape=[0], data_offsets=[0, 0])}, b""),
+        file_of({"__metadata__": None, "x": header()}, b"\0" * 24),
     ]):  # fmt: skip
         (tmp_path / str(i)).write_bytes(data)
         file = open_safetensors(tmp_path / str(i))

@@ -206,7 +206,8 @@ def _read_index(
         outside its directory.
     """
     content = read_json(path)
-    weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
+    weight_map, metadata = content.get("weight_map"), content.get("metadata")
+    metadata = {} if metadata is None else metadata
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{path}: has no `weight_map`; copy or download the index again."
@@ -221,7 +222,8 @@ def _read_index(
             raise CheckpointError(
                 f"{path}: names {shown(name)}, which is missing; copy or download it."
             )
-    sha256 = metadata.get("sha256", {}) if isinstance(metadata, dict) else None
+    sha256 = metadata.get("sha256") if isinstance(metadata, dict) else metadata
+    sha256 = {} if sha256 is None else sha256
     if not isinstance(sha256, dict) or not all(
         isinstance(value, str) and _HASH.fullmatch(value) for value in sha256.values()
     ):
@@ -246,7 +248,10 @@ def _is_plain(name: Any, suffix: str) -> bool:
 def _check_weight_map(
     weight_map: Mapping[str, str], files: Mapping[str, TensorFile], path: Path
 ) -> None:
-    """Raises CheckpointError unless the index at `path` and all headers agree."""
+    """Raises CheckpointError if a tensor is not where the index at `path` has it.
+
+    What the index leaves out and a file holds is part of the checkpoint all the same.
+    """
     found: dict[str, str] = {}
     for shard, file in files.items():
         for name in file.specs:
@@ -256,10 +261,10 @@ def _check_weight_map(
                     "copy or download the checkpoint again."
                 )
             found[name] = shard
-    for name in sorted(weight_map.keys() | found.keys()):
-        if weight_map.get(name) != found.get(name):
+    for name in sorted(weight_map):
+        if weight_map[name] != found.get(name):
             raise CheckpointError(
-                f"{path}: places tensor {shown(name)} in {weight_map.get(name)}, but "
+                f"{path}: places tensor {shown(name)} in {weight_map[name]}, but "
                 f"it is in {found.get(name)}; copy or download the checkpoint again."
             )
 
