@@ -11,6 +11,7 @@ from kashin_jax.models import ClassifierConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "classifier"
 KINDS = ["bert", "bert-regression", "roberta", "distilbert"]
+ATTENTION = "attention_probs_dropout_prob"
 
 
 def content(name="bert"):
@@ -74,6 +75,22 @@ def test_robertas_padding_is_1_where_nothing_is_said_and_costs_positions():
     config = ClassifierConfig.from_dict(stored, "x")
     assert (config.pad_token_id, config.position_offset) == (1, 2)
     assert config.max_length == config.max_position_embeddings - 2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_dropout_of_null_is_none_at_all(name):
+    spelled = "dropout" if name == "distilbert" else "hidden_dropout_prob"
+    attention = "attention_dropout" if name == "distilbert" else ATTENTION
+    config = ClassifierConfig.from_dict(
+        content(name) | {spelled: None, attention: None}, "x"
+    )
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0, 0)
+
+
+def test_padding_of_null_is_none_but_for_roberta_which_counts_positions_by_it():
+    assert ClassifierConfig.from_dict(content() | {"pad_token_id": None}, "x")
+    with pytest.raises(CheckpointError, match="`pad_token_id` is None; expected int"):
+        ClassifierConfig.from_dict(content("roberta") | {"pad_token_id": None}, "x")
 
 
 def test_one_output_is_a_regression_unless_said_otherwise():

@@ -83,10 +83,14 @@ def test_a_row_that_ended_is_padded_while_the_others_go_on(model, golden):
     free = np.asarray(generate(model, ids, max_new_tokens=NEW))
     end = int(free[0, 16])
     assert end not in free[0, 14:16] and end not in free[1, 14:]
+    assert 60 not in free[:, 14:]
     found = np.asarray(generate(model, ids, max_new_tokens=NEW, eos_token_id=end))
     np.testing.assert_array_equal(found[1], free[1])
     np.testing.assert_array_equal(found[0, :17], free[0, :17])
     assert (found[0, 17:] == model.config.pad_token_id).all()
+    # Any of several tokens ends a row, as lists in config.json mean.
+    several = generate(model, ids, max_new_tokens=NEW, eos_token_id=(60, end))
+    np.testing.assert_array_equal(several, found)
     same = jnp.tile(ids[:1], (2, 1))
     all_ended = generate(model, same, max_new_tokens=NEW, eos_token_id=end)
     np.testing.assert_array_equal(all_ended, np.tile(found[:1], (2, 1)))

@@ -1,5 +1,7 @@
 """OPT's configuration: what Hugging Face publishes is read, the rest refused."""
 
+import json
+
 import jax
 import pytest
 from flax import nnx
@@ -69,6 +71,10 @@ def test_a_config_without_a_size_names_the_field(field):
         ({"num_attention_heads": 5}, "`num_attention_heads`=5 must divide"),
         ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1"),
         ({"dropout": 1.5}, r"`dropout` must lie in \[0, 1\)"),
+        ({"eos_token_id": [2, "5"]}, "field `eos_token_id` is '5'; expected int"),
+        ({"eos_token_id": True}, "field `eos_token_id` is True; expected int"),
+        ({"hidden_size": None}, "field `hidden_size` is None; expected int"),
+        ({"activation_function": None}, "`activation_function` is None; expected str"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_in_one_line(changes, message):
@@ -93,3 +99,27 @@ def test_a_config_survives_the_way_to_json_and_back():
     assert content["_remove_final_layer_norm"] is True
     assert OPTConfig.from_dict(content, "memory") == config
     assert OPTConfig.from_dict(content | {"dropout": 0}, "memory") == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "meant"),
+    [
+        # Lists and nulls, as transformers reads them, were refused.
+        ({"eos_token_id": [2, 5]}, {"eos_token_id": (2, 5)}),
+        ({"eos_token_id": []}, {"eos_token_id": ()}),
+        ({"eos_token_id": None}, {"eos_token_id": None}),
+        ({"dropout": None}, {"dropout": 0.0}),
+        ({"attention_dropout": None}, {"attention_dropout": 0.0}),
+        ({"tie_word_embeddings": None}, {"tie_word_embeddings": False}),
+        ({"_remove_final_layer_norm": None}, {"remove_final_layer_norm": False}),
+        ({"word_embed_proj_dim": None}, {"word_embed_proj_dim": None}),
+    ],
+)
+def test_lists_and_nulls_are_read_as_transformers_reads_them(changes, meant):
+    found = OPTConfig.from_dict({"model_type": "opt"} | SIZES | changes, "here.json")
+    assert found == OPTConfig(**SIZES, **meant)
+    again = json.loads(json.dumps(found.to_dict()))
+    assert hash(OPTConfig.from_dict(again, "x")) == hash(
+        OPTConfig.from_dict(again, "x")
+    )
+    assert OPTConfig.from_dict(again, "x").eos_token_id == found.eos_token_id

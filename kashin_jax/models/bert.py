@@ -209,9 +209,13 @@ class ClassifierConfig:
         fixed = {"id2label": _labels(mapping, source), **_FIXED[model_type]}
         # Transformers leaves out what has its default, and RoBERTa has its own.
         defaults = {"pad_token_id": 1} if model_type == "roberta" else {}
+        # No rate is no dropout. Without a token for padding none is masked; RoBERTa
+        # needs it to count positions.
+        nulls = dict.fromkeys(_RATES[:2], 0.0)
+        nulls |= {} if model_type == "roberta" else {"pad_token_id": 0}
         return read_fields(
             cls, {**defaults, **mapping}, source,
-            aliases=_ALIASES[model_type], fixed=fixed,
+            aliases=_ALIASES[model_type], fixed=fixed, nulls=nulls,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

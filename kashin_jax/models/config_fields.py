@@ -6,7 +6,10 @@ from typing import Any, TypeVar
 
 from kashin_jax.errors import CheckpointError, UsageError
 
-__all__ = ["check_rates", "check_sizes", "read_fields"]
+__all__ = ["TokenIds", "check_rates", "check_sizes", "read_fields"]
+
+TokenIds = int | tuple[int, ...] | None
+"""One token or several, or none; a list in JSON."""
 
 Config = TypeVar("Config")
 
@@ -18,8 +21,11 @@ def read_fields(
     *,
     aliases: Mapping[str, str] | None = None,
     fixed: Mapping[str, Any] | None = None,
+    nulls: Mapping[str, Any] | None = None,
 ) -> Config:
     """Makes a configuration; keys unknown to it are ignored.
+
+    `null` for a switch is off, as it is to `transformers`.
 
     Args:
       config_type: A dataclass; fields without a default must be in the mapping.
@@ -27,18 +33,24 @@ def read_fields(
       source: Where it came from, for error messages.
       aliases: Keys in the mapping, of the fields that are spelled otherwise there.
       fixed: Values of fields that are not read from the mapping.
+      nulls: What `null` stands for, by field; an error for fields that are not there,
+        unless they may be None.
 
     Raises:
       CheckpointError: If a field is missing, of the wrong type or not supported; names
         `source` and the key.
     """
-    aliases, values = aliases or {}, dict(fixed or {})
+    aliases, values, nulls = aliases or {}, dict(fixed or {}), nulls or {}
     fields: tuple[Any, ...] = dataclasses.fields(config_type)  # type: ignore[arg-type]
     for field in fields:
         key = aliases.get(field.name, field.name)
         if field.name in values:
             continue
-        if key in mapping:
+        if key in mapping and mapping[key] is None and field.type is bool:
+            values[field.name] = False
+        elif key in mapping and mapping[key] is None and field.name in nulls:
+            values[field.name] = nulls[field.name]
+        elif key in mapping:
             values[field.name] = _checked(mapping[key], field.type, key, source)
         elif field.default is dataclasses.MISSING:
             raise CheckpointError(
@@ -52,6 +64,10 @@ def read_fields(
 
 
 def _checked(value: Any, kind: Any, key: str, source: str) -> Any:
+    if kind == TokenIds:
+        if isinstance(value, list):
+            return tuple(_checked(each, int, key, source) for each in value)
+        kind = int | None
     # JSON has one kind of number, and Python counts True among the integers.
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if is_whole and kind in (float, float | None):

@@ -1,6 +1,7 @@
 """Text generation with a key-value cache: greedy, or sampled at a temperature."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -47,7 +48,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     key: Key[Array, ""] | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> Int[Array, "b total"]:
     """Continues every row of a batch of prompts.
 
@@ -63,8 +64,9 @@ def generate(
       temperature: 0 takes the likeliest token. Otherwise tokens are drawn from the
         softmax of the logits divided by this.
       key: Random key; needed where `temperature` is above 0.
-      eos_token_id: Ends a row. What follows it is filled with the padding token of
-        the model's configuration, or with `eos_token_id` where that has none.
+      eos_token_id: Ends a row; of several tokens any does. What follows is filled
+        with the padding token of the model's configuration, or with the first of these
+        where that has none.
 
     Returns:
       The prompts, with `max_new_tokens` more columns.
@@ -78,9 +80,10 @@ def generate(
     copy: Any = nnx.merge(*nnx.split(model))
     copy.eval()
     graphdef, state = nnx.split(copy)
+    given = () if eos_token_id is None else np.atleast_1d(eos_token_id)
     # Ids are not negative, so -1 ends no row.
-    eos = -1 if eos_token_id is None else eos_token_id
-    fill = eos if (pad := model.config.pad_token_id) is None else pad
+    eos = np.asarray(given if len(given) else [-1])
+    fill = eos[0] if (pad := model.config.pad_token_id) is None else pad
     return _generate(
         graphdef,
         state,
@@ -111,7 +114,7 @@ def _generate(
     mask: Int[Array, "b t"],
     key: Key[Array, ""],
     temperature: Float[Array, ""],
-    eos: Int[Array, ""],
+    eos: Int[Array, " ends"],
     fill: Int[Array, ""],
     *,
     max_new_tokens: int,
@@ -129,7 +132,7 @@ def _generate(
             step_key = jax.random.fold_in(key, step)
             token = jax.random.categorical(step_key, logits / temperature)
         token = jnp.where(ended, fill, token.astype(fill.dtype))
-        return token, ended | (token == eos)
+        return token, ended | (token[:, None] == eos[None, :]).any(axis=1)
 
     def cond_fun(s: _State) -> Bool[Array, ""]:
         return (s.step < max_new_tokens) & ~jnp.all(s.ended)

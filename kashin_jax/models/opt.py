@@ -17,7 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.models.architecture import Architecture
-from kashin_jax.models.config_fields import check_rates, check_sizes, read_fields
+from kashin_jax.models.config_fields import (
+    TokenIds,
+    check_rates,
+    check_sizes,
+    read_fields,
+)
 from kashin_jax.models.names import Names
 from kashin_jax.models.transformer import (
     ACTIVATIONS,
@@ -58,6 +63,7 @@ _SIZES = (
     "max_position_embeddings",
     "word_embed_proj_dim",
 )
+_RATES = ("dropout", "attention_dropout")
 
 
 @jax.tree_util.register_static
@@ -91,7 +97,7 @@ class OPTConfig:
       init_std: Standard deviation of freshly drawn weights.
       pad_token_id: Token used as padding by the tokenizer.
       bos_token_id: Token that starts a text.
-      eos_token_id: Token that ends a text.
+      eos_token_id: Token that ends a text, or several of which any does.
     """
 
     model_type: ClassVar[str] = "opt"
@@ -114,7 +120,7 @@ class OPTConfig:
     init_std: float = 0.02
     pad_token_id: int | None = 1
     bos_token_id: int | None = 2
-    eos_token_id: int | None = 2
+    eos_token_id: TokenIds = 2
 
     def __post_init__(self) -> None:
         check_sizes(self, _SIZES)
@@ -123,7 +129,7 @@ class OPTConfig:
                 f"`activation_function`={self.activation_function!r} is not supported; "
                 f"known are {', '.join(ACTIVATIONS)}."
             )
-        check_rates(self, ("dropout", "attention_dropout"))
+        check_rates(self, _RATES)
 
     @property
     def embedding_size(self) -> int:
@@ -164,7 +170,9 @@ class OPTConfig:
                 f"{source}: `model_type` is {model_type!r}; only 'opt' checkpoints can "
                 "be loaded here."
             )
-        return read_fields(cls, mapping, source, aliases=_ALIASES)
+        # No rate is no dropout.
+        nulls = dict.fromkeys(_RATES, 0.0)
+        return read_fields(cls, mapping, source, aliases=_ALIASES, nulls=nulls)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a Hugging Face `config.json`; inverse of `from_dict`."""
