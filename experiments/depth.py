@@ -79,7 +79,6 @@ from experiments.common.text import (
     default_context,
     load_text,
     parse_max_tokens,
-    trained_context,
 )
 from experiments.depth_curves import (
     METRICS,
@@ -97,6 +96,7 @@ from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.methods import Method
 from kashin_jax.models import LoadedClassifier
+from kashin_jax.models.context import own_context
 from kashin_jax.models.loading import LoadedModel, load_opt
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
 
@@ -470,12 +470,10 @@ def make_subjects(config: DepthConfig, inputs: Inputs, work: Path) -> list[Subje
 def _text(config: DepthConfig, loaded: LoadedModel) -> EvaluationText:
     tokenizer = load_tokenizer(loaded.directory)
     check_vocabulary(tokenizer, loaded.config.vocab_size)
-    limit = loaded.config.max_position_embeddings
-    own = min(trained_context(loaded.directory) or limit, limit)
     return load_text(
         config.dataset,
         tokenizer,
-        context=default_context(config.dataset, own),
+        context=default_context(config.dataset, own_context(loaded)),
         text_file=config.text_file or None,
         max_tokens=parse_max_tokens(config.max_tokens),
         data_dir=config.data_path,

@@ -59,10 +59,10 @@ from experiments.common.text import (
     default_context,
     load_text,
     parse_max_tokens,
-    trained_context,
 )
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
+from kashin_jax.models.context import own_context
 from kashin_jax.models.loading import LoadedModel, load_opt
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
 
@@ -181,11 +181,10 @@ def _load_text(config: OptPplConfig, loaded: LoadedModel) -> EvaluationText:
             f"`--context`={config.context} exceeds the {limit} positions of the model; "
             "lower it."
         )
-    own = min(trained_context(loaded.directory) or limit, limit)
     return load_text(
         config.dataset,
         tokenizer,
-        context=config.context or default_context(config.dataset, own),
+        context=config.context or default_context(config.dataset, own_context(loaded)),
         text_file=config.text_file or None,
         max_tokens=parse_max_tokens(config.max_tokens),
         data_dir=Path(config.data_dir) if config.data_dir else None,

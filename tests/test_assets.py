@@ -7,8 +7,9 @@ import re
 import pytest
 
 from experiments.assets.make_texts import recorded_sha256
-from experiments.common.text import ASSETS, trained_context
+from experiments.common.text import ASSETS
 from kashin_jax.errors import CheckpointError
+from kashin_jax.models.context import trained_context
 
 ROW = re.compile(r"\| `([^`]+)` \| [^|]+ \| ([\d,]+) \| `([0-9a-f]{64})` \|")
 TABLE = {

@@ -20,7 +20,6 @@ are weighted by their new tokens.
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from experiments.common.corpora import (
     Dataset,
     read_utf8,
 )
-from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.errors import UsageError
 from kashin_jax.evaluation import (
     Weighting,
     Windows,
@@ -51,7 +50,6 @@ __all__ = [
     "default_context",
     "load_text",
     "parse_max_tokens",
-    "trained_context",
 ]
 
 
@@ -108,23 +106,6 @@ class EvaluationText:
             "tokens": int(self.windows().scored.sum()),
             "text_sha256": self.text_sha256,
         }
-
-
-def trained_context(model_directory: str | Path) -> int | None:
-    """The sequence length a checkpoint was trained at, if `asset.json` records it.
-
-    Raises:
-      CheckpointError: If that file does not say.
-    """
-    path = Path(model_directory) / "asset.json"
-    if not path.is_file():
-        return None
-    try:
-        return int(json.loads(read_utf8(path))["trained_context"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"`{path}` has no whole number `trained_context`; restore or delete it."
-        ) from error
 
 
 def default_context(dataset: str, model_context: int) -> int:

@@ -22,6 +22,7 @@ from kashin_jax.evaluation import (
 )
 from kashin_jax.io import open_checkpoint, read_json
 from kashin_jax.methods import config_from_json
+from kashin_jax.models.context import own_context
 from kashin_jax.models.generation import generate
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
@@ -194,7 +195,7 @@ def run_eval(
     if tokenizer.bos_id is not None:
         tokens = np.insert(tokens, 0, tokenizer.bos_id)
     limit = loaded.config.max_position_embeddings
-    length = context or limit
+    length = context or own_context(loaded)
     if not 2 <= length <= limit:
         raise UsageError(
             f"`--context` must lie in [2, {limit}] for this model. Got {length}."

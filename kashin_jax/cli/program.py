@@ -180,7 +180,8 @@ def _eval(commands: Any) -> None:
     parser.add_argument(
         "--context",
         type=read_count,
-        help="tokens of a window; the model's when left out",
+        help="tokens of a window; when left out, as many as the model was trained at, "
+        "if the checkpoint says so, or has positions for",
     )
     parser.add_argument(
         "--batch-size", type=read_count, default=4, help="windows at a time"

@@ -34,10 +34,23 @@ def find_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise CheckpointError(
-            f"{source}: `model_type` is {model_type!r}; models that can be loaded here "
-            f"are {', '.join(ARCHITECTURES)}."
+            f"{source}: `model_type` is {model_type!r}; models that run here are "
+            f"{', '.join(ARCHITECTURES)}. {_instead(config)}"
         )
     return ARCHITECTURES[model_type]
+
+
+def _instead(config: Mapping[str, Any]) -> str:
+    """What can be done with a checkpoint that does not run here."""
+    quantization = config.get("quantization_config")
+    method = quantization and quantization.get("quant_method")
+    if method == "kashin":
+        return (
+            "`kashin_jax.pipeline.packed_layers` returns its packed matrices for a "
+            "model of your own; `kashin dequantize` writes a checkpoint for other "
+            "libraries."
+        )
+    return "`kashin quantize` takes others all the same; run them elsewhere."
 
 
 def names_of(model_type: str) -> Names:
