@@ -117,3 +117,16 @@ def test_the_weights_of_another_architecture_are_refused(tmp_path):
     shutil.copy(CLASSIFIERS / "bert" / "config.json", tmp_path)
     with pytest.raises(CheckpointError, match="is not part of the model"):
         load_model(tmp_path)
+
+
+def test_conv1d_is_untransposed_by_name_and_family_and_nothing_else():
+    """Heads of GPT-2 are ordinary linears; so is all of another family's c_attn."""
+    names = ["encoder.h.0.attn.c_attn.weight", "predict_action.0.weight"]
+    layers = layer_names(names, {"model_type": "decision_transformer"})
+    assert [layers[name].is_transposed for name in names] == [False, True]
+    parts = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
+    assert not layer_names(names, parts)[names[0]].is_transposed
+    assert layer_names(names, {"model_type": "gpt_bigcode"})[names[0]].is_transposed
+    neox = ["gpt_neox.embed_in.weight", "embed_out.weight"]
+    layers = layer_names(neox, {"model_type": "gpt_neox"})
+    assert [layers[name].is_transposed for name in neox] == [False, True]

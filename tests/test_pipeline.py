@@ -69,9 +69,11 @@ def test_a_method_alone_is_rules_with_that_method(heads):
     assert default_select("body") and not any(map(default_select, HEADS))
 
 
-def test_select_without_rules_stands_in_the_place_of_the_default_list(heads):
-    everything = plan_model(heads, RTN(), select=lambda path: True)
-    assert sorted(chosen(everything)) == sorted(["body", *HEADS])
+def test_select_narrows_and_never_brings_back_what_is_skipped(heads):
+    """A `select` for one layer more once let heads and embeddings be quantized."""
+    assert chosen(plan_model(heads, RTN(), select=lambda path: True)) == ["body"]
+    tree = plan_params(tree_of(heads), RTN(), select=lambda path: True)
+    assert chosen(tree) == ["body"]
     rules = Rules(config=RTN(), rules=[Rule("score", RTN(bits=8))])
     both = plan_model(heads, rules=rules, select=lambda path: path != "body")
     assert chosen(both) == ["score"]

@@ -126,7 +126,7 @@ def test_kernels_that_are_no_matrices_stay_and_the_plan_says_why(params, capsys)
         f"{attention}/value": "has 3 axes",
         "layers_0": None,
         "layers_1": None,
-        "lm_head": "skipped by default",
+        "lm_head": "skipped by default: head",
     }
     rules = Rules(config=RTN(), rules=[Rule("query", RTN())])
     with pytest.raises(UsageError, match="'query' matches none of 4 layers"):

@@ -50,14 +50,49 @@ def test_without_rules_everything_but_heads_and_embeddings_has_the_one_method():
         "h/0/ln_1",
         "ln_f",
         "blocks/3/norm",
+        "gpt_neox/embed_in",
+        "embed_out",
+        "word_embeddings",
+        "cls/predictions/decoder",
+        "decoder",
+        "head/dense",
+        "proj_out",
+        "v_head/summary",
+        "score",
+        "multiple_choice_head/summary",
+        "predict_action/0",
+        "transformer/output_layer",
+        "embed_timestep",
+        "encoder/wpe",
+        "decoder/block/0/layer/0/SelfAttention/relative_attention_bias",
+        "deberta/encoder/rel_embeddings",
+        "layers/0/mlp/gate",
+        "layers/0/mlp/router",
+        "layers/0/block_sparse_moe/gate",
+        "layers/0/mlp/shared_expert_gate",
+        "layers/0/ffn/router/layer",
     ],
 )
-def test_heads_embeddings_and_norms_stay(path):
+def test_heads_embeddings_norms_and_routers_stay(path):
     assert Rules().config_for(path) is None
 
 
 @pytest.mark.parametrize(
-    "path", ["decoder/project_in", "layers/0/normalizer_mlp", "h/0/plnar", "scores_mlp"]
+    "path",
+    [
+        "decoder/project_in",
+        "layers/0/normalizer_mlp",
+        "h/0/plnar",
+        "scores_mlp",
+        "layers/0/mlp/gate_proj",
+        "layers/0/mlp/gate_up_proj",
+        "layers/0/mlp/experts/0/w1",
+        "layers/0/mlp/shared_experts/up_proj",
+        "decoder/layers/0/fc1",
+        "blocks/0/attn/proj_out",
+        "encoder/layer/0/output/dense",
+        "cls/predictions/transform/dense",
+    ],
 )
 def test_names_that_only_resemble_them_do_not(path):
     assert Rules().config_for(path) is not None

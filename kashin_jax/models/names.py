@@ -22,8 +22,10 @@ _LEAVES = {
     "bias": "bias",
     "beta": "bias",
 }
-# A row for every token, there and here.
-_EMBEDDING = re.compile(r"(^|[/_])(embed|embeddings?|embed_\w+|wte|wpe|shared)$")
+# A row for every token, there and here; `embed_out` is a head.
+_EMBEDDING = re.compile(
+    r"(^|[/_])(embed|embeddings?|embed_(?!out$)\w+|wte|wpe|shared)$"
+)
 
 
 class StoredName(NamedTuple):

@@ -105,8 +105,8 @@ def quantize_model(
       config: The method; None takes that of the rules, or joint coding at 4 bits.
       key: Root key; `jax.random.key(0)` when None.
       rules: A method for each layer; None takes `Rules(config=config)`.
-      select: Called with paths; false leaves a layer out. Given without rules, it
-        stands in the place of the default skip list.
+      select: Called with paths; false leaves a layer out. Heads, embeddings and what
+        else is skipped by default stay all the same; a rule that names them takes them.
       quantize_layer: Called as `(path, kernel)` in place of `quantize`, by callers that
         keep finished layers; None quantizes with the planned method and the layer's
         key.

@@ -76,8 +76,8 @@ def quantize_params(
         a group of `share` have a seed and a scale of inputs in common, equal arrays in
         every matrix; their products each transform the input, unless `QuantizedLinear`
         layers are made of them.
-      select: Called with paths; false leaves a layer out. Given without rules, it
-        stands in the place of the default skip list.
+      select: Called with paths; false leaves a layer out. Heads, embeddings and what
+        else is skipped by default stay all the same; a rule that names them takes them.
       dry_run: Whether to print the plan, see `plan_params`, and stop there.
 
     Returns:

@@ -172,8 +172,8 @@ def choose_methods(
       candidates: In the order of the table.
       config: The method; None takes that of the rules.
       rules: A method for each layer; None takes `Rules(config=config)`.
-      select: Layers to leave out where it is false. Given without rules, it stands in
-        the place of the default skip list.
+      select: Layers to leave out where it is false. What the rules leave out, it
+        cannot bring back.
       what: What can be quantized, in messages: `nnx.Linear layers`.
 
     Raises:
@@ -188,11 +188,9 @@ def choose_methods(
     def decide(path: str, only_by_rule: bool) -> tuple[Method | None, str]:
         if only_by_rule and not meant.names(path):
             return None, "no rule names it"
-        if select is None:
-            return meant.decide(path)
-        if not select(path):
+        if select is not None and not select(path):
             return None, "not selected"
-        return (meant.config, "") if rules is None else meant.decide(path)
+        return meant.decide(path)
 
     choices = [_choose(each, decide) for each in known]
     if all(choice.config is None for choice in choices):

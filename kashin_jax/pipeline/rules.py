@@ -19,21 +19,42 @@ __all__ = [
     "Rule",
     "Rules",
     "default_select",
+    "is_head_or_embedding",
     "resolve_rules",
     "rules_from_json",
     "rules_to_json",
 ]
 
-DEFAULT_SKIPS = (
-    r"(^|/)(lm_head|classifier|pre_classifier|score|qa_outputs)(/|$)",
-    r"(^|[/_])(embed|embeddings?|embed_tokens|embed_positions|wte|wpe|shared)(/|$)",
-    r"(^|[/_])(norm|layer_?norm|rms_?norm|ln(_\w+)?)(/|$)",
+# By what they are. A head is whatever turns the last features into answers.
+_HEADS = (
+    r"(^|/)((\w+_)?head|(\w+_)?classifier|score|qa_outputs|\w*logits(_\w+)?)(/|$)",
+    r"(^|/)(embed_out|output_layer|vocab_projector|dense_prediction|to_logits)(/|$)",
+    r"(^|/)(predictions/decoder|seq_relationship|predict_(state|action|return))(/|$)",
+    # Names that blocks have, too: heads at the top alone.
+    r"^(proj_out|decoder|output|unembed(ding)?)$",
 )
-"""Output heads, embeddings and norms: what published tables leave in full precision.
+_EMBEDDINGS = (
+    r"(^|[/_])(embed|emb|embeddings?|embedder|embed_\w+|wte|wpe|shared)(/|$)",
+    r"(^|/)(relative_(attention|position)_bias|rel_pos_bias|position_bias)(/|$)",
+)
+_NORMS = (r"(^|[/_])(norm|layer_?norm|rms_?norm|ln(_\w+)?)(/|$)",)
+# Who gets a token hangs on small differences of a few numbers. Not `gate_proj`.
+_ROUTERS = (r"(^|/)((\w+_)?router|gate|shared_expert_gate)(/|$)",)
 
-The only list of this kind. A method that has a `default_skip` puts it in the place of
-this one.
+DEFAULT_SKIPS = (*_HEADS, *_EMBEDDINGS, *_NORMS, *_ROUTERS)
+"""Heads, embeddings and tables of positions, norms, routers of experts.
+
+What published tables leave in full precision, as common families of models call it. The
+only list of this kind. A method that has a `default_skip` puts it in the place of this
+one.
 """
+
+_KINDS = (
+    ("head", _HEADS),
+    ("embedding", _EMBEDDINGS),
+    ("norm", _NORMS),
+    ("router", _ROUTERS),
+)
 
 SHARED_INPUTS = (
     r"\b[qkv]_proj$",
@@ -113,8 +134,15 @@ class Rules:
             if rule.matches(path):
                 return rule.config, "skipped by the rules"
         if _any_found(self.default_skip, path):
-            return None, "skipped by default"
+            return None, self._why_default(path)
         return self.config, ""
+
+    def _why_default(self, path: str) -> str:
+        if self.config.default_skip is None:
+            for kind, patterns in _KINDS:
+                if _any_found(patterns, path):
+                    return f"skipped by default: {kind}"
+        return "skipped by default"
 
     def names(self, path: str) -> bool:
         """Whether one of `rules` is about a path."""
@@ -148,6 +176,11 @@ class Rules:
                     f"{len(known)} layers share an input, such as "
                     f"{', '.join(known[:2]) or 'none'}. Correct or remove it."
                 )
+
+
+def is_head_or_embedding(path: str) -> bool:
+    """Whether a layer is one of those that a share of a model leaves out of account."""
+    return _any_found((*_HEADS, *_EMBEDDINGS), path)
 
 
 def default_select(path: str) -> bool:
