@@ -256,6 +256,37 @@ def test_files_that_are_no_weights_go_along(source, tmp_path):
         assert (tmp_path / "q" / name).read_bytes() == (copied / name).read_bytes()
 
 
+def test_subfolders_go_along_and_weights_of_other_programs_do_not(source, tmp_path):
+    """Pooling settings stayed behind; weights for Rust or TensorFlow came along."""
+    copied = tmp_path / "source"
+    copied.mkdir()
+    for path in source.iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    wanted = {
+        "modules.json": json.dumps(modules),
+        "1_Pooling/config.json": "{}",
+        "2_Dense/model.safetensors": "a part of the model",
+        "chat_templates/deep/tool.jinja": "{{ tool }}",
+        "spiece.model": "of a tokenizer",
+        "onnx/config.json": "{}",
+    }
+    unwanted = ["rust_model.ot", "model.ckpt", "model.onnx_data", "model.npz",
+                "tf_model.h5", "onnx/model.onnx", "model.ckpt.data-00000-of-00001",
+                "model.ckpt.index", "flax_model.msgpack.index.json",
+                "old/quantization_report.jsonl", "old/notes.txt"]  # fmt: skip
+    for name, text in {**wanted, **dict.fromkeys(unwanted, "x")}.items():
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_text(text)
+    target = copied / "inside" / "q"
+    quantize_checkpoint(copied, target, RTN_RULES)
+    for name, text in wanted.items():
+        assert (target / name).read_text() == text
+    files = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
+    assert not files & set(unwanted)
+    assert not any(name.startswith("inside") for name in files)
+
+
 def test_the_configuration_says_how_it_was_quantized(opt):
     described = open_checkpoint(opt.target).quantization
     assert described["quant_method"] == "kashin"

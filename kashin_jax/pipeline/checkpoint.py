@@ -1,7 +1,6 @@
 """Quantizing a checkpoint that may be larger than memory, and undoing it."""
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from kashin_jax.io import (
     Checkpoint,
     PlannedTensor,
     TensorWriter,
-    atomic_path,
     open_checkpoint,
     open_shard,
     plan_packed,
@@ -33,6 +31,7 @@ from kashin_jax.io import (
 )
 from kashin_jax.models.registry import tied_copy
 from kashin_jax.pipeline.names import layer_names
+from kashin_jax.pipeline.other_files import copy_other_files
 from kashin_jax.pipeline.plan import (
     Candidate,
     Choice,
@@ -41,7 +40,7 @@ from kashin_jax.pipeline.plan import (
     choose_methods,
     make_plan,
 )
-from kashin_jax.pipeline.report import REPORT_NAME, LayerReport
+from kashin_jax.pipeline.report import LayerReport
 from kashin_jax.pipeline.resume import (
     claim_directory,
     fingerprint,
@@ -65,11 +64,8 @@ __all__ = [
 ]
 
 _FLOATS = frozenset({"float32", "bfloat16", "float16"})
-# Weights in any form; the other files of a checkpoint go along.
-_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".pt", ".pth", ".onnx", ".gguf")
 # Of a table that is compared with another one.
 _ROWS = 4096
-_OWN = frozenset({"config.json", "model.safetensors.index.json", REPORT_NAME})
 
 WriteTensor = Callable[[TensorWriter, str], LayerReport | None]
 
@@ -265,7 +261,7 @@ def quantize_checkpoint(
 
     shards, resumed = _write_shards(target, plan.tensors, max_shard_bytes, write)
     reports = join_parts(target, shards)
-    _copy_others(checkpoint.directory, target)
+    copy_other_files(checkpoint.directory, target)
     described = quantization_config(rules_to_json(rules), seed, plan.tensors)
     write_config(target, checkpoint.config, described)
     if exist_ok:
@@ -321,22 +317,6 @@ def _write_shards(
     return names, len(finished)
 
 
-def _copy_others(source: Path, target: Path) -> None:
-    """Tokenizer, licence and so on: files that are no weights of the model."""
-    for path in sorted(source.iterdir()):
-        is_extra = path.name == "heads.safetensors"
-        if (
-            path.name in _OWN
-            or path.name.startswith(".")
-            or not path.is_file()
-            or (path.suffix in _WEIGHTS and not is_extra)
-            or path.name.endswith(".index.json")
-        ):
-            continue
-        with atomic_path(target / path.name) as temporary:
-            shutil.copyfile(path, temporary)
-
-
 def dequantize_checkpoint(
     source: str | Path,
     target: str | Path,
@@ -374,7 +354,7 @@ def dequantize_checkpoint(
 
     shards, _ = _write_shards(target, planned, max_shard_bytes, write)
     remove_parts(target, shards)
-    _copy_others(checkpoint.directory, target)
+    copy_other_files(checkpoint.directory, target)
     write_config(target, checkpoint.config)
     release_directory(target)
     return target

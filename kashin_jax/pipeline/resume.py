@@ -103,7 +103,7 @@ def claim_directory(directory: Path, digest: str) -> None:
     if state and not state.get("finished"):
         where = f"{directory}: holds an unfinished run"
         _check_owner(state, digest, where, "Repeat its command")
-        _remove(directory.glob(".*.partial"))
+        _remove(directory.rglob(".*.partial"))
         return
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory}: is a file; name a directory.")
