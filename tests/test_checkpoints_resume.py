@@ -21,6 +21,7 @@ from kashin_jax import Rules
 from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
 from kashin_jax.io import TensorWriter, record_file
 from kashin_jax.pipeline import checkpoint, dequantize_checkpoint, quantize_checkpoint
+from kashin_jax.pipeline.resume import claimed_directory
 
 SHARD = 50_000
 STATE = ".kashin_quantize.json"
@@ -230,6 +231,38 @@ def test_a_source_that_changed_meanwhile_is_noticed(source, killer, tmp_path):
     assert killer.run(run, at=45)
     edit_json(copied / "config.json", lambda c: c.update(extra=1))
     refused("other weights", copied, target, FEW, max_shard_bytes=SHARD)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from kashin_jax.pipeline.resume import claimed_directory
+with claimed_directory(Path(sys.argv[1]), "x"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_and_a_dead_one_is_forgotten(source, tmp_path):
+    """Two runs of one command at once: the first lost its open file to the second."""
+    target = tmp_path / "q"
+    target.mkdir()
+    command = [sys.executable, "-c", HOLDER, str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        left = content(target)
+        refused("another process is writing there", source, target, RTN_RULES)
+        assert content(target) == left
+        first.kill()
+    (target / STATE).unlink()
+    assert quantize_checkpoint(source, target, RTN_RULES).reports
+
+
+def test_two_runs_in_one_process_are_kept_apart_too(source, tmp_path):
+    with claimed_directory(tmp_path / "q", "x"):
+        refused("another process", source, tmp_path / "q", RTN_RULES)
+    refused("an unfinished run", source, tmp_path / "q", RTN_RULES)
 
 
 def test_a_directory_with_something_else_in_it_is_refused(source, tmp_path):

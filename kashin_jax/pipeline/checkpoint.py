@@ -42,7 +42,7 @@ from kashin_jax.pipeline.plan import (
 )
 from kashin_jax.pipeline.report import LayerReport
 from kashin_jax.pipeline.resume import (
-    claim_directory,
+    claimed_directory,
     fingerprint,
     finished_run,
     join_parts,
@@ -241,7 +241,26 @@ def quantize_checkpoint(
     digest = fingerprint(checkpoint, rules, seed, max_shard_bytes, plan.tensors)
     if exist_ok and (found := finished_run(target, digest)) is not None:
         return StreamResult(target, found, len(open_checkpoint(target).files))
-    claim_directory(target, digest)
+    with claimed_directory(target, digest):
+        reports, resumed = _quantize(
+            checkpoint, target, plan, rules, seed, max_shard_bytes
+        )
+        if exist_ok:
+            keep_directory(target, digest, reports)
+        else:
+            release_directory(target)
+    return StreamResult(target, reports, resumed)
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    target: Path,
+    plan: Plan,
+    rules: Rules,
+    seed: int,
+    max_shard_bytes: int,
+) -> tuple[dict[str, LayerReport], int]:
+    """Writes all files of a quantized checkpoint; reports and finished shards."""
     choices = {layer.choice.name: layer.choice for layer in plan.quantized}
     quantizer = LayerQuantizer(
         list(choices.values()),
@@ -264,11 +283,7 @@ def quantize_checkpoint(
     copy_other_files(checkpoint.directory, target)
     described = quantization_config(rules_to_json(rules), seed, plan.tensors)
     write_config(target, checkpoint.config, described)
-    if exist_ok:
-        keep_directory(target, digest, reports)
-    else:
-        release_directory(target)
-    return StreamResult(target, reports, resumed)
+    return reports, resumed
 
 
 def _separate(source: Path, target: Path) -> Path:
@@ -341,7 +356,6 @@ def dequantize_checkpoint(
     target = _separate(checkpoint.directory, Path(target))
     planned = [_stored(checkpoint, name, None) for name in checkpoint.names()]
     digest = fingerprint(checkpoint, Rules(), 0, max_shard_bytes, planned)
-    claim_directory(target, digest)
 
     def write(writer: TensorWriter, name: str) -> None:
         if not checkpoint.is_packed(name):
@@ -352,9 +366,10 @@ def dequantize_checkpoint(
         is_transposed = checkpoint.described(name).is_transposed
         writer.write(name, matrix.T if is_transposed else matrix)
 
-    shards, _ = _write_shards(target, planned, max_shard_bytes, write)
-    remove_parts(target, shards)
-    copy_other_files(checkpoint.directory, target)
-    write_config(target, checkpoint.config)
-    release_directory(target)
+    with claimed_directory(target, digest):
+        shards, _ = _write_shards(target, planned, max_shard_bytes, write)
+        remove_parts(target, shards)
+        copy_other_files(checkpoint.directory, target)
+        write_config(target, checkpoint.config)
+        release_directory(target)
     return target

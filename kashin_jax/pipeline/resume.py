@@ -5,17 +5,25 @@ hidden file, as a fingerprint of everything that the result depends on; a shard 
 there is finished; and what was lost in it stands in a hidden file beside it.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from kashin_jax.errors import UsageError
-from kashin_jax.io import Checkpoint, PlannedTensor, read_json, write_json
+from kashin_jax.io import (
+    Checkpoint,
+    PlannedTensor,
+    make_directory,
+    read_json,
+    write_json,
+)
 from kashin_jax.pipeline.report import (
     REPORT_NAME,
     LayerReport,
@@ -24,8 +32,14 @@ from kashin_jax.pipeline.report import (
 )
 from kashin_jax.pipeline.rules import Rules, rules_to_json
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # elsewhere than on Unix two runs are not kept apart
+    fcntl = None
+
 __all__ = [
-    "claim_directory",
+    "claimed_directory",
     "fingerprint",
     "finished_run",
     "join_parts",
@@ -91,30 +105,62 @@ def finished_run(directory: Path, digest: str) -> dict[str, LayerReport] | None:
     }
 
 
-def claim_directory(directory: Path, digest: str) -> None:
+@contextlib.contextmanager
+def claimed_directory(directory: Path, digest: str) -> Iterator[None]:
     """Reserves a directory for one run, or finds it reserved for it by an earlier try.
 
-    What a killed process left half-written is removed.
+    What a killed process left half-written is removed. While the block lasts no other
+    process can have the directory; a process that dies lets it go.
 
     Raises:
-      UsageError: If it is another run's, or holds something else.
+      UsageError: If it is another run's, or in use, or holds something else.
     """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: is a file; name a directory.")
+    make_directory(directory)
+    with _locked(directory):
+        _claim(directory, digest)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds the lock of a directory, which the system lets go with the process."""
+    if fcntl is None:  # pragma: no cover
+        yield
+        return
+    # The directory itself: no file of ours is left behind by a process that dies.
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(
+            f"{directory}: another process is writing there; wait until it is done, or "
+            "name another directory."
+        ) from None
+    except OSError:
+        # Some network drives have no locks.
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _claim(directory: Path, digest: str) -> None:
     state = _state(directory)
     if state and not state.get("finished"):
         where = f"{directory}: holds an unfinished run"
         _check_owner(state, digest, where, "Repeat its command")
         _remove(directory.rglob(".*.partial"))
         return
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory}: is a file; name a directory.")
-    if directory.exists():
-        # Killed before it could say whose directory this is.
-        _remove(directory.glob(f".{_STATE}.*.partial"))
-        if any(directory.iterdir()):
-            raise UsageError(
-                f"{directory}: is not empty; name a directory that does not exist."
-            )
-    directory.mkdir(parents=True, exist_ok=True)
+    # Killed before it could say whose directory this is.
+    _remove(directory.glob(f".{_STATE}.*.partial"))
+    if any(directory.iterdir()):
+        raise UsageError(
+            f"{directory}: is not empty; name a directory that does not exist."
+        )
     write_json(directory / _STATE, {"fingerprint": digest})
 
 
