@@ -136,7 +136,8 @@ def _candidates(source: Checkpoint, rules: Rules) -> list[Candidate]:
     copy = tied_copy(source.names(), source.config)
     layers = layer_names(source.names(), source.config)
     for name in filter(layers.__contains__, _without_copy(source)):
-        layer, paths = layers[name], (layers[name].path,)
+        layer = layers[name]
+        paths: tuple[str, ...] = (layer.path,)
         if copy is not None and name == copy.embedding:
             paths = _named((layer.path, layers[copy.head].path), rules) or paths
         spec = source.spec(name)
@@ -176,7 +177,9 @@ def _check_copy(source: Checkpoint) -> None:
         )
     else:
         is_same = head == embedding and all(
-            np.array_equal(*(_rows(source, name, start) for name in copy))
+            np.array_equal(
+                _rows(source, copy.head, start), _rows(source, copy.embedding, start)
+            )
             for start in range(0, head[0], _ROWS)
         )
     if not is_same:
