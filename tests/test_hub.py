@@ -93,8 +93,54 @@ def test_only_one_set_of_weights_is_downloaded(
 
 
 def test_a_hub_model_without_weights_is_refused(hub, directory):
-    hub.directory, hub.files = directory, ["config.json", "tf_model.h5"]
+    hub.directory, hub.files = directory, ["config.json"]
     assert message("some/model") == "some/model: the hub's copy has no weights to load."
+    hub.files = ["config.json", "tf_model.h5"]
+    assert "to load, but tf_model.h5, weights of TensorFlow; convert" in message("a/b")
+
+
+UNREAD = {
+    "adapter_model.safetensors": "an adapter (LoRA and its like)",
+    "adapter_config.json": "an adapter (LoRA and its like)",
+    "model_index.json": "a pipeline of diffusers",
+    "diffusion_pytorch_model.safetensors": "a model of diffusers",
+    "model-00001-of-00002.safetensors": "shards without their index",
+    "llama.Q4_K_M.gguf": "a GGUF file",
+    "model.onnx": "an ONNX file",
+    "tf_model.h5": "weights of TensorFlow",
+    "_CHECKPOINT_METADATA": "a checkpoint of Orbax",
+    "consolidated.00.pth": "a pickle of PyTorch",
+    "last.ckpt": "a checkpoint of a trainer",
+    "weights.safetensors": "a file of another name",
+    ".kashin_quantize.json": "an unfinished run",
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_is_not_read_is_named_for_what_it_is(directory, name):
+    # All of these were "holds no weights", which many a directory of weights is told.
+    (directory / name).write_bytes(b"")
+    text = message(directory)
+    assert text.startswith(f"{directory}: holds no weights that are read, but {name}, ")
+    assert UNREAD[name] in text and "\n" not in text
+
+
+def test_a_file_of_another_format_is_named_for_what_it_is(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    assert "model.gguf, a GGUF file; name the original" in message(
+        tmp_path / "model.gguf"
+    )
+
+
+def test_what_goes_along_with_weights_is_downloaded_too(hub, directory, tensors):
+    # From a hub id, quantizing left behind what it copies from a directory.
+    write(directory, tensors)
+    along = ["generation_config.json", "1_Pooling/config.json", "tokenizer.model",
+             "quantization_report.jsonl", "LICENSE", "README.md"]  # fmt: skip
+    left = ["model.safetensors.index.json", "onnx/model.onnx", "original/a.pth"]
+    hub.directory, hub.files = directory, ["model.safetensors", *along, *left]
+    load_opt("some/model")
+    assert set(along) <= set(hub.wanted) and not set(left) & set(hub.wanted)
 
 
 def test_a_download_that_breaks_off_is_not_taken_for_a_checkpoint(hub, directory):

@@ -1,7 +1,8 @@
 """Checkpoints by name: a directory or a download from the hub, and its weights."""
 
+import fnmatch
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,49 @@ _SMALL_FILES = [
     "vocab.txt",
     "heads.safetensors",
 ]
+# What goes along with the weights, in folders too. Not `*`: a repository may hold the
+# same weights in several formats.
+_ALONG = ("*.json", "*.jsonl", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.md",
+          "*.py", "LICENSE*", "NOTICE*")  # fmt: skip
+
+# What a directory may hold in place of weights that are read; the first pattern found
+# decides.
+_UNREAD = (
+    (".kashin_quantize.json", "an unfinished run; repeat its command to finish it"),
+    (
+        "adapter_*",
+        "an adapter (LoRA and its like), which is no model; merge it into its base "
+        "model, by `merge_and_unload` of peft, and name what that saves",
+    ),
+    (
+        "model_index.json",
+        "a pipeline of diffusers; name the folder of a part that has model.safetensors",
+    ),
+    (
+        "diffusion_pytorch_model*",
+        "a model of diffusers, which is not read; rename its file to model.safetensors "
+        "if it is one",
+    ),
+    (
+        "model-*-of-*.safetensors",
+        "shards without their index; copy or download model.safetensors.index.json",
+    ),
+    ("*.gguf", "a GGUF file; name the original model, in safetensors"),
+    ("*.onnx", "an ONNX file; name the original model, in safetensors"),
+    (
+        "*.h5",
+        "weights of TensorFlow; convert them to model.safetensors, by `from_tf=True` "
+        "of transformers before version 5",
+    ),
+    (
+        "_CHECKPOINT_METADATA",
+        "a checkpoint of Orbax; restore it, and quantize its parameters by "
+        "`quantize_params`",
+    ),
+    ("*.pt*", "a pickle of PyTorch; save the model as model.safetensors"),
+    ("*.ckpt*", "a checkpoint of a trainer; save the model as model.safetensors"),
+    ("*.safetensors", "a file of another name; rename it to model.safetensors"),
+)
 
 
 class WeightFiles(NamedTuple):
@@ -72,12 +116,28 @@ def find_weights(directory: Path) -> WeightFiles:
     """The preferred weights of a directory; CheckpointError if there are none."""
     found = _choose_weights({path.name for path in directory.iterdir()})
     if found is None:
+        if other := _unread(path.name for path in directory.iterdir()):
+            raise CheckpointError(
+                f"{directory}: holds no weights that are read, but {other}."
+            )
         expected = ", ".join(f.single for f in _PREFERENCE if not f.is_sharded)
         raise CheckpointError(
             f"{directory}: holds no weights; put one of {expected} (or its shards and "
             "index) there."
         )
     return found
+
+
+def _unread(names: Iterable[str]) -> str | None:
+    """What files are that are no weights to us, and what can be done; None if unknown.
+
+    Heads alone are none: they belong to an encoder.
+    """
+    known = sorted(set(names) - {"heads.safetensors"})
+    for pattern, meaning in _UNREAD:
+        if found := fnmatch.filter(known, pattern):
+            return f"{found[0]}, {meaning}"
+    return None
 
 
 def checkpoint_directory(path_or_id: str | Path) -> Path:
@@ -97,6 +157,8 @@ def checkpoint_directory(path_or_id: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
+        if path.suffix in (".gguf", ".onnx", ".h5"):
+            raise CheckpointError(f"{path_or_id}: is {_unread([path.name])}.")
         raise CheckpointError(
             f"{path_or_id}: is a file; pass the directory that holds the checkpoint."
         )
@@ -122,10 +184,18 @@ def _from_hub(hub_id: str) -> Path:
         except (OSError, ValueError):
             reason = f"the hub cannot be reached ({type(error).__name__})"
             raise _unavailable(hub_id, reason) from error
-    files = _choose_weights({file.rfilename for file in info.siblings or []})
+    names = {file.rfilename for file in info.siblings or []}
+    files = _choose_weights(names)
     if files is None:
-        raise CheckpointError(f"{hub_id}: the hub's copy has no weights to load.")
-    wanted = [*_SMALL_FILES, *files.patterns]
+        other = _unread(names)
+        raise CheckpointError(
+            f"{hub_id}: the hub's copy has no weights to load"
+            + (f", but {other}." if other else ".")
+        )
+    # Indices go with their own weights only: beside others they would be believed.
+    along = {name for pattern in _ALONG for name in fnmatch.filter(names, pattern)}
+    along = {name for name in along if not name.endswith(".index.json")}
+    wanted = [*_SMALL_FILES, *sorted(along), *files.patterns]
     try:
         return Path(hub.snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:
