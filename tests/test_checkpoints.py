@@ -170,8 +170,14 @@ def with_tied_head(source, directory, head="lm_head.weight", change=0):
     return directory
 
 
-@pytest.mark.parametrize("head", ["lm_head.weight", "lm_head.kernel"])
-@pytest.mark.parametrize("named", ["embed_tokens", "lm_head", "embed_tokens|lm_head"])
+@pytest.mark.parametrize(
+    ("head", "named"),
+    [
+        ("lm_head.weight", "embed_tokens"),
+        ("lm_head.weight", "lm_head"),
+        ("lm_head.kernel", "embed_tokens|lm_head"),
+    ],
+)
 def test_a_tied_head_that_is_stored_too_is_packed_once_and_stays_tied(
     source, tmp_path, head, named
 ):
