@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from quantized_sources import content, make_source
 
 from kashin_jax.cli import main
@@ -142,7 +144,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(kashin, source, tmp_path):
     flags = ["--bits=3.5", "--skip=layers/0/", "--dry-run"]
     code, out, err = kashin("quantize", source, tmp_path / "q", *flags)
     assert (code, err) == (0, "")
-    head, *rows, last = out.splitlines()
+    head, *lines, share, left, last = out.splitlines()
+    rows = [line for line in lines if "stays: " not in line]
+    assert len(lines) == 14 and any("stays: skipped by default" in e for e in lines)
+    assert sum("stays: skipped by the rules" in line for line in lines) == 6
+    assert "50.0% of the weights outside embeddings and heads" in share
+    assert "embed_tokens.weight [320 x 64]: skipped by default: embedding" in left
     assert head.split() == [
         "tensor",
         "layer",
@@ -221,7 +228,8 @@ def test_inspecting_lists_every_tensor(kashin, quantized):
     names = open_checkpoint(quantized).names()
     assert [row.split()[0] for row in rows[: len(names)]] == names
     found = inspect_checkpoint(quantized)
-    weights, total, intact = rows[len(names) :]
+    weights, share, left, total, intact = rows[len(names) :]
+    assert share.startswith("Quantized: 71.4% of the weights") and "embed" in left
     assert f"{found.packed_weights:,} weights quantized, " in weights
     assert f"{found.bits_per_weight:.3f} stored bits each." in weights
     assert f"in {found.disk_bytes:,} bytes" in total
@@ -234,8 +242,38 @@ def test_inspecting_as_json_tells_the_same(kashin, quantized):
     assert code == 0
     assert read["bits_per_weight"] == found.bits_per_weight
     assert read["damaged"] == []
+    assert read["coverage"]["inner"] == found.coverage.inner == 1
+    assert read["coverage"]["left"][0]["name"] == "model.decoder.embed_tokens.weight"
     assert [row["name"] for row in read["tensors"]] == [r.name for r in found.tensors]
     assert read["tensors"][0]["shape"] == list(found.tensors[0].shape)
+
+
+@pytest.mark.parametrize("shape", [None, (0, 4)])
+def test_inspecting_a_checkpoint_without_weights(kashin, tmp_path, shape):
+    """It divided by the number of weights."""
+    tensors = {} if shape is None else {"a.weight": np.zeros(shape, np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    code, out, _ = kashin("inspect", tmp_path)
+    assert code == 0 and "0 weights in" in out
+
+
+def test_whatever_stays_dense_is_named(kashin, tmp_path, caplog):
+    """Experts in one array and float64 were copied without a word."""
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = {
+        "layers.0.attn.q_proj.weight": np.ones((64, 64), np.float32),
+        "layers.0.mlp.experts.down_proj": np.ones((16, 64, 64), np.float32),
+        "b.weight": np.ones((64, 64), np.float64),
+        "c": np.ones((64, 64), np.float32),
+    }
+    safetensors.numpy.save_file(tensors, source / "model.safetensors")
+    code, out, _ = kashin("quantize", source, tmp_path / "q", *RTN)
+    assert code == 0 and "Quantized: 5.3% of the weights" in out
+    for text in (out, caplog.text):
+        assert "layers.0.mlp.experts.down_proj [16 x 64 x 64]: has 3 axes" in text
+        assert "b.weight [64 x 64]: its type is float64" in text
+        assert "c [64 x 64]: is not called weight" in text
 
 
 def test_inspecting_reads_the_files_once(kashin, quantized, monkeypatch):

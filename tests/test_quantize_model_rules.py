@@ -266,8 +266,9 @@ def test_a_dry_run_prints_the_plan_and_quantizes_nothing(network, capsys):
     assert lines[0].split() == [
         "layer", "shape", "method", "bits/weight", "bytes", "before", "after",
     ]  # fmt: skip
-    ends = {len(line) for line in lines}
-    assert len(ends) == 1
+    table = [line for line in lines if not line.startswith(("Quantized", "Largest"))]
+    assert len({len(line) for line in table}) == 1 and len(table) == len(lines) - 2
+    assert result.coverage == plan.coverage and 0 < plan.coverage.inner < 1
     line = next(line for line in lines if line.startswith("blocks/1/up"))
     assert line.split()[1:6] == ["16", "x", "32", "kashin-joint", "2.5"]
     query = next(line for line in lines if "attention/query" in line)
@@ -295,3 +296,33 @@ def test_the_plan_says_what_will_be_stored(network):
 def test_a_model_without_arrays_can_be_planned_for(network):
     abstract = nnx.eval_shape(lambda: Network(nnx.Rngs(0)))
     assert str(plan_model(abstract, RTN())) == str(plan_model(network, RTN()))
+
+
+class Own(nnx.Module):
+    """Multiplies by an array of its own, as many attentions do."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jnp.ones((4, 16, 8)))
+        self.einsum = nnx.Einsum("bi,io->bo", (16, 16), rngs=rngs)
+        self.small = nnx.Linear(8, 8, rngs=rngs)
+        self.lm_head = nnx.Linear(16, 64, rngs=rngs)
+
+
+def test_what_stays_dense_is_returned_and_warned_of(caplog):
+    """Attention made of einsums stayed dense without a word."""
+    result = quantize_model(Own(nnx.Rngs(0)), RTN())
+    assert list(result.reports) == ["small"]
+    model, _ = result
+    assert model is result.model
+    coverage = result.coverage
+    assert [part.name for part in coverage.left] == ["lm_head", "w", "einsum"]
+    inner = 8 * 8 + 4 * 16 * 8 + 16 * 16
+    assert coverage.inner == 8 * 8 / inner
+    biases = 8 + 64
+    assert coverage.weights == 8 * 8 / (inner + 16 * 64 + biases)
+    (record,) = caplog.records
+    assert "w [4 x 16 x 8]: in a Own; einsum [16 x 16]: in a Einsum" in record.message
+    assert "lm_head" not in record.message
+    caplog.clear()
+    assert quantize_model(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), RTN()).coverage.inner == 1
+    assert not caplog.records

@@ -70,7 +70,9 @@ def run_quantize(
     )
     if result.resumed:
         print(f"{result.resumed} shards were finished already.")
-    _print_totals(inspect_checkpoint(dst, verify=False))
+    # The run knows why tensors stay.
+    found = inspect_checkpoint(dst, verify=False)
+    _print_totals(found._replace(coverage=result.coverage))
     return 0
 
 
@@ -102,26 +104,30 @@ def _read_rules(path: Path) -> dict[str, Any]:
 
 def _print_plan(plan: Plan) -> None:
     rows = [["tensor", "layer", "shape", "method", "bits/weight", "bytes"]]
-    for layer in plan.quantized:
-        candidate, config, _ = layer.choice
-        assert config is not None, "of quantized layers"
+    for layer in plan.layers:
+        candidate, config, reason = layer.choice
+        what = f"stays: {reason}"
+        if config is not None:
+            what = f"{config.name}, {config.bits} bits"
         rows.append(
             [
                 layer.choice.name,
                 layer.choice.path,
                 " x ".join(map(str, candidate.shape)),
-                f"{config.name}, {config.bits} bits",
+                what,
                 f"{layer.bits_per_weight:.3f}",
                 f"{layer.bytes_after:,}",
             ]
         )
     print(aligned(rows, left=4))
+    print(plan.coverage)
     packed = sum(layer.bytes_after for layer in plan.quantized)
     print(
         f"{len(plan.quantized)} matrices quantized, "
         f"{len(plan.tensors) - len(plan.quantized)} tensors copied "
         f"({plan.bytes_after - packed:,} bytes); {plan.bytes_after:,} bytes in all."
     )
+    plan.coverage.warn()
 
 
 def run_inspect(src: str, *, verify: bool, as_json: bool) -> int:
@@ -155,7 +161,9 @@ def _as_json(found: Inspection) -> str:
         "model_bits_per_weight": found.model_bits_per_weight,
     }
     tensors = {"tensors": [row._asdict() for row in found.tensors]}
-    return json.dumps(found._asdict() | bits | tensors, indent=2)
+    left = [part._asdict() for part in found.coverage.left]
+    coverage = {"coverage": found.coverage._asdict() | {"left": left}}
+    return json.dumps(found._asdict() | bits | tensors | coverage, indent=2)
 
 
 def _print_totals(found: Inspection) -> None:
@@ -164,6 +172,7 @@ def _print_totals(found: Inspection) -> None:
             f"{found.packed_weights:,} weights quantized, "
             f"{found.bits_per_weight:.3f} stored bits each."
         )
+        print(found.coverage)
     print(
         f"{found.weights:,} weights in {found.disk_bytes:,} bytes, "
         f"{found.model_bits_per_weight:.3f} bits each."

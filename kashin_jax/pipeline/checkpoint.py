@@ -1,5 +1,6 @@
 """Quantizing a checkpoint that may be larger than memory, and undoing it."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from kashin_jax.io import (
     MAX_SHARD_BYTES,
     Checkpoint,
     PlannedTensor,
+    TensorSpec,
     TensorWriter,
     open_checkpoint,
     open_shard,
@@ -30,6 +32,7 @@ from kashin_jax.io import (
     write_stored,
 )
 from kashin_jax.models.registry import tied_copy
+from kashin_jax.pipeline.coverage import Coverage
 from kashin_jax.pipeline.names import layer_names
 from kashin_jax.pipeline.other_files import copy_other_files
 from kashin_jax.pipeline.plan import (
@@ -77,19 +80,22 @@ class StreamResult(NamedTuple):
       directory: Of the new checkpoint.
       reports: By name of the tensor, as `quantization_report.jsonl` holds them.
       resumed: Shards that an earlier run had finished.
+      coverage: How much was quantized, and what was not.
     """
 
     directory: Path
     reports: dict[str, LayerReport]
     resumed: int
+    coverage: Coverage
 
 
 def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
     """Applies rules to every matrix of a checkpoint; quantizes and reads nothing.
 
     Matrices are the floating-point tensors of two axes named `weight`, `kernel` or
-    `embedding`. A head that is stored beside the embedding it is tied to is left out:
-    rules that name either are about the embedding.
+    `embedding`; other arrays of two axes and more stay, and the plan says why. A head
+    that is stored beside the embedding it is tied to is left out: rules that name
+    either are about the embedding.
 
     Raises:
       UsageError: If the checkpoint is quantized already, a rule matches nothing, a
@@ -108,8 +114,12 @@ def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
     choices = choose_methods(candidates, None, rules, None, what=what)
     matrices = {each.stored_name for each in candidates}
     stored = _without_copy(source)
-    others = [name for name in stored if name not in matrices]
-    plan = make_plan(choices, sum(source.spec(name).size for name in others))
+    others = [source.spec(name) for name in stored if name not in matrices]
+    plan = make_plan(
+        choices,
+        sum(spec.size for spec in others),
+        sum(math.prod(spec.shape) for spec in others if _is_float(spec.dtype)),
+    )
     packed = {layer.choice.name: layer for layer in plan.quantized}
     tensors = (_stored(source, name, packed.get(name)) for name in stored)
     return plan._replace(tensors=tuple(tensors))
@@ -135,21 +145,24 @@ def _candidates(source: Checkpoint, rules: Rules) -> list[Candidate]:
     found = []
     copy = tied_copy(source.names(), source.config)
     layers = layer_names(source.names(), source.config)
-    for name in filter(layers.__contains__, _without_copy(source)):
-        layer = layers[name]
-        paths: tuple[str, ...] = (layer.path,)
-        if copy is not None and name == copy.embedding:
-            paths = _named((layer.path, layers[copy.head].path), rules) or paths
+    for name in _without_copy(source):
         spec = source.spec(name)
-        if spec.dtype not in _FLOATS or len(spec.shape) != 2 or 0 in spec.shape:
+        if len(spec.shape) < 2 or 0 in spec.shape or not _is_float(spec.dtype):
             continue
+        stays = _why_left(spec, is_named=name in layers)
+        path, is_transposed = layers.get(name) or (name.replace(".", "/"), False)
+        swaps = is_transposed and len(spec.shape) == 2
+        paths: tuple[str, ...] = (path,)
+        if copy is not None and name == copy.embedding:
+            paths = _named((path, layers[copy.head].path), rules) or paths
         found.append(
             Candidate(
                 paths=paths,
-                shape=spec.shape[::-1] if layer.is_transposed else spec.shape,
+                shape=spec.shape[::-1] if swaps else spec.shape,
                 dtype=spec.dtype,
+                left=stays,
                 stored_name=name,
-                is_transposed=layer.is_transposed,
+                is_transposed=is_transposed,
             )
         )
     return found
@@ -192,6 +205,20 @@ def _check_copy(source: Checkpoint) -> None:
 def _rows(source: Checkpoint, name: str, start: int) -> Shaped[np.ndarray, "..."]:
     file = source.file_of(name)
     return file.read_rows(name, start, min(start + _ROWS, file.spec(name).shape[0]))
+
+
+def _is_float(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat"))
+
+
+def _why_left(spec: TensorSpec, *, is_named: bool) -> str | None:
+    if spec.dtype not in _FLOATS:
+        return f"its type is {spec.dtype}; {', '.join(sorted(_FLOATS))} are quantized"
+    if len(spec.shape) != 2:
+        return f"has {len(spec.shape)} axes"
+    if not is_named:
+        return "is not called weight, kernel or embedding"
+    return None
 
 
 def _stored(source: Checkpoint, name: str, plan: LayerPlan | None) -> PlannedTensor:
@@ -243,7 +270,8 @@ def quantize_checkpoint(
     target = _separate(checkpoint.directory, Path(target))
     digest = fingerprint(checkpoint, rules, seed, max_shard_bytes, plan.tensors)
     if exist_ok and (found := finished_run(target, digest)) is not None:
-        return StreamResult(target, found, len(open_checkpoint(target).files))
+        count = len(open_checkpoint(target).files)
+        return StreamResult(target, found, count, plan.coverage)
     with claimed_directory(target, digest):
         reports, resumed = _quantize(
             checkpoint, target, plan, rules, seed, max_shard_bytes
@@ -252,7 +280,8 @@ def quantize_checkpoint(
             keep_directory(target, digest, reports)
         else:
             release_directory(target)
-    return StreamResult(target, reports, resumed)
+    plan.coverage.warn()
+    return StreamResult(target, reports, resumed, plan.coverage)
 
 
 def _quantize(

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kashin_jax.io import Checkpoint, open_checkpoint
+from kashin_jax.pipeline.coverage import Coverage, Part, cover
+from kashin_jax.pipeline.names import layer_names
 from kashin_jax.pipeline.report import REPORT_NAME, read_report
+from kashin_jax.pipeline.rules import is_head_or_embedding
 
 __all__ = ["Inspection", "TensorRow", "inspect_checkpoint"]
 
@@ -41,6 +44,7 @@ class Inspection(NamedTuple):
       disk_bytes: Of the weight files, headers included.
       damaged: Shards whose bytes have changed since they were written; None if the
         checkpoint records no hashes.
+      coverage: How much is quantized, and what is not.
     """
 
     tensors: tuple[TensorRow, ...]
@@ -49,6 +53,7 @@ class Inspection(NamedTuple):
     weights: int
     disk_bytes: int
     damaged: tuple[str, ...] | None
+    coverage: Coverage
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -57,8 +62,8 @@ class Inspection(NamedTuple):
 
     @property
     def model_bits_per_weight(self) -> float:
-        """Bits on disk over all weights."""
-        return 8 * self.disk_bytes / self.weights
+        """Bits on disk over all weights; 0 if there are none."""
+        return 8 * self.disk_bytes / self.weights if self.weights else 0.0
 
 
 def inspect_checkpoint(directory: str | Path, *, verify: bool = True) -> Inspection:
@@ -79,7 +84,26 @@ def inspect_checkpoint(directory: str | Path, *, verify: bool = True) -> Inspect
         weights=sum(math.prod(row.shape) for row in rows),
         disk_bytes=sum(f.path.stat().st_size for f in checkpoint.files.values()),
         damaged=tuple(checkpoint.verify()) if hashed else None,
+        coverage=_coverage(checkpoint),
     )
+
+
+def _coverage(checkpoint: Checkpoint) -> Coverage:
+    parts, others = [], []
+    layers = layer_names(checkpoint.names(), checkpoint.config)
+    for name in checkpoint.names():
+        spec = checkpoint.spec(name)
+        if not spec.dtype.startswith(("float", "bfloat")):
+            continue
+        if len(spec.shape) < 2:
+            others.append(spec)
+            continue
+        path = layers[name].path if name in layers else name.replace(".", "/")
+        reason = None if checkpoint.is_packed(name) else f"stored as {spec.dtype}"
+        outer = is_head_or_embedding(path)
+        parts.append(Part(name, spec.shape, spec.size, reason, outer))
+    weights = sum(math.prod(spec.shape) for spec in others)
+    return cover(parts, weights, sum(spec.size for spec in others))
 
 
 def _rows(checkpoint: Checkpoint, errors: dict[str, float]) -> Iterator[TensorRow]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -12,6 +13,7 @@ from kashin_jax.layers.embed import QuantizedEmbed
 from kashin_jax.layers.linear import QuantizedLinear, require_plain_product
 from kashin_jax.layers.packed import Inputs, Packed, pack
 from kashin_jax.methods import Method
+from kashin_jax.pipeline.coverage import Coverage, cover
 from kashin_jax.pipeline.paths import join, natural
 from kashin_jax.pipeline.plan import (
     Candidate,
@@ -20,6 +22,7 @@ from kashin_jax.pipeline.plan import (
     Select,
     choose_methods,
     make_plan,
+    part_of,
 )
 from kashin_jax.pipeline.report import LayerReport
 from kashin_jax.pipeline.rules import Rules, default_select
@@ -40,17 +43,26 @@ QuantizeLayer = Callable[[str, Array], Coded]
 # The attribute that holds the matrix. Subclasses may compute anything: exact types.
 _MATRIX: dict[type, str] = {nnx.Linear: "kernel", nnx.Embed: "embedding"}
 
+# Attention has biases of two axes, heads and their width.
+_ADDED = frozenset({"bias", "scale"})
 
-class QuantizedModel(NamedTuple):
+
+class _Pair(NamedTuple):
+    model: Any
+    reports: dict[str, LayerReport]
+
+
+class QuantizedModel(_Pair):
     """A model with packed layers, and what each of them lost.
 
     Attributes:
       model: Shares every other parameter with the model it was made from.
       reports: By path of the layer, such as `decoder/layers/0/fc1`.
+      coverage: How much was quantized, and what was not. No item of the tuple, so that
+        it can still be unpacked into two.
     """
 
-    model: Any
-    reports: dict[str, LayerReport]
+    coverage: Coverage
 
 
 class Layer(NamedTuple):
@@ -124,11 +136,16 @@ def quantize_model(
       NonFiniteError: If a selected kernel holds NaN or infinity; names its path.
     """
     if dry_run:
-        print(plan_model(model, config, rules=rules, select=select))
-        return QuantizedModel(model, {})
+        plan = plan_model(model, config, rules=rules, select=select)
+        print(plan)
+        return _result(model, {}, plan.coverage)
     root = jax.random.key(0) if key is None else key
     # Nothing else holds the targets: in place, it would hold the dense kernels.
-    choices = _choices(find_targets(model), config, rules, select)
+    targets = find_targets(model)
+    choices = _choices(targets, config, rules, select)
+    parts = [part_of(choice) for choice in choices]
+    coverage = cover(parts, *reversed(_others(model, targets)))
+    del targets
     changed = _Replacing(model if in_place else nnx.clone(model, variables=False))
     quantizer: Callable[[Choice], tuple[QuantizedTensor, LayerReport]]
     if quantize_layer is None:
@@ -143,7 +160,16 @@ def quantize_model(
             return reported(choice.path, None, lambda: own(choice.path, kernel))
 
     reports = quantize_each(choices, quantizer, changed.put)
-    return QuantizedModel(changed.model, reports)
+    coverage.warn()
+    return _result(changed.model, reports, coverage)
+
+
+def _result(
+    model: Any, reports: dict[str, LayerReport], coverage: Coverage
+) -> QuantizedModel:
+    result = QuantizedModel(model, reports)
+    result.coverage = coverage
+    return result
 
 
 class _Replacing:
@@ -180,7 +206,7 @@ def plan_model(
     """
     targets = find_targets(model)
     choices = _choices(targets, config, rules, select)
-    return make_plan(choices, other_bytes(model, targets))
+    return make_plan(choices, *_others(model, targets))
 
 
 def selected_kernels(
@@ -261,10 +287,32 @@ def find_targets(model: nnx.Module) -> list[Target]:
             layer = Layer(path, node, tuple(holders.get(id(node), ())))
             groups.setdefault(id(variable), []).append(layer)
             variables[id(variable)] = variable
-    return [
+    known = [
         _target(variables[key], tuple(layers), users.get(key, []))
         for key, layers in groups.items()
     ]
+    return known + _unknown(nodes, set(groups))
+
+
+def _unknown(nodes: list[tuple[str, Any]], known: set[int]) -> list[Target]:
+    """Other arrays of two axes and more: nothing is known of what is done with them."""
+    found: dict[int, Target] = {}
+    for path, node in sorted(nodes, key=lambda item: natural(item[0])):
+        for name, child in _children(node):
+            if not isinstance(child, nnx.Param) or id(child) in known | found.keys():
+                continue
+            value = child.get_value()
+            is_float = jnp.issubdtype(getattr(value, "dtype", bool), jnp.floating)
+            if not is_float or value.ndim < 2 or name in _ADDED:
+                continue
+            candidate = Candidate(
+                paths=(join([*filter(None, [path]), name]),),
+                shape=value.shape,
+                dtype=value.dtype.name,
+                left=f"in a {type(node).__name__}",
+            )
+            found[id(child)] = Target(candidate, child, ())
+    return list(found.values())
 
 
 def put_layer(layer: Layer, packed: Packed) -> QuantizedLinear | QuantizedEmbed:
@@ -291,17 +339,17 @@ def put_layer(layer: Layer, packed: Packed) -> QuantizedLinear | QuantizedEmbed:
     return new
 
 
-def other_bytes(model: nnx.Module, targets: list[Target]) -> int:
-    """Bytes of all parameters that are no target's."""
-    params = jax.tree.leaves(nnx.state(model, nnx.Param))
-    matrices = [
-        target.variable.get_value()
-        for target in targets
-        if isinstance(target.variable, nnx.Param)
+def _others(model: nnx.Module, targets: list[Target]) -> tuple[int, int]:
+    """Bytes and number of all parameters that are no target's."""
+    known = {id(target.variable) for target in targets}
+    leaves = [
+        leaf
+        for _, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Param) and id(node) not in known
+        for leaf in jax.tree.leaves(node.get_value())
     ]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in params) - sum(
-        leaf.size * leaf.dtype.itemsize for leaf in matrices
-    )
+    sizes = (leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return sum(sizes), sum(leaf.size for leaf in leaves)
 
 
 def _children(node: Any) -> list[tuple[Any, Any]]:

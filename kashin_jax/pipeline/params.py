@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from kashin_jax.methods import Method
+from kashin_jax.pipeline.coverage import Coverage
 from kashin_jax.pipeline.paths import join, natural
 from kashin_jax.pipeline.plan import (
     Candidate,
@@ -29,17 +30,23 @@ __all__ = ["QuantizedParams", "dequantize_params", "plan_params", "quantize_para
 _ADDED = frozenset({"bias", "scale"})
 
 
-class QuantizedParams(NamedTuple):
+class _Pair(NamedTuple):
+    params: Any
+    reports: dict[str, LayerReport]
+
+
+class QuantizedParams(_Pair):
     """Parameters with packed matrices, and what each of them lost.
 
     Attributes:
       params: Has a packed tensor in the place of each quantized leaf and shares the
         others with the tree it was made from.
       reports: By path of the layer, such as `Dense_0`.
+      coverage: How much was quantized, and what was not. No item of the tuple, so that
+        it can still be unpacked into two.
     """
 
-    params: Any
-    reports: dict[str, LayerReport]
+    coverage: Coverage
 
 
 class _Leaf(NamedTuple):
@@ -89,14 +96,15 @@ def quantize_params(
       NonFiniteError: If a selected matrix holds NaN or infinity; names its path.
     """
     if dry_run:
-        print(plan_params(params, config, rules=rules, select=select))
-        return QuantizedParams(params, {})
+        plan = plan_params(params, config, rules=rules, select=select)
+        print(plan)
+        return _result(params, {}, plan.coverage)
     root = jax.random.key(0) if key is None else key
     leaves, treedef = jax.tree.flatten(params, is_leaf=_is_packed)
     known = _matrices(params)
     choices = _choices(known, config, rules, select)
     # Methods that cannot code a matrix say so before hours of work, not after.
-    make_plan(choices, 0)
+    coverage = make_plan(choices, *_others(params, known)).coverage
     by_path = {leaf.candidate.paths[0]: leaf for leaf in known}
 
     def kernel(choice: Choice) -> Array:
@@ -108,7 +116,16 @@ def quantize_params(
 
     quantizer = LayerQuantizer(choices, rules, root, kernel)
     reports = quantize_each(choices, quantizer, put)
-    return QuantizedParams(jax.tree.unflatten(treedef, leaves), reports)
+    coverage.warn()
+    return _result(jax.tree.unflatten(treedef, leaves), reports, coverage)
+
+
+def _result(
+    params: Any, reports: dict[str, LayerReport], coverage: Coverage
+) -> QuantizedParams:
+    result = QuantizedParams(params, reports)
+    result.coverage = coverage
+    return result
 
 
 def plan_params(
@@ -126,15 +143,19 @@ def plan_params(
       UsageError: As `quantize_params`.
     """
     known = _matrices(params)
+    choices = _choices(known, config, rules, select)
+    return make_plan(choices, *_others(params, known))
+
+
+def _others(params: PyTree[Any], known: Sequence[_Leaf]) -> tuple[int, int]:
+    """Bytes and number of all parameters that are no matrices; shared ones once."""
     arrays = {
-        id(leaf): leaf.size * jnp.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(params)
-        if hasattr(leaf, "dtype")
+        id(leaf): leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")
     }
     for leaf in known:
-        del arrays[id(leaf.value)]
-    choices = _choices(known, config, rules, select)
-    return make_plan(choices, sum(arrays.values()))
+        arrays.pop(id(leaf.value), None)
+    sizes = [leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in arrays.values()]
+    return sum(sizes), sum(leaf.size for leaf in arrays.values())
 
 
 def dequantize_params(params: PyTree[Any]) -> PyTree[Any]:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from kashin_jax.errors import UsageError
 from kashin_jax.io import PlannedTensor
 from kashin_jax.methods import Method, encode
-from kashin_jax.pipeline.rules import Rules, resolve_rules
+from kashin_jax.pipeline.coverage import Coverage, Part, cover
+from kashin_jax.pipeline.rules import Rules, is_head_or_embedding, resolve_rules
 from kashin_jax.pipeline.table import aligned
 from kashin_jax.tensors import stored_bits
 
@@ -26,6 +27,7 @@ __all__ = [
     "method_name",
     "packed_shape",
     "packed_size",
+    "part_of",
 ]
 
 Select = Callable[[str], bool]
@@ -120,11 +122,19 @@ class Plan(NamedTuple):
       other_bytes: Of all other parameters: norms, biases.
       tensors: What a checkpoint will hold, in the order of its source; empty for
         models in memory.
+      other_weights: The number of all other parameters.
     """
 
     layers: tuple[LayerPlan, ...]
     other_bytes: int
     tensors: tuple[PlannedTensor, ...] = ()
+    other_weights: int = 0
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much will be packed, and what stays."""
+        parts = (part_of(layer.choice) for layer in self.layers)
+        return cover(parts, self.other_weights, self.other_bytes)
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -155,7 +165,7 @@ class Plan(NamedTuple):
         totals = f"{self.bytes_before:,}", f"{self.bytes_after:,}"
         packed = f"total, {len(self.quantized)} packed"
         rows.append((packed, "", "", f"{self.bits_per_weight:.3f}", *totals))
-        return aligned([header, *rows], left=3)
+        return f"{aligned([header, *rows], left=3)}\n{self.coverage}"
 
 
 def choose_methods(
@@ -198,8 +208,27 @@ def choose_methods(
         given = "the rules quantize none; change them"
         if select is not None:
             given = "`select` takes none that the rules do not leave out; change them"
-        raise UsageError(f"Of {count} {what} {given}.")
+        raise UsageError(f"Of {count} {what} {given}.{_left(choices)}")
     return choices
+
+
+def part_of(choice: Choice) -> Part:
+    """What coverage counts a matrix as."""
+    each = choice.candidate
+    return Part(
+        choice.name,
+        each.shape,
+        _dense_bits(each) // 8,
+        choice.reason if choice.config is None else None,
+        any(map(is_head_or_embedding, each.paths)),
+    )
+
+
+def _left(choices: Sequence[Choice]) -> str:
+    """Of the largest matrices, why they cannot be quantized."""
+    found = [part_of(each) for each in choices if each.candidate.left is not None]
+    found.sort(key=lambda part: -part.weights)
+    return f" Not among them: {'; '.join(map(str, found[:3]))}." if found else ""
 
 
 def _choose(
@@ -224,17 +253,20 @@ def _choose(
     return Choice(each, configs.pop(), None)
 
 
-def make_plan(choices: Sequence[Choice], other_bytes: int) -> Plan:
+def make_plan(
+    choices: Sequence[Choice], other_bytes: int, other_weights: int = 0
+) -> Plan:
     """Adds sizes, those of the arrays that the coder would return: nothing is coded.
 
     Args:
       choices: In the order of the table.
       other_bytes: Of all other parameters.
+      other_weights: The number of those.
 
     Raises:
       UsageError: If a method cannot code a matrix; names it.
     """
-    return Plan(tuple(map(_planned, choices)), other_bytes)
+    return Plan(tuple(map(_planned, choices)), other_bytes, other_weights=other_weights)
 
 
 def packed_shape(shape: tuple[int, int], dtype: str, config: Method) -> Any:
