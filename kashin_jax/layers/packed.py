@@ -11,6 +11,7 @@ from flax import nnx, serialization
 from jaxtyping import Array, Float
 
 from kashin_jax.bases import Basis, KroneckerBasis
+from kashin_jax.methods.quantize import is_traced
 from kashin_jax.tensors import (
     AffineTensor,
     Bases,
@@ -101,13 +102,19 @@ Inputs = dict[Hashable, DerivedBasis]
 """Input sides that were packed, by value."""
 
 
-def pack(tensor: QuantizedTensor | Packed, known: Inputs | None = None) -> Packed:
+def pack(
+    tensor: QuantizedTensor | Packed,
+    known: Inputs | None = None,
+    group: Hashable | None = None,
+) -> Packed:
     """Variables of a matrix, the bases derived from its seed.
 
     Args:
       tensor: From `quantize`; variables are returned as they are.
       known: Of the matrices that were packed before with the same argument, which is
         added to. What is equal to one of them, bit by bit, is shared with it.
+      group: Of matrices with equal input sides; inside `jit` and `eval_shape`, where no
+        bits are known, those of one group share.
     """
     if isinstance(tensor, Packed):
         return tensor
@@ -117,7 +124,7 @@ def pack(tensor: QuantizedTensor | Packed, known: Inputs | None = None) -> Packe
     left, right = sides
     if known is None or not isinstance(tensor, KashinTensor):
         inputs = DerivedBasis(left)
-    elif (found := known.get(name := _input_name(tensor))) is None:
+    elif (found := known.get(name := _input_name(tensor, group))) is None:
         inputs = known[name] = DerivedBasis(left)
     else:
         inputs = found
@@ -147,8 +154,10 @@ def _sides(tensor: Any) -> tuple[InputSide, OutputSide] | None:
     )
 
 
-def _input_name(tensor: KashinTensor) -> Hashable:
+def _input_name(tensor: KashinTensor, group: Hashable | None) -> Hashable:
     layout, scale = tensor.layout, tensor.in_scale
+    if is_traced(tensor.seed):
+        return object() if group is None else group
     return (
         (tensor.seed.shape, np.asarray(tensor.seed).tobytes()),
         None if scale is None else (scale.dtype.name, np.asarray(scale).tobytes()),

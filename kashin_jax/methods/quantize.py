@@ -1,7 +1,7 @@
 """`quantize`: one matrix to packed codes by any method, with a report."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,8 @@ def quantize(
     """Quantizes one matrix: checks it on the host, then runs `encode`.
 
     Compiles once per shape, type and config. The matrix is never returned
-    unquantized: whoever wants to skip hard layers reads the report and decides.
+    unquantized: whoever wants to skip hard layers reads the report and decides. Inside
+    `jit` and `eval_shape`, where nothing is known of values, none is checked.
 
     Args:
       weight: Kernel in Flax order `[in, out]`, of a floating type.
@@ -83,13 +84,18 @@ def quantize(
     """
     config = DEFAULT_CONFIG if config is None else config
     # NumPy's float64 too: the layout records the type.
-    weight, target = _on_one_device(jnp.asarray(weight))
+    weight = jnp.asarray(weight)
+    is_known = not is_traced(weight)
+    weight, target = _on_one_device(weight) if is_known else (weight, None)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"`{path}` has type {weight.dtype}; cast it to float first.")
     try:
         config.check(weight.shape)
     except ValueError as error:
         raise ValueError(f"`{path}`: {error}") from None
+    if not is_known:
+        return encode(weight, jax.random.key(0) if key is None else key, config,
+                      importance, in_scale)  # fmt: skip
     require_finite(weight, path)
     weights = _checked_importance(importance, weight.shape[0], config, path)
     if importance is not None and in_scale is not None:
@@ -109,6 +115,12 @@ def quantize(
     return (
         (tensor, report) if target is None else jax.device_put((tensor, report), target)
     )
+
+
+def is_traced(value: Any) -> bool:
+    """Whether an array stands for one that is not known yet, as inside `jit`."""
+    # Only where there are data do arrays say where they are.
+    return isinstance(value, jax.Array) and not hasattr(value, "sharding")
 
 
 def _on_one_device(
@@ -228,6 +240,8 @@ def _relative_squared_error(
 
 def require_finite(weight: Num[Array, "*shape"], path: str) -> None:
     """Raises NonFiniteError, naming `path`, if `weight` holds NaN or infinity."""
+    if is_traced(weight):
+        return
     bad = int(_count_bad(weight))
     if bad:
         raise NonFiniteError(

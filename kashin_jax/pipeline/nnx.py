@@ -27,6 +27,7 @@ from kashin_jax.pipeline.plan import (
 from kashin_jax.pipeline.report import LayerReport
 from kashin_jax.pipeline.rules import Rules, default_select
 from kashin_jax.pipeline.run import Coded, LayerQuantizer, quantize_each, reported
+from kashin_jax.pipeline.sharing import Group, find_groups
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
@@ -146,7 +147,8 @@ def quantize_model(
     parts = [part_of(choice) for choice in choices]
     coverage = cover(parts, *reversed(_others(model, targets)))
     del targets
-    changed = _Replacing(model if in_place else nnx.clone(model, variables=False))
+    whole = model if in_place else nnx.clone(model, variables=False)
+    changed = _Replacing(whole, find_groups(choices, rules))
     quantizer: Callable[[Choice], tuple[QuantizedTensor, LayerReport]]
     if quantize_layer is None:
         # Methods that cannot code a matrix say so before hours of work, not after.
@@ -175,8 +177,8 @@ def _result(
 class _Replacing:
     """A model some of whose layers are packed, and the matrices of all others."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, groups: Mapping[str, Group]) -> None:
+        self.model, self._groups = model, groups
         self._targets = {each.candidate.paths[0]: each for each in find_targets(model)}
         self._known: Inputs = {}
 
@@ -186,7 +188,7 @@ class _Replacing:
 
     def put(self, choice: Choice, tensor: QuantizedTensor) -> None:
         """Puts a packed matrix in the place of a dense one, which is let go."""
-        packed = pack(tensor, self._known)
+        packed = pack(tensor, self._known, self._groups.get(choice.path))
         for layer in self._targets.pop(choice.path).layers:
             new = put_layer(layer, packed)
             self.model = new if layer.node is self.model else self.model

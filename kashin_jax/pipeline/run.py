@@ -9,6 +9,7 @@ from jaxtyping import Array, Key
 from tqdm import tqdm
 
 from kashin_jax.methods import Method, QuantizationReport, quantize_stack
+from kashin_jax.methods.quantize import is_traced
 from kashin_jax.pipeline.plan import Choice
 from kashin_jax.pipeline.report import LayerReport, warn_of_outliers
 from kashin_jax.pipeline.rules import Rules
@@ -109,5 +110,6 @@ def quantize_each(
         tensor, reports[choice.path] = quantizer(choice)
         put(choice, tensor)
         del tensor
-    warn_of_outliers(reports)
+    if not any(is_traced(each.relative_squared_error) for each in reports.values()):
+        warn_of_outliers(reports)
     return reports
