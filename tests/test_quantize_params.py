@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx, traverse_util
 from flax.core import freeze
 
 from kashin_jax import (
@@ -23,6 +24,7 @@ from kashin_jax import (
     quantize_params,
 )
 from kashin_jax.errors import NonFiniteError, UsageError
+from kashin_jax.layers import packed_dense
 from kashin_jax.pipeline import path_key, plan_params
 
 KEY = jax.random.key(0)
@@ -204,3 +206,86 @@ def test_adding_a_layer_leaves_other_codes_unchanged(params):
         np.testing.assert_array_equal(
             before[name]["kernel"].packed_codes, after[name]["kernel"].packed_codes
         )
+
+
+class Same(nn.Dense):
+    """A subclass that computes what `nn.Dense` does."""
+
+
+class Boxed(nn.Module):
+    """Kernels in boxes that say how they are cut over devices."""
+
+    kind: type = nn.Dense
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+        return self.kind(8, kernel_init=init, name="body")(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Dense, Same])
+def test_kernels_in_boxes_are_quantized_and_run(kind):
+    """Boxed parameters were "0 kernels"; subclasses of Dense were packed and failed."""
+    x = jax.random.normal(KEY, (3, 16))
+    model = Boxed(kind)
+    params = model.init(KEY, x)
+    result = quantize_params(params, RTN(bits=8, group_size=8))
+    assert list(result.reports) == ["body"] and result.coverage.weights == 128 / 136
+    assert hasattr(result.params["params"]["body"]["kernel"], "decode")
+    plain = quantize_params(nn.meta.unbox(params), RTN(bits=8, group_size=8))
+    with nn.intercept_methods(packed_dense):
+        y, same = (model.apply(r.params, x) for r in (result, plain))
+    np.testing.assert_array_equal(y, same)
+    np.testing.assert_allclose(y, model.apply(params, x), atol=0.05)
+
+
+def test_flat_trees_are_taken_as_they_are(params):
+    whole = quantize_params(params, RTN())
+    for sep in (None, "/"):
+        flat = traverse_util.flatten_dict(params, sep=sep)
+        result = quantize_params(flat, RTN())
+        assert result.reports.keys() == whole.reports.keys()
+        assert result.params.keys() == flat.keys()
+
+
+def test_a_state_of_nnx_is_refused_with_the_remedy():
+    state = nnx.state(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    with pytest.raises(UsageError, match="`quantize_model`, or give `nnx.to_pure_dict"):
+        quantize_params(state, RTN())
+    assert list(quantize_params(nnx.to_pure_dict(state), RTN()).reports) == ["kernel"]
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(16)(x), None
+
+
+def test_scanned_stacks_and_all_else_that_stays_is_named(params):
+    """A tree of stacks alone ended in "0 kernels"."""
+    stack = nn.scan(
+        Scanned, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+    )
+    tree = stack().init(KEY, jnp.ones((1, 16)), None)
+    pattern = r"Not among them: Dense_0 \[3 x 16 x 16\]: has 3 axes"
+    with pytest.raises(UsageError, match=pattern):
+        quantize_params(tree, RTN())
+    left = quantize_params(params, RTN()).coverage.left
+    assert {"Conv_0", "MultiHeadDotProductAttention_0/key"} < {p.name for p in left}
+
+
+def test_a_packed_kernel_in_a_layer_that_cannot_run_it_is_an_error_that_names_it():
+    """An einsum's matrix is called kernel, too."""
+
+    class Einsum(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Einsum((16, 8), "bi,io->bo", name="product")(x)
+
+    x = jnp.ones((2, 16))
+    packed = quantize_params(Einsum().init(KEY, x), RTN(group_size=8)).params
+    with (
+        nn.intercept_methods(packed_dense),
+        pytest.raises(UsageError, match="`product` is an Einsum with a packed kernel"),
+    ):
+        Einsum().apply(packed, x)

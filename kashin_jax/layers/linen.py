@@ -92,21 +92,35 @@ def packed_dense(
     """Lets every `nn.Dense` of a Linen model run on packed parameters.
 
     For models whose source does not ask for `QuantizedDense`:
-    `with nn.intercept_methods(packed_dense): model.apply(params, x)`. Layers with dense
-    parameters, and everything that is not exactly an `nn.Dense`, run as they do.
+    `with nn.intercept_methods(packed_dense): model.apply(params, x)`. Subclasses that
+    compute what `nn.Dense` does are run, too. Layers with dense parameters run as they
+    do.
 
     Args:
       next_fun: The call that is intercepted, as the other arguments.
       args: Of the call.
       kwargs: Of the call.
       context: Names the module and its method.
+
+    Raises:
+      UsageError: If a layer of another kind has a packed kernel; names it.
     """
     module = context.module
-    if type(module) is not nn.Dense or context.method_name != "__call__":
+    if isinstance(module, QuantizedDense) or context.method_name != "__call__":
         return next_fun(*args, **kwargs)
+    # Only its own: `variables` holds those of submodules by their names.
     kernel = nn.meta.unbox(module.variables.get("params", {}).get("kernel"))
     if not isinstance(kernel, QuantizedTensor):
         return next_fun(*args, **kwargs)
+    if not isinstance(module, nn.Dense) or (
+        type(module).__call__ is not nn.Dense.__call__
+    ):
+        kind = type(module).__name__
+        raise UsageError(
+            f"`{'/'.join(module.path) or kind}` is an {kind} with a packed kernel, and "
+            "`packed_dense` runs nn.Dense alone. Leave it out when you quantize, by "
+            "`select` or a rule, or undo it by `dequantize_params`."
+        )
     bias = module.get_variable("params", "bias") if module.use_bias else None
     (inputs,) = (*args, *kwargs.values())
     return _dense(module, inputs, kernel, nn.meta.unbox(bias))

@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
 from jaxtyping import Array, Key, PyTree
 
+from kashin_jax.errors import UsageError
 from kashin_jax.methods import Method
 from kashin_jax.pipeline.coverage import Coverage
 from kashin_jax.pipeline.paths import join, natural
@@ -71,8 +74,10 @@ def quantize_params(
     name: `{"params": {"Dense_0": {"kernel": ...}}}` has the layer `Dense_0`. Kernels
     that the rules do not leave out are quantized. A matrix of another name, such as
     `Embed_0/embedding`, needs a rule that names it. Kernels of more than two axes
-    (`nn.DenseGeneral`, `nn.Conv`) stay: how they are to be read as a matrix is not in
-    the tree. `QuantizedDense` takes what comes out; `packed_dense`
+    (`nn.DenseGeneral`, `nn.Conv`, layers under `nn.scan`) stay: how they are to be read
+    as matrices is not in the tree. Flat dicts with tuples as keys are taken, too, and
+    of Linen's boxes (`nn.with_partitioning`) what is in them; a packed tensor takes the
+    place of the box. `QuantizedDense` takes what comes out; `packed_dense`
     lets a model that knows only `nn.Dense` take it.
 
     Args:
@@ -100,7 +105,7 @@ def quantize_params(
         print(plan)
         return _result(params, {}, plan.coverage)
     root = jax.random.key(0) if key is None else key
-    leaves, treedef = jax.tree.flatten(params, is_leaf=_is_packed)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=_is_whole)
     known = _matrices(params)
     choices = _choices(known, config, rules, select)
     # Methods that cannot code a matrix say so before hours of work, not after.
@@ -180,9 +185,10 @@ def _choices(
 def _matrices(params: PyTree[Any]) -> list[_Leaf]:
     """Arrays of floats that are multiplied by, in the order of their paths."""
     found: dict[int, tuple[Any, list[tuple[str, int]]]] = {}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_packed)
-    for place, (keys, leaf) in enumerate(leaves):
-        path = _path(jax.tree_util.keystr(keys, simple=True, separator="/"))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
+    for place, (keys, boxed) in enumerate(leaves):
+        path = _path([part for key in keys for part in _parts(key)])
+        leaf = _unboxed(boxed, path)
         if _is_packed(leaf) or getattr(leaf, "ndim", 0) < 2:
             continue
         if path.split("/")[-1] in _ADDED or not jnp.issubdtype(
@@ -208,9 +214,30 @@ def _leaf(value: Any, places: list[tuple[str, int]]) -> _Leaf:
     return _Leaf(candidate, value, tuple(place for _, place in places))
 
 
-def _path(path: str) -> str:
-    parts = path.split("/")
+def _path(parts: list[str]) -> str:
     return join(parts[1:] if parts[0] == "params" and len(parts) > 1 else parts)
+
+
+def _parts(key: Any) -> list[str]:
+    """A step into the tree; flat dicts have several in one."""
+    name = getattr(key, "key", None)
+    if isinstance(name, tuple):
+        return list(map(str, name))
+    return jax.tree_util.keystr((key,), simple=True).split("/")
+
+
+def _unboxed(leaf: Any, path: str) -> Any:
+    """The array in one of Linen's boxes, which `nn.with_partitioning` makes."""
+    if isinstance(leaf, nnx.Variable):
+        raise UsageError(
+            f"`{path}` is a variable of NNX: quantize the model itself by "
+            "`quantize_model`, or give `nnx.to_pure_dict(state)`."
+        )
+    return leaf.value if isinstance(leaf, nn.meta.AxisMetadata) else leaf
+
+
+def _is_whole(leaf: Any) -> bool:
+    return _is_packed(leaf) or isinstance(leaf, nn.meta.AxisMetadata | nnx.Variable)
 
 
 def _is_packed(leaf: Any) -> bool:
