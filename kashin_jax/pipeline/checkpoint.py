@@ -48,8 +48,11 @@ from kashin_jax.pipeline.resume import (
     claimed_directory,
     fingerprint,
     finished_run,
+    forget_tensors,
     join_parts,
     keep_directory,
+    keep_tensor,
+    kept_tensor,
     release_directory,
     remove_parts,
     write_part,
@@ -70,7 +73,7 @@ _FLOATS = frozenset({"float32", "bfloat16", "float16"})
 # Of a table that is compared with another one.
 _ROWS = 4096
 
-WriteTensor = Callable[[TensorWriter, str], LayerReport | None]
+WriteTensor = Callable[[TensorWriter, PlannedTensor], LayerReport | None]
 
 
 class StreamResult(NamedTuple):
@@ -241,9 +244,10 @@ def quantize_checkpoint(
     """Quantizes a checkpoint into a directory of safetensors files, tensor by tensor.
 
     Memory is bounded by the largest matrix to quantize; other tensors are copied in
-    slices. Every shard appears whole; an interrupted run goes on after the last one
-    and gives the same bytes as one that was not interrupted. The codes are those that
-    `quantize_model` finds for the loaded model with `jax.random.key(seed)`.
+    slices. Every shard appears whole; an interrupted run goes on after the last matrix
+    that was quantized and gives the same bytes as one that was not interrupted: those
+    of an unfinished shard are kept in hidden files until it is whole. The codes are
+    those that `quantize_model` finds for the loaded model with `jax.random.key(seed)`.
 
     Args:
       source: A checkpoint in Hugging Face's layout, or its hub id: safetensors, or else
@@ -301,14 +305,22 @@ def _quantize(
         lambda choice: _kernel(checkpoint, choice),
     )
 
-    def write(writer: TensorWriter, name: str) -> LayerReport | None:
+    def write(writer: TensorWriter, planned: PlannedTensor) -> LayerReport | None:
+        name = planned.name
         if name not in choices:
             checkpoint.copy(name, writer.sink(name))
             return None
+        if (kept := kept_tensor(target, planned)) is not None:
+            file, report = kept
+            for leaf in planned.specs:
+                file.copy(leaf, writer.sink(leaf))
+            return report
         tensor, report = quantizer(choices[name])
+        # Held until the shard is whole: no arrays.
+        report = report.summary()
+        keep_tensor(target, planned, tensor, report)
         write_stored(writer, name, tensor)
-        # Kept until the shard is whole: no arrays.
-        return report.summary()
+        return report
 
     shards, resumed = _write_shards(target, plan.tensors, max_shard_bytes, write)
     reports = join_parts(target, shards)
@@ -354,11 +366,12 @@ def _write_shards(
                     reports = {}
                     for tensor in shard:
                         progress.set_description(tensor.name)
-                        if (report := write(writer, tensor.name)) is not None:
+                        if (report := write(writer, tensor)) is not None:
                             reports[tensor.name] = report
                         progress.update(tensor.size)
                     # Before the shard appears: a shard without its report is none.
                     write_part(target, name, reports)
+            forget_tensors(target, shard)
             records.append(record_file(path))
     write_index(target, records)
     return names, len(finished)
@@ -389,7 +402,8 @@ def dequantize_checkpoint(
     planned = [_stored(checkpoint, name, None) for name in checkpoint.names()]
     digest = fingerprint(checkpoint, Rules(), 0, max_shard_bytes, planned)
 
-    def write(writer: TensorWriter, name: str) -> None:
+    def write(writer: TensorWriter, planned: PlannedTensor) -> None:
+        name = planned.name
         if not checkpoint.is_packed(name):
             checkpoint.copy(name, writer.sink(name))
             return

@@ -2,7 +2,8 @@
 
 A run writes into a directory of its own. Who the directory belongs to stands in a
 hidden file, as a fingerprint of everything that the result depends on; a shard that is
-there is finished; and what was lost in it stands in a hidden file beside it.
+there is finished; and what was lost in it stands in a hidden file beside it. Packed
+tensors of a shard that is not finished are kept in hidden files of their own.
 """
 
 import contextlib
@@ -20,9 +21,13 @@ from kashin_jax.errors import UsageError
 from kashin_jax.io import (
     Checkpoint,
     PlannedTensor,
+    TensorFile,
     make_directory,
+    open_safetensors,
+    open_shard,
     read_json,
     write_json,
+    write_stored,
 )
 from kashin_jax.pipeline.report import (
     REPORT_NAME,
@@ -31,6 +36,7 @@ from kashin_jax.pipeline.report import (
     write_report,
 )
 from kashin_jax.pipeline.rules import Rules, rules_to_json
+from kashin_jax.tensors import QuantizedTensor
 
 fcntl: Any
 try:
@@ -42,8 +48,11 @@ __all__ = [
     "claimed_directory",
     "fingerprint",
     "finished_run",
+    "forget_tensors",
     "join_parts",
     "keep_directory",
+    "keep_tensor",
+    "kept_tensor",
     "release_directory",
     "remove_parts",
     "write_part",
@@ -204,6 +213,48 @@ def remove_parts(directory: Path, shards: Sequence[str]) -> None:
     """Removes the reports of single shards."""
     for shard in shards:
         _part(directory, shard).unlink(missing_ok=True)
+
+
+def keep_tensor(
+    directory: Path,
+    planned: PlannedTensor,
+    tensor: QuantizedTensor,
+    report: LayerReport,
+) -> None:
+    """Keeps a packed tensor until its shard is whole."""
+    path = _kept(directory, planned.name)
+    # Before the tensor appears: one without its report is none.
+    write_part(directory, path.name, {planned.name: report})
+    with open_shard(path, [planned]) as writer:
+        write_stored(writer, planned.name, tensor)
+
+
+def kept_tensor(
+    directory: Path, planned: PlannedTensor
+) -> tuple[TensorFile, LayerReport] | None:
+    """A packed tensor that an earlier run kept, and its report; None without one.
+
+    Raises:
+      CheckpointError: If it was changed.
+    """
+    path = _kept(directory, planned.name)
+    if not path.exists():
+        return None
+    report = read_report(_part(directory, path.name))[planned.name]
+    return open_safetensors(path), report
+
+
+def forget_tensors(directory: Path, shard: Iterable[PlannedTensor]) -> None:
+    """Removes what was kept for a shard that is whole."""
+    for planned in shard:
+        path = _kept(directory, planned.name)
+        path.unlink(missing_ok=True)
+        _part(directory, path.name).unlink(missing_ok=True)
+
+
+def _kept(directory: Path, name: str) -> Path:
+    # Names of tensors may be longer than those of files, and hold anything.
+    return directory / f".kept-{hashlib.sha256(name.encode()).hexdigest()[:24]}"
 
 
 def _part(directory: Path, shard: str) -> Path:
