@@ -93,15 +93,16 @@ def quantize(
         config.check(weight.shape)
     except ValueError as error:
         raise ValueError(f"`{path}`: {error}") from None
+    key = jax.random.key(0) if key is None else key
     if not is_known:
-        return encode(weight, jax.random.key(0) if key is None else key, config,
-                      importance, in_scale)  # fmt: skip
+        # Values are for whoever runs the program to look at.
+        given = (None if x is None else jnp.asarray(x) for x in (importance, in_scale))
+        return encode(weight, key, config, *given)
     require_finite(weight, path)
     weights = _checked_importance(importance, weight.shape[0], config, path)
     if importance is not None and in_scale is not None:
         raise ValueError(f"`{path}`: give `importance` or `in_scale`, not both.")
     scale = _checked_in_scale(in_scale, weight.shape[0], config, path)
-    key = jax.random.key(0) if key is None else key
     tensor, report = encode(weight, key, config, weights, scale)
     if not math.isfinite(report.relative_squared_error):
         remedy = ", or use GreedyKashin, whose scales are float32."
