@@ -233,7 +233,7 @@ def _unboxed(leaf: Any, path: str) -> Any:
             f"`{path}` is a variable of NNX: quantize the model itself by "
             "`quantize_model`, or give `nnx.to_pure_dict(state)`."
         )
-    return leaf.value if isinstance(leaf, nn.meta.AxisMetadata) else leaf
+    return nn.meta.unbox(leaf)
 
 
 def _is_whole(leaf: Any) -> bool:
