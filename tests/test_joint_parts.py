@@ -13,6 +13,7 @@ from kashin_jax.methods.joint.coder import joint_code
 from kashin_jax.methods.joint.schedules import Split
 from kashin_jax.methods.joint.words import decode_words
 from kashin_jax.methods.quantize import _relative_squared_error
+from kashin_jax.tensors import Bases, Prepared
 from kashin_jax.tensors.kashin import cut_rows
 from tests.packed_matrices import random_tensor
 
@@ -127,7 +128,7 @@ def compiled_memory(shape, config):
     tensor, _ = jax.eval_shape(lambda w: encode(w, KEY, config), weight)
     stages = (
         joint_code.lower(weight, pair, pair, config, block),
-        _relative_squared_error.lower(weight, tensor, pair, pair),
+        _relative_squared_error.lower(weight, Prepared(tensor, Bases(pair, pair))),
     )
     used = [stage.compile().memory_analysis() for stage in stages]
     size = 4 * shape[0] * shape[1]

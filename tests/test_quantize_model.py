@@ -24,11 +24,12 @@ from kashin_jax import (
 )
 from kashin_jax.codebooks.plane import _best_start, assign_pairs, lloyd_pairs
 from kashin_jax.errors import NonFiniteError
+from kashin_jax.methods import encode
 from kashin_jax.methods.kashin import _decompose_blocks
 from kashin_jax.methods.quantize import _relative_squared_error
 from kashin_jax.models import OPTConfig, OPTForCausalLM
 from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
-from kashin_jax.tensors import KashinTensor
+from kashin_jax.tensors import Bases, Prepared
 from kashin_jax.tensors.kashin import KashinLayout, pack_rows
 
 FAST = {"num_restarts": 1, "sample": 256, "codebook_steps": 10, "polish_steps": 2}
@@ -311,13 +312,7 @@ def stage_memory(shape):
         basis=config.basis,
         dtype="float32",
     )
-    tensor = KashinTensor(
-        spec((m * n * config.bits // 8,), jnp.uint8),
-        pairs,
-        spec((1, 1), jnp.float32),
-        spec((2,), jnp.uint32),
-        layout,
-    )
+    tensor, _ = jax.eval_shape(lambda w: encode(w, KEY, config), matrix)
     rtol, steps = config.codebook_rtol, config.codebook_steps
     lowered = {
         "_decompose_blocks": _decompose_blocks.lower(matrix, basis, 1e-6, 200, shape),
@@ -328,7 +323,7 @@ def stage_memory(shape):
         "assign_pairs": assign_pairs.lower(flat, flat, pairs),
         "pack_rows": pack_rows.lower(spec(shape, jnp.uint8), layout),
         "_relative_squared_error": _relative_squared_error.lower(
-            matrix, tensor, basis, None
+            matrix, Prepared(tensor, Bases(basis))
         ),
     }
     used = {}
