@@ -22,7 +22,7 @@ from kashin_jax.errors import CheckpointError, NonFiniteError, UsageError
 from kashin_jax.io import TensorWriter, record_file
 from kashin_jax.pipeline import checkpoint, dequantize_checkpoint, quantize_checkpoint
 from kashin_jax.pipeline import run as run_module
-from kashin_jax.pipeline.resume import claimed_directory
+from kashin_jax.pipeline.resume import Fingerprint, claimed_directory
 
 SHARD = 50_000
 STATE = ".kashin_quantize.json"
@@ -224,18 +224,49 @@ def refused(pattern, *args, error=UsageError, **options):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "named"),
     [
-        {"seed": 1, "rules": FEW, "max_shard_bytes": SHARD},
-        {"rules": RTN_RULES, "max_shard_bytes": SHARD},
-        {"rules": FEW, "max_shard_bytes": SHARD + 1},
+        ({"seed": 1, "rules": FEW, "max_shard_bytes": SHARD}, r"seed \(0, not 1\)"),
+        ({"rules": RTN_RULES, "max_shard_bytes": SHARD}, "other rules"),
+        (
+            {"rules": FEW, "max_shard_bytes": SHARD + 1},
+            "shards .50000 bytes, not 50001",
+        ),
     ],
     ids=["seed", "rules", "shards"],
 )
-def test_an_unfinished_run_is_not_mixed_with_another(source, unfinished, options):
+def test_an_unfinished_run_is_not_mixed_with_another(
+    source, unfinished, tmp_path, options, named
+):
     before = content(unfinished)
-    refused("Repeat its command, or remove", source, unfinished, **options)
+    refused(f"{named}.*Repeat its command, or remove", source, unfinished, **options)
     assert content(unfinished) == before
+    refused("Repeat", source, unfinished, **options, replace="finished")
+    quantize_checkpoint(source, unfinished, **options, replace="unfinished")
+    quantize_checkpoint(source, tmp_path / "new", **options)
+    assert content(unfinished) == content(tmp_path / "new")
+
+
+def test_a_finished_checkpoint_is_replaced_only_if_that_is_asked_for(source, tmp_path):
+    target = tmp_path / "q"
+    quantize_checkpoint(source, target, RTN_RULES, exist_ok=True)
+    again = quantize_checkpoint(source, target, RTN_RULES, exist_ok=True)
+    assert again.is_old
+    message = r"finished run with other rules and other seed \(0, not 1\).*--force"
+    refused(message, source, target, FEW, seed=1, exist_ok=True)
+    refused("is not empty", source, target, FEW, seed=1)
+    refused("is not empty", source, target, FEW, replace="unfinished")
+    assert not quantize_checkpoint(source, target, FEW, replace="finished").is_old
+    quantize_checkpoint(source, tmp_path / "new", FEW)
+    assert content(target) == content(tmp_path / "new")
+    nested = target / "source"
+    nested.mkdir()
+    for name, data in content(source).items():
+        (nested / name).write_bytes(data)
+    refused("holds the source", nested, target, FEW, replace="finished")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    refused("is not empty", source, tmp_path / "mine", FEW, replace="finished")
 
 
 def test_an_unfinished_run_is_not_mixed_with_other_weights(unfinished, tmp_path):
@@ -262,8 +293,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from kashin_jax.pipeline import run as run_module
-from kashin_jax.pipeline.resume import claimed_directory
-with claimed_directory(Path(sys.argv[1]), "x"):
+from kashin_jax.pipeline.resume import Fingerprint, claimed_directory
+with claimed_directory(Path(sys.argv[1]), Fingerprint({})):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -286,7 +317,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_forgotten(source, tmp_pat
 
 
 def test_two_runs_in_one_process_are_kept_apart_too(source, tmp_path):
-    with claimed_directory(tmp_path / "q", "x"):
+    with claimed_directory(tmp_path / "q", Fingerprint({})):
         refused("another process", source, tmp_path / "q", RTN_RULES)
     refused("an unfinished run", source, tmp_path / "q", RTN_RULES)
 

@@ -315,7 +315,23 @@ def test_ctrl_c_is_exit_code_130_and_the_run_goes_on(
     monkeypatch.setattr(pipeline_run, "quantize_stack", interrupted)
     failed(kashin(*arguments), 130, "interrupted")
     assert kashin(*arguments)[0] == 0
-    assert content(tmp_path / "q") == content(quantized)
+    again, expected = content(tmp_path / "q"), content(quantized)
+    # It holds the seconds that layers took.
+    again.pop(".kashin_quantize.json"), expected.pop(".kashin_quantize.json")
+    assert again == expected
+
+
+def test_a_finished_command_is_done_already_and_others_are_told_what_differs(
+    kashin, source, tmp_path
+):
+    arguments = ["quantize", source, tmp_path / "q", *RTN]
+    assert kashin(*arguments)[0] == 0
+    code, out, _ = kashin(*arguments)
+    assert code == 0 and out.startswith("Already done: ")
+    failed(kashin(*arguments, "--seed=1"), 2, "other seed (0, not 1)", "--force")
+    code, out, _ = kashin(*arguments, "--seed=1", "--force")
+    assert code == 0 and "Already" not in out
+    failed(kashin(*arguments, "--force", "--restart"), 2, "not allowed with")
 
 
 @pytest.mark.slow

@@ -212,7 +212,10 @@ def test_an_interrupted_run_that_is_to_be_found_again_goes_on(
         patched.setattr(run, "quantize_stack", interrupted_at_the_second())
         with pytest.raises(KeyboardInterrupt):
             again(source, result)
-    assert json.loads((tmp_path / "q" / STATE).read_text()).keys() == {"fingerprint"}
+    assert json.loads((tmp_path / "q" / STATE).read_text()).keys() == {
+        "fingerprint",
+        "parts",
+    }
     found = again(source, result)
     assert 0 < found.resumed and found.reports.keys() == finished.reports.keys()
     assert all(report.seconds > 0 for report in found.reports.values())

@@ -59,6 +59,8 @@ def run_quantize(
     seed: int,
     max_shard_size: int,
     dry_run: bool,
+    force: bool,
+    restart: bool,
 ) -> int:
     """Quantizes a checkpoint, or prints what would become of it."""
     chosen = _rules(bits, method, rules, skip)
@@ -66,9 +68,17 @@ def run_quantize(
         _print_plan(plan_checkpoint(open_checkpoint(src), chosen))
         return 0
     result = quantize_checkpoint(
-        src, dst, chosen, seed=seed, max_shard_bytes=max_shard_size
+        src,
+        dst,
+        chosen,
+        seed=seed,
+        max_shard_bytes=max_shard_size,
+        exist_ok=True,
+        replace="finished" if force else "unfinished" if restart else None,
     )
-    if result.resumed:
+    if result.is_old:
+        print(f"Already done: {dst} holds the result of this command.")
+    elif result.resumed:
         print(f"{result.resumed} shards were finished already.")
     # The run knows why tensors stay.
     found = inspect_checkpoint(dst, verify=False)

@@ -139,6 +139,17 @@ def _quantize(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write nothing"
     )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--force",
+        action="store_true",
+        help="replace a finished checkpoint in DST, with all files there",
+    )
+    again.add_argument(
+        "--restart",
+        action="store_true",
+        help="remove an unfinished run in DST, whatever its flags, and begin anew",
+    )
 
 
 def _inspect(commands: Any) -> None:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,12 +84,14 @@ class StreamResult(NamedTuple):
       reports: By name of the tensor, as `quantization_report.jsonl` holds them.
       resumed: Shards that an earlier run had finished.
       coverage: How much was quantized, and what was not.
+      is_old: Whether an earlier run had finished all of it.
     """
 
     directory: Path
     reports: dict[str, LayerReport]
     resumed: int
     coverage: Coverage
+    is_old: bool = False
 
 
 def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
@@ -240,6 +242,7 @@ def quantize_checkpoint(
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     exist_ok: bool = False,
+    replace: Literal["finished", "unfinished"] | None = None,
 ) -> StreamResult:
     """Quantizes a checkpoint into a directory of safetensors files, tensor by tensor.
 
@@ -261,6 +264,8 @@ def quantize_checkpoint(
         then returned without any work. For this a hidden file stays in it: a digest of
         what it was made from (the source, as its headers and times of change show it,
         rules, seed, shards and versions) and the seconds that layers took.
+      replace: What to remove from `target` first, whatever call it is of: a checkpoint
+        that was `finished`, with all files in the directory, or an `unfinished` one.
 
     Raises:
       UsageError: If the rules do not suit the checkpoint, or `target` is taken.
@@ -272,16 +277,19 @@ def quantize_checkpoint(
     plan = plan_checkpoint(checkpoint, rules)
     _check_copy(checkpoint)
     target = _separate(checkpoint.directory, Path(target))
-    digest = fingerprint(checkpoint, rules, seed, max_shard_bytes, plan.tensors)
-    if exist_ok and (found := finished_run(target, digest)) is not None:
+    if replace and checkpoint.directory.resolve().is_relative_to(target.resolve()):
+        raise UsageError(f"{target}: holds the source; name another directory.")
+    run = fingerprint(checkpoint, rules, seed, max_shard_bytes, plan.tensors)
+    may_be_done = exist_ok and replace != "finished"
+    if may_be_done and (found := finished_run(target, run)) is not None:
         count = len(open_checkpoint(target).files)
-        return StreamResult(target, found, count, plan.coverage)
-    with claimed_directory(target, digest):
+        return StreamResult(target, found, count, plan.coverage, is_old=True)
+    with claimed_directory(target, run, replace):
         reports, resumed = _quantize(
             checkpoint, target, plan, rules, seed, max_shard_bytes
         )
         if exist_ok:
-            keep_directory(target, digest, reports)
+            keep_directory(target, run, reports)
         else:
             release_directory(target)
     plan.coverage.warn()
@@ -400,7 +408,7 @@ def dequantize_checkpoint(
         raise UsageError(f"{source}: holds no packed tensors; it can be used as it is.")
     target = _separate(checkpoint.directory, Path(target))
     planned = [_stored(checkpoint, name, None) for name in checkpoint.names()]
-    digest = fingerprint(checkpoint, Rules(), 0, max_shard_bytes, planned)
+    run = fingerprint(checkpoint, Rules(), 0, max_shard_bytes, planned)
 
     def write(writer: TensorWriter, planned: PlannedTensor) -> None:
         name = planned.name
@@ -412,7 +420,7 @@ def dequantize_checkpoint(
         is_transposed = checkpoint.described(name).is_transposed
         writer.write(name, matrix.T if is_transposed else matrix)
 
-    with claimed_directory(target, digest):
+    with claimed_directory(target, run):
         shards, _ = _write_shards(target, planned, max_shard_bytes, write)
         remove_parts(target, shards)
         copy_other_files(checkpoint.directory, target)

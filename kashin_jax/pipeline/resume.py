@@ -7,10 +7,12 @@ tensors of a shard that is not finished are kept in hidden files of their own.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ except ImportError:  # elsewhere than on Unix two runs are not kept apart
     fcntl = None
 
 __all__ = [
+    "Fingerprint",
     "claimed_directory",
     "fingerprint",
     "finished_run",
@@ -61,14 +64,52 @@ __all__ = [
 _STATE = ".kashin_quantize.json"
 
 
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What a run is recognized by.
+
+    Attributes:
+      parts: By a name that messages use, as numbers or digests.
+    """
+
+    parts: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Of all parts."""
+        return _digest(dict(self.parts))
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the hidden file."""
+        return {"fingerprint": self.digest, "parts": dict(self.parts)}
+
+    def differences(self, state: Mapping[str, Any]) -> str:
+        """What differs from the run of a hidden file, in words."""
+        parts = state.get("parts")
+        if not isinstance(parts, dict):
+            return f"another fingerprint ({str(state.get('fingerprint'))[:12]})"
+        found = []
+        for name, mine in self.parts.items():
+            if (theirs := str(parts.get(name))) != mine:
+                is_digest = name in ("weights", "rules")
+                found.append(
+                    f"other {name}" + ("" if is_digest else f" ({theirs}, not {mine})")
+                )
+        return " and ".join(found) or "another fingerprint"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(
     source: Checkpoint,
     rules: Rules,
     seed: int,
     shard_bytes: int,
     tensors: Sequence[PlannedTensor],
-) -> str:
-    """A digest of everything that the bytes of the result depend on.
+) -> Fingerprint:
+    """Everything that the bytes of the result depend on.
 
     Of the source it sees names, sizes, times of change and headers: hashing the data
     would read all of it once more.
@@ -78,23 +119,21 @@ def fingerprint(
         status = file.path.stat()
         entries = [(key, *spec) for key, spec in file.specs.items()]
         files.append([name, status.st_size, status.st_mtime_ns, entries])
-    content = {
-        "files": files,
-        "config": dict(source.config),
-        "rules": rules_to_json(rules),
-        "seed": seed,
-        "shard_bytes": shard_bytes,
-        # What the rules of this version came to.
-        "packed": [tensor.name for tensor in tensors if tensor.description],
-        "kashin_jax": importlib.metadata.version("kashin_jax"),
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-    }
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return Fingerprint({
+        "weights": _digest([files, dict(source.config)]),
+        "rules": _digest([
+            rules_to_json(rules),
+            # What the rules of this version came to.
+            [tensor.name for tensor in tensors if tensor.description],
+        ]),
+        "seed": f"{seed}",
+        "shards": f"{shard_bytes} bytes",
+        "versions": f"kashin_jax {importlib.metadata.version('kashin_jax')}, "
+        f"jax {jax.__version__}, {jax.default_backend()}",
+    })  # fmt: skip
 
 
-def finished_run(directory: Path, digest: str) -> dict[str, LayerReport] | None:
+def finished_run(directory: Path, run: Fingerprint) -> dict[str, LayerReport] | None:
     """The reports of a finished run of this fingerprint; None if there is no such run.
 
     Raises:
@@ -104,9 +143,8 @@ def finished_run(directory: Path, digest: str) -> dict[str, LayerReport] | None:
     state = _state(directory)
     if not state.get("finished"):
         return None
-    _check_owner(
-        state, digest, f"{directory}: holds a finished run", "Name another one"
-    )
+    where, remedy = f"{directory}: holds a finished run", "Name another directory"
+    _check_owner(state, run, where, f"{remedy}, or replace it by `--force`")
     seconds = state.get("seconds", {})
     return {
         name: report._replace(seconds=seconds.get(name))
@@ -115,11 +153,18 @@ def finished_run(directory: Path, digest: str) -> dict[str, LayerReport] | None:
 
 
 @contextlib.contextmanager
-def claimed_directory(directory: Path, digest: str) -> Iterator[None]:
+def claimed_directory(
+    directory: Path, run: Fingerprint, replace: str | None = None
+) -> Iterator[None]:
     """Reserves a directory for one run, or finds it reserved for it by an earlier try.
 
     What a killed process left half-written is removed. While the block lasts no other
     process can have the directory; a process that dies lets it go.
+
+    Args:
+      directory: Made where there is none.
+      run: Whose it is to be.
+      replace: What to remove from it first: a `finished` run, or an `unfinished` one.
 
     Raises:
       UsageError: If it is another run's, or in use, or holds something else.
@@ -128,7 +173,7 @@ def claimed_directory(directory: Path, digest: str) -> Iterator[None]:
         raise UsageError(f"{directory}: is a file; name a directory.")
     make_directory(directory)
     with _locked(directory):
-        _claim(directory, digest)
+        _claim(directory, run, replace)
         yield
 
 
@@ -157,20 +202,39 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _claim(directory: Path, digest: str) -> None:
+def _claim(directory: Path, run: Fingerprint, replace: str | None) -> None:
     state = _state(directory)
     if state and not state.get("finished"):
-        where = f"{directory}: holds an unfinished run"
-        _check_owner(state, digest, where, "Repeat its command")
-        _remove(directory.rglob(".*.partial"))
-        return
+        if replace != "unfinished":
+            where = f"{directory}: holds an unfinished run"
+            remedy = "Repeat its command, or remove what it did by `--restart`"
+            _check_owner(state, run, where, remedy)
+            _remove(directory.rglob(".*.partial"))
+            return
+        _empty(directory)
     # Killed before it could say whose directory this is.
     _remove(directory.glob(f".{_STATE}.*.partial"))
-    if any(directory.iterdir()):
+    if replace == "finished" and (directory / REPORT_NAME).exists():
+        _empty(directory)
+    if any(path.name != _STATE for path in directory.iterdir()) or (
+        state and state.get("finished") and replace != "finished"
+    ):
         raise UsageError(
             f"{directory}: is not empty; name a directory that does not exist."
         )
-    write_json(directory / _STATE, {"fingerprint": digest})
+    write_json(directory / _STATE, run.to_json())
+
+
+def _empty(directory: Path) -> None:
+    """Removes a run; one that is killed in between belongs to nobody."""
+    write_json(directory / _STATE, {"fingerprint": "removed"})
+    for path in list(directory.iterdir()):
+        if path.name == _STATE:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def release_directory(directory: Path) -> None:
@@ -179,12 +243,12 @@ def release_directory(directory: Path) -> None:
 
 
 def keep_directory(
-    directory: Path, digest: str, reports: Mapping[str, LayerReport]
+    directory: Path, run: Fingerprint, reports: Mapping[str, LayerReport]
 ) -> None:
     """Marks the run as finished and lets `finished_run` recognize it."""
     seconds = {name: report.seconds for name, report in reports.items()}
-    content = {"fingerprint": digest, "finished": True, "seconds": seconds}
-    write_json(directory / _STATE, content)
+    content = {"finished": True, "seconds": seconds}
+    write_json(directory / _STATE, run.to_json() | content)
 
 
 def write_part(directory: Path, shard: str, reports: Mapping[str, LayerReport]) -> None:
@@ -262,14 +326,10 @@ def _part(directory: Path, shard: str) -> Path:
 
 
 def _check_owner(
-    state: Mapping[str, Any], digest: str, where: str, remedy: str
+    state: Mapping[str, Any], run: Fingerprint, where: str, remedy: str
 ) -> None:
-    if (found := state.get("fingerprint")) != digest:
-        raise UsageError(
-            f"{where} with other weights, rules, seed, shards or versions "
-            f"({str(found)[:12]}, not {digest[:12]}). {remedy}, or remove the "
-            "directory."
-        )
+    if state.get("fingerprint") != run.digest:
+        raise UsageError(f"{where} with {run.differences(state)}. {remedy}.")
 
 
 def _state(directory: Path) -> dict[str, Any]:
