@@ -96,8 +96,9 @@ def quantize(
     key = jax.random.key(0) if key is None else key
     if not is_known:
         # Values are for whoever runs the program to look at.
-        given = (None if x is None else jnp.asarray(x) for x in (importance, in_scale))
-        return encode(weight, key, config, *given)
+        heard = None if importance is None else jnp.asarray(importance, jnp.float32)
+        scale = None if in_scale is None else jnp.asarray(in_scale, jnp.float16)
+        return encode(weight, key, config, heard, scale)
     require_finite(weight, path)
     weights = _checked_importance(importance, weight.shape[0], config, path)
     if importance is not None and in_scale is not None:
