@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from quantized_sources import FEW, content, make_source, method
 
-from kashin_jax import RTN, Rule, Rules, quantize_model, quantize_params
+from kashin_jax import RTN, JointKashin, Rule, Rules, quantize_model, quantize_params
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import open_checkpoint
 from kashin_jax.models.loading import load_opt
@@ -234,3 +236,28 @@ def interrupted_at_the_second():
         return original(*args, **options)
 
     return quantize
+
+
+@pytest.mark.parametrize("shape", [(1, 997), (997, 1)])
+def test_a_matrix_that_packing_would_make_larger_stays(shape, tmp_path):
+    """A single row took 21 bits a weight; a single input 260 by k-means."""
+    good, odd = np.ones((64, 64), np.float32), np.ones(shape, np.float32)
+    for config in (JointKashin(), method("k-means-channel")):
+        rules = Rules(config=config)
+        tree = {"good": {"kernel": good}, "odd": {"kernel": odd}}
+        plan = plan_params(tree, config)
+        stays = [each for each in plan.layers if each.choice.config is None]
+        for each in stays:
+            assert each.choice.reason.startswith("would take ")
+            assert each.bytes_after == each.bytes_before
+        assert all(each.bytes_after <= each.bytes_before for each in plan.layers)
+        assert list(quantize_params(tree, config).reports) == chosen(plan)
+        source = tmp_path / f"{config.name}"
+        source.mkdir()
+        tensors = {"good.weight": good, "odd.weight": odd.T}
+        safetensors.numpy.save_file(tensors, source / "model.safetensors")
+        same = plan_checkpoint(open_checkpoint(source), rules)
+        assert chosen(same) == chosen(plan)
+    assert [each.choice.path for each in stays] == (["odd"] if shape[0] == 1 else [])
+    with pytest.raises(UsageError, match=r"`odd` would take .* bytes packed"):
+        quantize_params({"odd": {"kernel": np.ones((1, 997), np.float32)}}, config)

@@ -144,6 +144,9 @@ def quantize_model(
     # Nothing else holds the targets: in place, it would hold the dense kernels.
     targets = find_targets(model)
     choices = _choices(targets, config, rules, select)
+    if quantize_layer is None:
+        # Methods that cannot code a matrix say so before hours of work, not after.
+        choices = [layer.choice for layer in make_plan(choices, 0).layers]
     parts = [part_of(choice) for choice in choices]
     coverage = cover(parts, *reversed(_others(model, targets)))
     del targets
@@ -151,8 +154,6 @@ def quantize_model(
     changed = _Replacing(whole, find_groups(choices, rules))
     quantizer: Callable[[Choice], tuple[QuantizedTensor, LayerReport]]
     if quantize_layer is None:
-        # Methods that cannot code a matrix say so before hours of work, not after.
-        make_plan(choices, 0)
         quantizer = LayerQuantizer(choices, rules, root, changed.kernel)
     else:
         own = quantize_layer

@@ -109,7 +109,9 @@ def quantize_params(
     known = _matrices(params)
     choices = _choices(known, config, rules, select)
     # Methods that cannot code a matrix say so before hours of work, not after.
-    coverage = make_plan(choices, *_others(params, known)).coverage
+    plan = make_plan(choices, *_others(params, known))
+    choices = [layer.choice for layer in plan.layers]
+    coverage = plan.coverage
     by_path = {leaf.candidate.paths[0]: leaf for leaf in known}
 
     def kernel(choice: Choice) -> Array:

@@ -258,15 +258,25 @@ def make_plan(
 ) -> Plan:
     """Adds sizes, those of the arrays that the coder would return: nothing is coded.
 
+    A matrix that would take more than it does now stays.
+
     Args:
       choices: In the order of the table.
       other_bytes: Of all other parameters.
       other_weights: The number of those.
 
     Raises:
-      UsageError: If a method cannot code a matrix; names it.
+      UsageError: If a method cannot code a matrix, or all would grow; names it.
     """
-    return Plan(tuple(map(_planned, choices)), other_bytes, other_weights=other_weights)
+    layers = tuple(map(_planned, choices))
+    asked = [choice.config is not None for choice in choices]
+    if any(asked) and all(layer.packed is None for layer in layers):
+        grown = layers[asked.index(True)].choice
+        raise UsageError(
+            f"`{grown.name}` {grown.reason}, and nothing else is to be quantized; give "
+            "another method."
+        )
+    return Plan(layers, other_bytes, other_weights=other_weights)
 
 
 def packed_shape(shape: tuple[int, int], dtype: str, config: Method) -> Any:
@@ -305,7 +315,12 @@ def _planned(choice: Choice) -> LayerPlan:
         packed = packed_shape((m, n), choice.candidate.dtype, choice.config)
     except ValueError as error:
         raise UsageError(f"`{choice.name}`: {str(error).splitlines()[0]}") from None
-    return LayerPlan(choice, packed)
+    plan = LayerPlan(choice, packed)
+    if plan.stored_bits <= (dense := _dense_bits(choice.candidate)):
+        return plan
+    after, before = -(-plan.stored_bits // 8), dense // 8
+    reason = f"would take {after:,} bytes packed and has {before:,}"
+    return LayerPlan(choice._replace(config=None, reason=reason), None)
 
 
 def method_name(config: Method) -> str:
