@@ -8,7 +8,6 @@ Nothing is imported before it is asked for: `kashin --help` need not wait for JA
 """
 
 import importlib
-import importlib.metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +104,9 @@ def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return _part(name)
     if name == "__version__":
-        return importlib.metadata.version("kashin_jax")
+        from kashin_jax.version import library_version
+
+        return library_version()
     deprecated = _part("deprecated")
     return deprecated.forwarding(__name__, deprecated.TOP)(name)
 

@@ -23,17 +23,27 @@ LAYERS = [
 ALLOWED = {layer: {"errors", *LAYERS[: i + 1]} for i, layer in enumerate(LAYERS)}
 ALLOWED |= {
     "errors": {"errors"},
+    "version": {"version"},
     # Old names, and the modules that had them.
     "deprecated": {"methods"},
     "quantized": {"deprecated"},
     "checkpoints": {"deprecated"},
     "layers": {"errors", "deprecated", *LAYERS},
     "evaluation": {"errors", "evaluation"},
-    "io": {"errors", "bases", "packing", "tensors", "io"},
+    "io": {"errors", "version", "bases", "packing", "tensors", "io"},
     "models": {"errors", "io", "models"},
-    "pipeline": {"errors", "io", "models", "pipeline", *LAYERS},
-    "cli": {"errors", "io", "models", "evaluation", "pipeline", "cli", *LAYERS},
-    "__init__": {"errors", "pipeline", *LAYERS},
+    "pipeline": {"errors", "version", "io", "models", "pipeline", *LAYERS},
+    "cli": {
+        "errors",
+        "version",
+        "io",
+        "models",
+        "evaluation",
+        "pipeline",
+        "cli",
+        *LAYERS,
+    },
+    "__init__": {"errors", "version", "pipeline", *LAYERS},
 }
 FLAX = {"io", "layers", "models", "pipeline", "cli"}
 LIBRARY = sorted((ROOT / "kashin_jax").rglob("*.py"))

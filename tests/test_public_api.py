@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import tomllib
 from importlib import metadata
@@ -64,3 +65,16 @@ def test_the_library_is_typed_and_its_version_is_that_of_the_project():
     assert kashin_jax.__version__ == project["version"]
     assert "__version__" in dir(kashin_jax)
     assert (ROOT / "kashin_jax" / "py.typed").exists()
+
+
+def test_a_source_tree_that_is_not_installed_has_a_version_too(monkeypatch):
+    """`kashin --help` failed in a clone, for want of the version."""
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    version = kashin_jax.__version__
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert kashin_jax.__version__ == version
+    monkeypatch.setattr("kashin_jax.version.__file__", "/nowhere/kashin_jax/version.py")
+    assert kashin_jax.__version__ == "0+unknown"

@@ -1,7 +1,6 @@
 """Command line: `kashin quantize`, `inspect`, `dequantize`, `eval`, `generate`."""
 
 import argparse
-import importlib.metadata
 import os
 import sys
 import textwrap
@@ -17,6 +16,7 @@ from kashin_jax.cli.arguments import (
     read_temperature,
 )
 from kashin_jax.errors import UsageError
+from kashin_jax.version import library_version
 
 __all__ = ["main"]
 
@@ -83,7 +83,7 @@ def _parser() -> _Parser:
         epilog=_EPILOGUE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    version = importlib.metadata.version("kashin_jax")
+    version = library_version()
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (_quantize, _inspect, _dequantize, _eval, _generate):

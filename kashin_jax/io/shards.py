@@ -1,7 +1,6 @@
 """Writing a checkpoint: the plan of its shards, the shards, index and `config.json`."""
 
 import contextlib
-import importlib.metadata
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from kashin_jax.io.safetensors import (
     open_writer,
 )
 from kashin_jax.tensors import QuantizedTensor
+from kashin_jax.version import library_version
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -215,7 +215,7 @@ def quantization_config(
     return {
         "quant_method": "kashin",
         "schema_version": SCHEMA_VERSION,
-        "library_version": importlib.metadata.version("kashin_jax"),
+        "library_version": library_version(),
         "rules": dict(rules),
         "seed": seed,
         "tensors": {

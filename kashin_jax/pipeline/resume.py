@@ -9,7 +9,6 @@ tensors of a shard that is not finished are kept in hidden files of their own.
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -39,6 +38,7 @@ from kashin_jax.pipeline.report import (
 )
 from kashin_jax.pipeline.rules import Rules, rules_to_json
 from kashin_jax.tensors import QuantizedTensor
+from kashin_jax.version import library_version
 
 fcntl: Any
 try:
@@ -128,7 +128,7 @@ def fingerprint(
         ]),
         "seed": f"{seed}",
         "shards": f"{shard_bytes} bytes",
-        "versions": f"kashin_jax {importlib.metadata.version('kashin_jax')}, "
+        "versions": f"kashin_jax {library_version()}, "
         f"jax {jax.__version__}, {jax.default_backend()}",
     })  # fmt: skip
 
