@@ -411,6 +411,21 @@ def test_a_truncated_source_is_named(source, tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+def test_undoing_refuses_files_whose_hash_is_another(whole, tmp_path):
+    """Only `inspect` looked: damaged codes were decoded without a word."""
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name, data in content(whole).items():
+        (copied / name).write_bytes(data)
+    shard = max(copied.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{shard.name} changed since"):
+        dequantize_checkpoint(copied, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_missing_shard_is_named(source, tmp_path):
     copied = tmp_path / "copied"
     copied.mkdir()

@@ -406,6 +406,11 @@ def dequantize_checkpoint(
     refuse_foreign(checkpoint)
     if not checkpoint.descriptions:
         raise UsageError(f"{source}: holds no packed tensors; it can be used as it is.")
+    if checkpoint.sha256 and (damaged := checkpoint.verify()):
+        raise CheckpointError(
+            f"{source}: {', '.join(damaged)} changed since they were written; copy or "
+            "download them again."
+        )
     target = _separate(checkpoint.directory, Path(target))
     planned = [_stored(checkpoint, name, None) for name in checkpoint.names()]
     run = fingerprint(checkpoint, Rules(), 0, max_shard_bytes, planned)
