@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from quantized_sources import content, make_source
+from tiny_checkpoint import edit_tensors
 
 from kashin_jax.cli import main
 from kashin_jax.cli.arguments import read_bits, read_size
@@ -342,3 +343,60 @@ def test_a_reader_that_has_had_enough_is_no_error(quantized):
     result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_every_field_of_a_method_can_be_set(kashin, source, tmp_path):
+    """Effort, groups and bases were out of reach but by a file of rules."""
+    settings = ["--set=group_size=16", "--set=basis=haar:identity"]
+    flags = ["--method=rotate-rtn", "--bits=3", *settings]
+    assert kashin("quantize", source, tmp_path / "q", *flags)[0] == 0
+    config = open_checkpoint(tmp_path / "q").quantization["rules"]["config"]
+    assert config == {
+        "method": "rotate-rtn", "bits": 3, "group_size": 16, "basis": "haar:identity"
+    }  # fmt: skip
+    found = kashin("quantize", source, tmp_path / "r", "--set=sparsity=1")
+    failed(found, 2, "no field 'sparsity'")
+    assert kashin("quantize", source, tmp_path / "r", "--set=effort")[0] == 2
+
+
+def test_a_layer_that_is_lost_is_named(kashin, tmp_path, caplog):
+    """A grid over one outlier leaves nothing of the rest of the matrix."""
+    make_source(tmp_path / "source")
+
+    def spoil(tensors):
+        name = next(n for n in sorted(tensors) if n.endswith("fc1.weight"))
+        tensors[name] = np.where(np.eye(*tensors[name].shape) > 0, 1.0, 0.01)
+        tensors[name] = tensors[name].astype(np.float16)
+
+    edit_tensors(tmp_path / "source", spoil)
+    flags = ["--method=uniform", "--bits=1"]
+    assert kashin("quantize", tmp_path / "source", tmp_path / "q", *flags)[0] == 0
+    assert "layers are lost, with relative errors above 0.5" in caplog.text
+
+
+def test_curly_quotes_in_rules_are_named(kashin, source, tmp_path):
+    file = tmp_path / "rules.json"
+    file.write_text(
+        "[{\u201cpattern\u201d: \u201cfc1\u201d, \u201cbits\u201d: 3}]", "utf-8"
+    )
+    found = kashin("quantize", source, tmp_path / "q", f"--rules={file}")
+    failed(found, 2, "which a word processor makes")
+
+
+@pytest.mark.slow
+def test_text_that_a_terminal_cannot_show_is_escaped(source, tmp_path):
+    file = tmp_path / "rules.json"
+    file.write_text("[{\u201cpattern\u201d: 1}]", "utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "kashin_jax.cli",
+        "quantize",
+        source,
+        tmp_path / "q",
+    ]
+    done = subprocess.run(
+        [*command, f"--rules={file}"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii:strict"},
+    )  # fmt: skip
+    assert done.returncode == 2 and "\\u201c" in done.stderr

@@ -1,14 +1,17 @@
 """Reading values of the command line strictly: argparse adds which flag was wrong."""
 
 import argparse
+import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 __all__ = [
     "Methods",
     "read_bits",
     "read_count",
     "read_seed",
+    "read_setting",
     "read_size",
     "read_temperature",
 ]
@@ -56,6 +59,17 @@ def read_count(text: str) -> int:
 def read_seed(text: str) -> int:
     """A whole number of 32 bits."""
     return _whole(text, 0, 2**32)
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """A field and its value, `effort=fast`; values are JSON, or else text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise _refused(text, "a field and a value such as effort=fast")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def read_temperature(text: str) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def run_quantize(
     bits: int | float | None,
     method: str | None,
     rules: str | None,
+    settings: Sequence[tuple[str, Any]],
     skip: Sequence[str],
     seed: int,
     max_shard_size: int,
@@ -63,7 +64,7 @@ def run_quantize(
     restart: bool,
 ) -> int:
     """Quantizes a checkpoint, or prints what would become of it."""
-    chosen = _rules(bits, method, rules, skip)
+    chosen = _rules({"bits": bits, "method": method, **dict(settings)}, rules, skip)
     if dry_run:
         _print_plan(plan_checkpoint(open_checkpoint(src), chosen))
         return 0
@@ -86,16 +87,14 @@ def run_quantize(
     return 0
 
 
-def _rules(
-    bits: int | float | None, method: str | None, file: str | None, skip: Sequence[str]
-) -> Rules:
-    given = {"bits": bits, "method": method}
-    default = config_from_json({k: v for k, v in given.items() if v is not None})
+def _rules(fields: Mapping[str, Any], file: str | None, skip: Sequence[str]) -> Rules:
+    given = {name: value for name, value in fields.items() if value is not None}
+    default = config_from_json(given)
     content: dict[str, Any] = {} if file is None else _read_rules(Path(file))
-    if "config" in content and (bits is not None or method is not None):
+    if "config" in content and given:
         raise UsageError(
-            f"{file}: has a `config`, which --bits and --method would contradict; "
-            "leave one of them out."
+            f"{file}: has a `config`, which --bits, --method and --set would "
+            "contradict; leave one of them out."
         )
     found = rules_from_json(content, default)
     return dataclasses.replace(found, skip=(*found.skip, *skip))
@@ -103,6 +102,11 @@ def _rules(
 
 def _read_rules(path: Path) -> dict[str, Any]:
     text = path.read_text("utf-8").lstrip() if path.is_file() else ""
+    if curly := sorted(set(text) & set("\u201c\u201d\u2018\u2019")):
+        raise UsageError(
+            f"{path}: has the quotes {' '.join(curly)}, which a word processor makes; "
+            'JSON takes " alone.'
+        )
     if text.startswith("["):
         try:
             return {"rules": json.loads(text)}

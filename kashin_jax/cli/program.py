@@ -1,6 +1,7 @@
 """Command line: `kashin quantize`, `inspect`, `dequantize`, `eval`, `generate`."""
 
 import argparse
+import io
 import os
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from kashin_jax.cli.arguments import (
     read_bits,
     read_count,
     read_seed,
+    read_setting,
     read_size,
     read_temperature,
 )
@@ -48,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as end:
         return int(end.code or 0)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names and texts may hold what a terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _run(options)
         # Here rather than at exit, where nobody catches what goes wrong.
@@ -116,9 +122,20 @@ def _quantize(commands: Any) -> None:
         f"Methods: {', '.join(Methods())}.", 79, break_on_hyphens=False
     )
     parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        type=read_setting,
+        metavar="FIELD=VALUE",
+        help="another field of the method, such as effort=fast, group_size=64, "
+        "block_shape=[32,64] or basis=haar; may be repeated",
+    )
+    parser.add_argument(
         "--rules",
         metavar="FILE",
-        help="JSON with rules for single layers, see the docs",
+        help="JSON with rules for single layers: a list of objects with `pattern` and "
+        "`skip` or fields of a method, see docs/index.md",
     )
     parser.add_argument(
         "--skip",

@@ -43,7 +43,7 @@ from kashin_jax.pipeline.plan import (
     choose_methods,
     make_plan,
 )
-from kashin_jax.pipeline.report import LayerReport
+from kashin_jax.pipeline.report import LayerReport, warn_of_outliers
 from kashin_jax.pipeline.resume import (
     claimed_directory,
     fingerprint,
@@ -293,6 +293,7 @@ def quantize_checkpoint(
         else:
             release_directory(target)
     plan.coverage.warn()
+    warn_of_outliers(reports)
     return StreamResult(target, reports, resumed, plan.coverage)
 
 
@@ -373,7 +374,9 @@ def _write_shards(
                 with open_shard(path, shard) as writer:
                     reports = {}
                     for tensor in shard:
-                        progress.set_description(tensor.name)
+                        # Behind rate and remaining time, which a long name in
+                        # front of them pushes off a terminal of 80 columns.
+                        progress.set_postfix_str(tensor.name)
                         if (report := write(writer, tensor)) is not None:
                             reports[tensor.name] = report
                         progress.update(tensor.size)

@@ -34,6 +34,8 @@ _LIMIT = 3.5
 # Least spread of log errors that counts: layers of equal shape differ by 1 % or so, and
 # one that is 1.1 times worse than they is no outlier.
 _SPREAD = 0.02
+# Relative error of a layer of which little is left.
+_DESTROYED = 0.5
 # Fewer layers than this have no spread to speak of.
 _FEWEST = 5
 
@@ -221,8 +223,20 @@ def outliers(reports: Mapping[str, LayerReport]) -> list[str]:
     return found
 
 
+def destroyed(reports: Mapping[str, LayerReport]) -> list[str]:
+    """Paths of layers of which more than half is lost, by relative error."""
+    return [path for path, each in reports.items() if each.relative_error > _DESTROYED]
+
+
 def warn_of_outliers(reports: Mapping[str, LayerReport]) -> None:
-    """Logs a warning that names the outliers, worst first."""
+    """Logs warnings that name destroyed layers and outliers, worst first."""
+    if lost := sorted(destroyed(reports), key=lambda p: -reports[p].relative_error):
+        _logger.warning(
+            "%d of %d layers are lost, with relative errors above %g: %s. Give them "
+            "another method by a rule, or leave them out.",
+            len(lost), len(reports), _DESTROYED,
+            ", ".join(f"{p} ({reports[p].relative_error:.3g})" for p in lost),
+        )  # fmt: skip
     worst = sorted(outliers(reports), key=lambda path: -reports[path].relative_error)
     if worst:
         named = ", ".join(f"{p} ({reports[p].relative_error:.3g})" for p in worst)
