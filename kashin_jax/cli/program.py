@@ -107,6 +107,33 @@ def _quantize(commands: Any) -> None:
     )
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("dst", metavar="DST")
+    _add_choices(parser)
+    parser.add_argument("--seed", type=read_seed, default=0)
+    parser.add_argument(
+        "--max-shard-size",
+        type=read_size,
+        default="5GB",
+        metavar="SIZE",
+        help="such as 500MB; 5GB when left out",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and write nothing"
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--force",
+        action="store_true",
+        help="replace a finished checkpoint in DST, with all files there",
+    )
+    again.add_argument(
+        "--restart",
+        action="store_true",
+        help="remove an unfinished run in DST, whatever its flags, and begin anew",
+    )
+
+
+def _add_choices(parser: _Parser) -> None:
+    """Flags that say which method a layer is quantized by."""
     parser.add_argument(
         "--bits", type=read_bits, help="code width; the method's own when left out"
     )
@@ -144,28 +171,6 @@ def _quantize(commands: Any) -> None:
         metavar="REGEX",
         help="leave layers in full precision, beside embeddings, heads and norms; may "
         "be repeated",
-    )
-    parser.add_argument("--seed", type=read_seed, default=0)
-    parser.add_argument(
-        "--max-shard-size",
-        type=read_size,
-        default="5GB",
-        metavar="SIZE",
-        help="such as 500MB; 5GB when left out",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan and write nothing"
-    )
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument(
-        "--force",
-        action="store_true",
-        help="replace a finished checkpoint in DST, with all files there",
-    )
-    again.add_argument(
-        "--restart",
-        action="store_true",
-        help="remove an unfinished run in DST, whatever its flags, and begin anew",
     )
 
 
