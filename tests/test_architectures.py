@@ -22,9 +22,8 @@ from kashin_jax.models import (
     save_model,
 )
 from kashin_jax.models.architecture import abstract_state
-from kashin_jax.models.registry import ARCHITECTURES, names_of
+from kashin_jax.models.registry import ARCHITECTURES, layer_names, names_of
 from kashin_jax.pipeline import quantize_checkpoint
-from kashin_jax.pipeline.names import layer_names
 
 CLASSIFIERS = HERE / "golden" / "classifier"
 DIRECTORIES = {"opt": OPT_GOLDEN / "untied"} | {

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 
 from kashin_jax.cli import main
-from kashin_jax.cli.arguments import Methods
+from kashin_jax.cli.program import Methods
 from kashin_jax.methods import method_names
 
 CODE = """

@@ -12,7 +12,7 @@ from quantized_sources import content, make_source
 from tiny_checkpoint import edit_tensors
 
 from kashin_jax.cli import main
-from kashin_jax.cli.arguments import read_bits, read_size
+from kashin_jax.cli.program import read_bits, read_size
 from kashin_jax.io import hash_file, open_checkpoint
 from kashin_jax.pipeline import inspect_checkpoint
 from kashin_jax.pipeline import run as pipeline_run

@@ -1,5 +1,6 @@
 """The architectures that checkpoints are loaded as: a file and a line for each."""
 
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -7,16 +8,28 @@ from typing import Any, NamedTuple
 from kashin_jax.errors import CheckpointError
 from kashin_jax.models.architecture import Architecture
 from kashin_jax.models.bert import BERT, DISTILBERT, ROBERTA
-from kashin_jax.models.names import Names
+from kashin_jax.models.names import LayerName, Names
 from kashin_jax.models.opt import OPT
 
-__all__ = ["ARCHITECTURES", "TiedCopy", "find_architecture", "names_of", "tied_copy"]
+__all__ = [
+    "ARCHITECTURES",
+    "TiedCopy",
+    "find_architecture",
+    "layer_names",
+    "names_of",
+    "tied_copy",
+]
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {entry.model_type: entry for entry in (BERT, DISTILBERT, OPT, ROBERTA)}
 )
 """By the `model_type` of their `config.json`."""
 
+# What holds a matrix, by its last name: PyTorch's, Flax's, Flax's of embeddings.
+_MATRICES = ("weight", "kernel", "embedding")
+# Their Conv1D, under these names, calls a matrix `weight` and stores it as [in, out].
+_CONV1D = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt"})
+_UNTRANSPOSED = re.compile(r"(^|/)(c_attn|c_proj|c_fc|q_attn)$")
 # Most language models that are published call their decoder `model`.
 _UNKNOWN = Names()
 
@@ -87,3 +100,35 @@ def tied_copy(stored: Iterable[str], config: Mapping[str, Any]) -> TiedCopy | No
     by_stem = {found.name: name for name, found in parsed.items() if found is not None}
     head, embedding = (by_stem.get(entry.names.stem(path)) for path in entry.tied)
     return TiedCopy(head, embedding) if head and embedding else None
+
+
+def layer_names(
+    names: Iterable[str], config: Mapping[str, Any]
+) -> dict[str, LayerName]:
+    """The layers of the tensors that could be a matrix or an embedding, by stored name.
+
+    Args:
+      names: Names of all tensors.
+      config: The checkpoint's `config.json`; may be empty.
+    """
+    model_type = str(config.get("model_type", ""))
+    table = names_of(model_type)
+    found = {
+        name: table.layer(name)
+        for name in names
+        if name.replace("/", ".").rsplit(".", 1)[-1] in _MATRICES
+    }
+    if not _has_conv1d(config):
+        return found
+    return {
+        name: layer._replace(
+            is_transposed=layer.is_transposed and not _UNTRANSPOSED.search(layer.path)
+        )
+        for name, layer in found.items()
+    }
+
+
+def _has_conv1d(config: Mapping[str, Any]) -> bool:
+    """Whether a model, or one that it is made of, has their Conv1D."""
+    parts = [part for part in config.values() if isinstance(part, Mapping)]
+    return any(str(part.get("model_type")) in _CONV1D for part in (config, *parts))

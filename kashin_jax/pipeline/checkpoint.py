@@ -31,9 +31,8 @@ from kashin_jax.io import (
     write_index,
     write_stored,
 )
-from kashin_jax.models.registry import tied_copy
+from kashin_jax.models.registry import layer_names, tied_copy
 from kashin_jax.pipeline.coverage import Coverage
-from kashin_jax.pipeline.names import layer_names
 from kashin_jax.pipeline.other_files import copy_other_files
 from kashin_jax.pipeline.plan import (
     Candidate,

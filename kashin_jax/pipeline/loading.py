@@ -14,9 +14,8 @@ from kashin_jax.io import Checkpoint, open_checkpoint
 from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.loading import LoadedClassifier, LoadedModel, load_model
-from kashin_jax.models.registry import names_of
+from kashin_jax.models.registry import layer_names, names_of
 from kashin_jax.pipeline.checkpoint import refuse_foreign
-from kashin_jax.pipeline.names import layer_names
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["load_quantized", "packed_layers"]
