@@ -131,7 +131,7 @@ def test_kernels_that_are_no_matrices_stay_and_the_plan_says_why(params, capsys)
         "lm_head": "skipped by default: head",
     }
     rules = Rules(config=RTN(), rules=[Rule("query", RTN())])
-    with pytest.raises(UsageError, match="'query' matches none of 4 layers"):
+    with pytest.raises(UsageError, match="query`, which has to stay: has 3 axes"):
         quantize_params(params, rules=rules)
 
 

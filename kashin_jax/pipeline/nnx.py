@@ -319,11 +319,7 @@ def _unknown(nodes: list[tuple[str, Any]], known: set[int]) -> list[Target]:
 
 
 def put_layer(layer: Layer, packed: Packed) -> QuantizedLinear | QuantizedEmbed:
-    """Puts a packed layer wherever the dense one hangs, and returns it.
-
-    Raises:
-      UsageError: If that is in something that cannot be changed.
-    """
+    """Puts a packed layer wherever the dense one hangs, and returns it."""
     new: QuantizedLinear | QuantizedEmbed
     if type(layer.node) is nnx.Embed:
         new = QuantizedEmbed.from_embed(layer.node, packed, path=layer.path)
@@ -332,13 +328,8 @@ def put_layer(layer: Layer, packed: Packed) -> QuantizedLinear | QuantizedEmbed:
     for holder, name in layer.holders:
         if isinstance(holder, nnx.Pytree):
             setattr(holder, name, new)
-        elif isinstance(holder, list | dict):
-            holder[name] = new
         else:
-            raise UsageError(
-                f"`{layer.path}` is held by a {type(holder).__name__}, which cannot be "
-                "changed. Use nnx.List or nnx.Dict."
-            )
+            holder[name] = new
     return new
 
 
@@ -383,13 +374,14 @@ def _target(
     value = variable.get_value()
     kinds = [type(layer.node) for layer in layers]
     nodes = {id(layer.node) for layer in layers}
-    left = problem = None
     if strange := [layer for layer in layers if type(layer.node) not in _MATRIX]:
-        left = f"in a {type(strange[0].node).__name__}"
+        left: str | None = f"in a {type(strange[0].node).__name__}"
     elif outside := [path for path, node in users if id(node) not in nodes]:
         left = f"tied to {outside[0]}"
     else:
-        problem = _problem(layers, value)
+        left = next(
+            filter(None, (_why_left(layer, value.shape) for layer in layers)), None
+        )
     return Target(
         Candidate(
             paths=tuple(layer.path for layer in layers),
@@ -397,27 +389,26 @@ def _target(
             dtype=value.dtype.name,
             only_by_rule=nnx.Embed in kinds,
             left=left,
-            problem=problem,
         ),
         variable,
         layers if left is None else (),
     )
 
 
-def _problem(layers: tuple[Layer, ...], value: Any) -> str | None:
-    path = layers[0].path
-    for layer in layers:
-        if value.ndim != 2 and not _is_stack(layer.node, value.shape):
-            name = _MATRIX[type(layer.node)]
+def _why_left(layer: Layer, shape: tuple[int, ...]) -> str | None:
+    """Why a layer cannot be replaced by a packed one; None if it can."""
+    if len(shape) != 2 and not _is_stack(layer.node, shape):
+        return f"has {len(shape)} axes, and is no stack of kernels [in, out]"
+    for holder, _ in layer.holders:
+        if not isinstance(holder, nnx.Pytree | list | dict):
+            kind = type(holder).__name__
             return (
-                f"`{path}/{name}` has shape {value.shape}; only matrices can be "
-                "quantized, and stacks of kernels [in, out] along leading axes. Leave "
-                "it out by `select` or a rule."
+                f"held by a {kind}, which cannot be changed; use nnx.List or nnx.Dict"
             )
-        try:
-            require_plain_product(layer.node, layer.path)
-        except UsageError as error:
-            return str(error)
+    try:
+        require_plain_product(layer.node, layer.path)
+    except UsageError:
+        return "multiplies by a function of its own, which packed weights cannot"
     return None
 
 

@@ -43,7 +43,6 @@ class Candidate(NamedTuple):
       dtype: Its type.
       only_by_rule: Whether it is left alone unless a rule names it.
       left: Why it stays, whatever is asked for; None if it need not.
-      problem: Why asking for it is an error; None if it is not.
       stored_name: What a checkpoint calls it; None for models in memory.
       is_transposed: Whether a checkpoint stores it as `[out, in]`.
     """
@@ -53,7 +52,6 @@ class Candidate(NamedTuple):
     dtype: str
     only_by_rule: bool = False
     left: str | None = None
-    problem: str | None = None
     stored_name: str | None = None
     is_transposed: bool = False
 
@@ -193,6 +191,7 @@ def choose_methods(
     known = list(candidates)
     meant = resolve_rules(config, rules)
     possible = [each for each in known if each.left is None]
+    _check_named(meant, known)
     meant.check(path for each in possible for path in each.paths)
 
     def decide(path: str, only_by_rule: bool) -> tuple[Method | None, str]:
@@ -231,6 +230,20 @@ def _left(choices: Sequence[Choice]) -> str:
     return f" Not among them: {'; '.join(map(str, found[:3]))}." if found else ""
 
 
+def _check_named(rules: Rules, known: Sequence[Candidate]) -> None:
+    """Raises UsageError if a rule asks for nothing but what has to stay."""
+    for rule in rules.rules:
+        if rule.config is None:
+            continue
+        named = [(each, p) for each in known for p in each.paths if rule.matches(p)]
+        if named and all(each.left is not None for each, _ in named):
+            each, path = named[0]
+            raise UsageError(
+                f"Rule {rule.pattern!r} names `{path}`, which has to stay: "
+                f"{each.left}. Remove the rule."
+            )
+
+
 def _choose(
     each: Candidate, decide: Callable[[str, bool], tuple[Method | None, str]]
 ) -> Choice:
@@ -248,8 +261,6 @@ def _choose(
             f"`{'` and `'.join(each.paths)}` share one matrix, but the rules give "
             f"{len(configs)} methods for it. Give one."
         )
-    if each.problem is not None:
-        raise UsageError(each.problem)
     return Choice(each, configs.pop(), None)
 
 
