@@ -238,7 +238,9 @@ def interrupted_at_the_second():
     return quantize
 
 
-@pytest.mark.parametrize("shape", [(1, 997), (997, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 997), pytest.param((997, 1), marks=pytest.mark.slow)]
+)
 def test_a_matrix_that_packing_would_make_larger_stays(shape, tmp_path):
     """A single row took 21 bits a weight; a single input 260 by k-means."""
     good, odd = np.ones((64, 64), np.float32), np.ones(shape, np.float32)

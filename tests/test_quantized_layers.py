@@ -58,7 +58,11 @@ def copied(directory, work, config=UNIFORM, seed=3, sha256="a hash"):
     return quantized_copy(load_opt(directory), rules, seed, work, sha256)
 
 
-@pytest.mark.parametrize("config", [KASHIN, UNIFORM], ids=["kashin", "uniform"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(KASHIN, marks=pytest.mark.slow), UNIFORM],
+    ids=["kashin", "uniform"],
+)
 def test_a_copy_has_the_codes_of_each_matrix_alone(tiny, tmp_path, config):
     model, layers = copied(tiny, tmp_path, config)
     dense = load_opt(tiny).model

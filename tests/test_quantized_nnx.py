@@ -39,7 +39,13 @@ def make(rules):
     return quantize_model(model, rules=rules, key=jax.random.key(1)).model
 
 
-@pytest.fixture(scope="module", params=RULES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "shared",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("alone", "controls")),
+    ],
+)
 def rules(request):
     return RULES[request.param]
 
