@@ -292,10 +292,7 @@ def quantized_records(
     choices = {
         "method": name,
         "bits": bits,
-        "basis": str(basis) if method.has_basis else None,
-        "seed": seed if method.is_random else None,
-        "rtol": rtol if method.has_limits else None,
-        "max_steps": max_steps if method.has_limits else None,
+        **method.choices(basis, seed, rtol, max_steps),
     }
     if known := bench.known(choices):
         return known

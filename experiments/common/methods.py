@@ -73,6 +73,17 @@ class RowKind:
         own = sorted(SPLITS)
         return self.mixes_widths and own[0] <= bits <= own[-1] and bits not in own
 
+    def choices(
+        self, basis: BasisSpec, seed: int, rtol: float, max_steps: int
+    ) -> dict[str, str | int | float | None]:
+        """Fields of a record beside method and bits; None where one does not matter."""
+        return {
+            "basis": str(basis) if self.has_basis else None,
+            "seed": seed if self.is_random else None,
+            "rtol": rtol if self.has_limits else None,
+            "max_steps": max_steps if self.has_limits else None,
+        }
+
 
 def _whole(bits: Width) -> int:
     if bits != int(bits):

@@ -146,10 +146,7 @@ def decoded_kernels(layers: Layers) -> dict[str, Float[Array, "m n"]]:
 def unconverged(layers: Layers) -> frozenset[str]:
     """Paths of the layers whose decomposition missed its tolerance."""
     return frozenset(
-        path
-        for path, layer in layers.items()
-        if (verdict := layer.report.decomposition) is not None
-        and not bool(jnp.all(verdict["converged"]))
+        path for path, layer in layers.items() if layer.report.converged is False
     )
 
 

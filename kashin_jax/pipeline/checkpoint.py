@@ -122,7 +122,7 @@ def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
     plan = make_plan(
         choices,
         sum(spec.size for spec in others),
-        sum(math.prod(spec.shape) for spec in others if _is_float(spec.dtype)),
+        sum(math.prod(spec.shape) for spec in others if is_float(spec.dtype)),
     )
     packed = {layer.choice.name: layer for layer in plan.quantized}
     tensors = (_stored(source, name, packed.get(name)) for name in stored)
@@ -151,7 +151,7 @@ def _candidates(source: Checkpoint, rules: Rules) -> list[Candidate]:
     layers = layer_names(source.names(), source.config)
     for name in _without_copy(source):
         spec = source.spec(name)
-        if len(spec.shape) < 2 or 0 in spec.shape or not _is_float(spec.dtype):
+        if len(spec.shape) < 2 or 0 in spec.shape or not is_float(spec.dtype):
             continue
         stays = _why_left(spec, is_named=name in layers)
         path, is_transposed = layers.get(name) or (name.replace(".", "/"), False)
@@ -211,7 +211,8 @@ def _rows(source: Checkpoint, name: str, start: int) -> Shaped[np.ndarray, "..."
     return file.read_rows(name, start, min(start + _ROWS, file.spec(name).shape[0]))
 
 
-def _is_float(dtype: str) -> bool:
+def is_float(dtype: str) -> bool:
+    """Whether NumPy's name of a type is that of a floating-point one."""
     return dtype.startswith(("float", "bfloat"))
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kashin_jax.io import Checkpoint, open_checkpoint
 from kashin_jax.models.registry import layer_names
+from kashin_jax.pipeline.checkpoint import is_float
 from kashin_jax.pipeline.coverage import Coverage, Part, cover
 from kashin_jax.pipeline.report import REPORT_NAME, read_report
 from kashin_jax.pipeline.rules import is_head_or_embedding
@@ -93,7 +94,7 @@ def _coverage(checkpoint: Checkpoint) -> Coverage:
     layers = layer_names(checkpoint.names(), checkpoint.config)
     for name in checkpoint.names():
         spec = checkpoint.spec(name)
-        if not spec.dtype.startswith(("float", "bfloat")):
+        if not is_float(spec.dtype):
             continue
         if len(spec.shape) < 2:
             others.append(spec)

@@ -11,11 +11,11 @@ from jax.typing import DTypeLike
 
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import Checkpoint, open_checkpoint
-from kashin_jax.layers import QuantizedEmbed, QuantizedLinear
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.loading import LoadedClassifier, LoadedModel, load_model
 from kashin_jax.models.registry import layer_names, names_of
 from kashin_jax.pipeline.checkpoint import refuse_foreign
+from kashin_jax.pipeline.nnx import packed_layer
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["load_quantized", "packed_layers"]
@@ -98,9 +98,7 @@ def _with_packed(
             return node
         found.add(path)
         packed = pack(tensors[path], known)
-        if type(node) is nnx.Embed:
-            return QuantizedEmbed.from_embed(node, packed, path=path)
-        return QuantizedLinear.from_linear(node, packed, path=path)
+        return packed_layer(node, packed, path)
 
     try:
         swapped = nnx.recursive_map(swap, model)

@@ -16,6 +16,7 @@ from kashin_jax.methods import Method
 from kashin_jax.pipeline.coverage import Coverage, cover
 from kashin_jax.pipeline.paths import join, natural
 from kashin_jax.pipeline.plan import (
+    ADDED,
     Candidate,
     Choice,
     Plan,
@@ -43,9 +44,6 @@ QuantizeLayer = Callable[[str, Array], Coded]
 
 # The attribute that holds the matrix. Subclasses may compute anything: exact types.
 _MATRIX: dict[type, str] = {nnx.Linear: "kernel", nnx.Embed: "embedding"}
-
-# Attention has biases of two axes, heads and their width.
-_ADDED = frozenset({"bias", "scale"})
 
 
 class _Pair(NamedTuple):
@@ -306,7 +304,7 @@ def _unknown(nodes: list[tuple[str, Any]], known: set[int]) -> list[Target]:
                 continue
             value = child.get_value()
             is_float = jnp.issubdtype(getattr(value, "dtype", bool), jnp.floating)
-            if not is_float or value.ndim < 2 or name in _ADDED:
+            if not is_float or value.ndim < 2 or name in ADDED:
                 continue
             candidate = Candidate(
                 paths=(join([*filter(None, [path]), name]),),
@@ -318,13 +316,18 @@ def _unknown(nodes: list[tuple[str, Any]], known: set[int]) -> list[Target]:
     return list(found.values())
 
 
+def packed_layer(
+    dense: Any, packed: Packed, path: str
+) -> QuantizedLinear | QuantizedEmbed:
+    """The packed layer that does what an `nnx.Linear` or `nnx.Embed` does."""
+    if type(dense) is nnx.Embed:
+        return QuantizedEmbed.from_embed(dense, packed, path=path)
+    return QuantizedLinear.from_linear(dense, packed, path=path)
+
+
 def put_layer(layer: Layer, packed: Packed) -> QuantizedLinear | QuantizedEmbed:
     """Puts a packed layer wherever the dense one hangs, and returns it."""
-    new: QuantizedLinear | QuantizedEmbed
-    if type(layer.node) is nnx.Embed:
-        new = QuantizedEmbed.from_embed(layer.node, packed, path=layer.path)
-    else:
-        new = QuantizedLinear.from_linear(layer.node, packed, path=layer.path)
+    new = packed_layer(layer.node, packed, layer.path)
     for holder, name in layer.holders:
         if isinstance(holder, nnx.Pytree):
             setattr(holder, name, new)

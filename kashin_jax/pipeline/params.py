@@ -14,6 +14,7 @@ from kashin_jax.methods import Method
 from kashin_jax.pipeline.coverage import Coverage
 from kashin_jax.pipeline.paths import join, natural
 from kashin_jax.pipeline.plan import (
+    ADDED,
     Candidate,
     Choice,
     Plan,
@@ -27,10 +28,6 @@ from kashin_jax.pipeline.run import LayerQuantizer, quantize_each
 from kashin_jax.tensors import QuantizedTensor, dequantize
 
 __all__ = ["QuantizedParams", "dequantize_params", "plan_params", "quantize_params"]
-
-
-# Attention has biases of two axes, heads and their width.
-_ADDED = frozenset({"bias", "scale"})
 
 
 class _Pair(NamedTuple):
@@ -193,9 +190,7 @@ def _matrices(params: PyTree[Any]) -> list[_Leaf]:
         leaf = _unboxed(boxed, path)
         if _is_packed(leaf) or getattr(leaf, "ndim", 0) < 2:
             continue
-        if path.split("/")[-1] in _ADDED or not jnp.issubdtype(
-            leaf.dtype, jnp.floating
-        ):
+        if path.split("/")[-1] in ADDED or not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         found.setdefault(id(leaf), (leaf, []))[1].append((path, place))
     known = [_leaf(value, sorted(places)) for value, places in found.values()]

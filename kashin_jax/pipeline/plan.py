@@ -17,6 +17,7 @@ from kashin_jax.pipeline.table import aligned
 from kashin_jax.tensors import stored_bits
 
 __all__ = [
+    "ADDED",
     "Candidate",
     "Choice",
     "LayerPlan",
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 Select = Callable[[str], bool]
+
+ADDED = frozenset({"bias", "scale"})
+"""Names of what is added or scaled by: attention has biases of two axes."""
 
 
 class Candidate(NamedTuple):

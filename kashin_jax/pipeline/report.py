@@ -230,21 +230,24 @@ def destroyed(reports: Mapping[str, LayerReport]) -> list[str]:
 
 def warn_of_outliers(reports: Mapping[str, LayerReport]) -> None:
     """Logs warnings that name destroyed layers and outliers, worst first."""
-    if lost := sorted(destroyed(reports), key=lambda p: -reports[p].relative_error):
+    if lost := destroyed(reports):
         _logger.warning(
             "%d of %d layers are lost, with relative errors above %g: %s. Give them "
             "another method by a rule, or leave them out.",
             len(lost), len(reports), _DESTROYED,
-            ", ".join(f"{p} ({reports[p].relative_error:.3g})" for p in lost),
+            _worst_first(reports, lost),
         )  # fmt: skip
-    worst = sorted(outliers(reports), key=lambda path: -reports[path].relative_error)
-    if worst:
-        named = ", ".join(f"{p} ({reports[p].relative_error:.3g})" for p in worst)
+    if worse := outliers(reports):
         _logger.warning(
             "%d of %d layers lost much more than others of their method: %s. Give them "
             "more bits by a rule, or leave them out.",
-            len(worst), len(reports), named,
+            len(worse), len(reports), _worst_first(reports, worse),
         )  # fmt: skip
+
+
+def _worst_first(reports: Mapping[str, LayerReport], paths: list[str]) -> str:
+    ordered = sorted(paths, key=lambda path: -reports[path].relative_error)
+    return ", ".join(f"{p} ({reports[p].relative_error:.3g})" for p in ordered)
 
 
 def report_table(reports: Mapping[str, LayerReport]) -> str:
