@@ -15,7 +15,9 @@ from kashin_jax.methods.kmeans import KMeans as KMeans
 from kashin_jax.methods.nf4 import NF4 as NF4
 from kashin_jax.methods.quantize import DEFAULT_CONFIG as DEFAULT_CONFIG
 from kashin_jax.methods.quantize import QuantizationReport as QuantizationReport
+from kashin_jax.methods.quantize import distinct_values as distinct_values
 from kashin_jax.methods.quantize import encode as encode
+from kashin_jax.methods.quantize import encode_few_values as encode_few_values
 from kashin_jax.methods.quantize import quantize as quantize
 from kashin_jax.methods.quantize import quantize_stack as quantize_stack
 from kashin_jax.methods.quantize import require_finite as require_finite
@@ -40,7 +42,9 @@ __all__ = [
     "add_method",
     "config_from_json",
     "config_to_json",
+    "distinct_values",
     "encode",
+    "encode_few_values",
     "method_names",
     "quantize",
     "quantize_stack",

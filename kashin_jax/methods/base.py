@@ -114,6 +114,26 @@ class Method:
         """Encodes a finite matrix of any floating type; pure, for `jit` and `vmap`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to encode.")
 
+    @property
+    def most_values(self) -> int:
+        """Matrices of so many values are coded by `encode_few_values`; 0 for none."""
+        return 0
+
+    def encode_few_values(
+        self,
+        weight: Float[Array, "m n"],
+        values: Float[Array, " k"],
+        key: Key[Array, ""],
+    ) -> Encoded:
+        """Encodes a matrix of few values without any loss; pure.
+
+        Args:
+          weight: Holds no other values than those.
+          values: At most `most_values`, in ascending order, in float32.
+          key: As for `encode`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no code for few values.")
+
     def common_input_scale(
         self, weights: Iterable[Float[Array, "*stack m _"]]
     ) -> Float16[Array, "*stack m"] | None:

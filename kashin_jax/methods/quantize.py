@@ -1,6 +1,7 @@
 """`quantize`: one matrix to packed codes by any method, with a report."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,9 @@ from kashin_jax.tensors import Prepared, QuantizedTensor, prepare
 __all__ = [
     "DEFAULT_CONFIG",
     "QuantizationReport",
+    "distinct_values",
     "encode",
+    "encode_few_values",
     "quantize",
     "quantize_stack",
     "require_finite",
@@ -55,6 +58,7 @@ def quantize(
     path: str = "weight",
     importance: Num[Array | np.ndarray, " k"] | None = None,
     in_scale: Num[Array | np.ndarray, " k"] | None = None,
+    few_values: bool = True,
 ) -> tuple[QuantizedTensor, QuantizationReport]:
     """Quantizes one matrix: checks it on the host, then runs `encode`.
 
@@ -71,6 +75,9 @@ def quantize(
         the mean square of what the input takes; None takes no side.
       in_scale: Of a `JointKashin`: stored as the scale of inputs, in place of what its
         `balance` gives, for matrices that share one (`common_input_scale`).
+      few_values: Whether a matrix of no more values than a `JointKashin` has codes,
+        such as signs, is coded without loss, where it has no `in_scale`. What is
+        returned then has fewer leaves.
 
     Returns:
       The packed matrix (a `KashinTensor` for a `GreedyKashin`) and the report.
@@ -104,7 +111,15 @@ def quantize(
     if importance is not None and in_scale is not None:
         raise ValueError(f"`{path}`: give `importance` or `in_scale`, not both.")
     scale = _checked_in_scale(in_scale, weight.shape[0], config, path)
-    tensor, report = encode(weight, key, config, weights, scale)
+    values = None
+    if few_values and scale is None:
+        # The first row alone tells of almost every matrix that its values are many.
+        parts = (np.asarray(part) for part in (weight[0], weight))
+        values = distinct_values(parts, config.most_values)
+    if values is None:
+        tensor, report = encode(weight, key, config, weights, scale)
+    else:
+        tensor, report = encode_few_values(weight, jnp.asarray(values), key, config)
     if not math.isfinite(report.relative_squared_error):
         remedy = ", or use GreedyKashin, whose scales are float32."
         raise NonFiniteError(
@@ -160,6 +175,7 @@ def quantize_stack(
     *,
     path: str,
     in_scale: Float16[Array, "*stack m"] | None = None,
+    few_values: bool = True,
 ) -> tuple[QuantizedTensor, QuantizationReport]:
     """`quantize`, of every matrix of a stack alone.
 
@@ -170,17 +186,29 @@ def quantize_stack(
       As `quantize`; matrices are named `path[index]`.
     """
     if weight.ndim == 2:
-        return quantize(weight, config, key, path=path, in_scale=in_scale)
-    parts = [
-        quantize_stack(
+        return quantize(
+            weight, config, key, path=path, in_scale=in_scale, few_values=few_values
+        )
+
+    def part(i: int, few: bool) -> tuple[QuantizedTensor, QuantizationReport]:
+        return quantize_stack(
             weight[i],
             config,
             jax.random.fold_in(key, i),
             path=f"{path}[{i}]",
             in_scale=None if in_scale is None else in_scale[i],
+            few_values=few,
         )
-        for i in range(weight.shape[0])
-    ]
+
+    parts = [part(i, few_values) for i in range(weight.shape[0])]
+    kinds = [jax.tree.structure(each) for each in parts]
+    if len(set(kinds)) > 1:
+        # All or none have few values: a stack has one structure.
+        rest = max(kinds, key=lambda kind: kind.num_leaves)
+        parts = [
+            each if kind == rest else part(i, False)
+            for i, (each, kind) in enumerate(zip(parts, kinds, strict=True))
+        ]
     stacked: tuple[QuantizedTensor, QuantizationReport] = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *parts
     )
@@ -199,7 +227,39 @@ def encode(
     Its stages are compiled one by one, so that each has the memory to itself.
     """
     inputs = (importance, in_scale) if config.takes_inputs else ()
-    coded = Encoded(*config.encode(weight, key, *inputs))
+    return _reported(weight, Encoded(*config.encode(weight, key, *inputs)))
+
+
+def encode_few_values(
+    weight: Float[Array, "m n"],
+    values: Float[Array, " k"],
+    key: Key[Array, ""],
+    config: Method,
+) -> tuple[QuantizedTensor, QuantizationReport]:
+    """As `encode`, of a matrix that holds no other than these values."""
+    return _reported(weight, config.encode_few_values(weight, values, key))
+
+
+def distinct_values(
+    parts: Iterable[Num[np.ndarray, "..."]], most: int
+) -> Float[np.ndarray, " k"] | None:
+    """The values of a matrix in ascending order; None if they are more, or all zero.
+
+    Args:
+      parts: Of the matrix, as many as it takes to find more.
+      most: How many values are few; 0 reads nothing.
+    """
+    values = np.zeros(0, np.float32)
+    for part in parts if most else ():
+        values = np.union1d(values, part.astype(np.float32))
+        if len(values) > most:
+            return None
+    return values if values.any() else None
+
+
+def _reported(
+    weight: Float[Array, "m n"], coded: Encoded
+) -> tuple[QuantizedTensor, QuantizationReport]:
     error = _relative_squared_error(weight, prepare(coded.tensor))
     return coded.tensor, QuantizationReport(error, coded.decomposition)
 

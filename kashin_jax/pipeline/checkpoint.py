@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from kashin_jax.io import (
     write_index,
     write_stored,
 )
+from kashin_jax.methods import distinct_values
 from kashin_jax.models.registry import layer_names, tied_copy
 from kashin_jax.pipeline.coverage import Coverage
 from kashin_jax.pipeline.other_files import copy_other_files
@@ -58,6 +59,7 @@ from kashin_jax.pipeline.resume import (
 )
 from kashin_jax.pipeline.rules import Rules, rules_to_json
 from kashin_jax.pipeline.run import LayerQuantizer
+from kashin_jax.pipeline.sharing import find_groups
 from kashin_jax.tensors import dequantize
 
 __all__ = [
@@ -94,7 +96,9 @@ class StreamResult(NamedTuple):
 
 
 def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
-    """Applies rules to every matrix of a checkpoint; quantizes and reads nothing.
+    """Applies rules to every matrix of a checkpoint; quantizes nothing.
+
+    Of a matrix it reads as many rows as show that its values are many, usually one.
 
     Matrices are the floating-point tensors of two axes named `weight`, `kernel` or
     `embedding`; other arrays of two axes and more stay, and the plan says why. A head
@@ -123,6 +127,7 @@ def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
         choices,
         sum(spec.size for spec in others),
         sum(math.prod(spec.shape) for spec in others if is_float(spec.dtype)),
+        _has_few_values(source, find_groups(choices, rules)),
     )
     packed = {layer.choice.name: layer for layer in plan.quantized}
     tensors = (_stored(source, name, packed.get(name)) for name in stored)
@@ -180,6 +185,25 @@ def _named(paths: tuple[str, ...], rules: Rules) -> tuple[str, ...]:
         return skipped or rules.names(path)
 
     return tuple(filter(is_named, paths))
+
+
+def _has_few_values(
+    source: Checkpoint, groups: Collection[str]
+) -> Callable[[Choice], bool]:
+    """Whether matrices that share no scale have no more values than codes."""
+
+    def few(choice: Choice) -> bool:
+        config, name = choice.config, choice.name
+        if config is None or choice.path in groups or not config.most_values:
+            return False
+        count = source.spec(name).shape[0]
+        starts = (0, *range(1, count, _ROWS))
+        ends = (1, *(min(start + _ROWS, count) for start in starts[1:]))
+        file = source.file_of(name)
+        parts = (file.read_rows(name, *ends) for ends in zip(starts, ends, strict=True))
+        return distinct_values(parts, config.most_values) is not None
+
+    return few
 
 
 def _check_copy(source: Checkpoint) -> None:

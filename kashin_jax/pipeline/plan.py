@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kashin_jax.errors import UsageError
 from kashin_jax.io import PlannedTensor
-from kashin_jax.methods import Method, encode
+from kashin_jax.methods import Method, encode, encode_few_values
 from kashin_jax.pipeline.coverage import Coverage, Part, cover
 from kashin_jax.pipeline.rules import Rules, is_head_or_embedding, resolve_rules
 from kashin_jax.pipeline.table import aligned
@@ -269,7 +269,10 @@ def _choose(
 
 
 def make_plan(
-    choices: Sequence[Choice], other_bytes: int, other_weights: int = 0
+    choices: Sequence[Choice],
+    other_bytes: int,
+    other_weights: int = 0,
+    has_few_values: Callable[[Choice], bool] | None = None,
 ) -> Plan:
     """Adds sizes, those of the arrays that the coder would return: nothing is coded.
 
@@ -279,11 +282,14 @@ def make_plan(
       choices: In the order of the table.
       other_bytes: Of all other parameters.
       other_weights: The number of those.
+      has_few_values: Whether a matrix will be coded by `encode_few_values`; None where
+        nothing is known of values, and sizes are those of other matrices.
 
     Raises:
       UsageError: If a method cannot code a matrix, or all would grow; names it.
     """
-    layers = tuple(map(_planned, choices))
+    few = has_few_values or (lambda choice: False)
+    layers = tuple(_planned(choice, few) for choice in choices)
     asked = [choice.config is not None for choice in choices]
     if any(asked) and all(layer.packed is None for layer in layers):
         grown = layers[asked.index(True)].choice
@@ -294,20 +300,24 @@ def make_plan(
     return Plan(layers, other_bytes, other_weights=other_weights)
 
 
-def packed_shape(shape: tuple[int, int], dtype: str, config: Method) -> Any:
+def packed_shape(
+    shape: tuple[int, int], dtype: str, config: Method, *, few_values: bool = False
+) -> Any:
     """The packed matrix with shapes and types in the place of its arrays.
 
     Args:
       shape: Of the matrix, `[in, out]`.
       dtype: Its type.
       config: The method.
+      few_values: Whether it will be coded by `encode_few_values`.
 
     Raises:
       ValueError: If the method cannot code such a matrix.
     """
     config.check(shape)
     # NumPy's float64 becomes float32 on its way into JAX.
-    return _packed_shape(shape, jax.dtypes.canonicalize_dtype(dtype).name, config)
+    kind = jax.dtypes.canonicalize_dtype(dtype).name
+    return _packed_shape(shape, kind, config, few_values)
 
 
 def packed_size(shape: tuple[int, int], dtype: str, config: Method) -> int:
@@ -316,18 +326,28 @@ def packed_size(shape: tuple[int, int], dtype: str, config: Method) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _packed_shape(shape: tuple[int, int], dtype: str, config: Method) -> Any:
+def _packed_shape(
+    shape: tuple[int, int], dtype: str, config: Method, few_values: bool
+) -> Any:
     matrix = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     key = jax.eval_shape(lambda: jax.random.key(0))
+    if few_values:
+        values = jax.ShapeDtypeStruct((1,), jnp.float32)
+        return jax.eval_shape(
+            lambda w, v, k: encode_few_values(w, v, k, config)[0], matrix, values, key
+        )
     return jax.eval_shape(lambda w, k: encode(w, k, config)[0], matrix, key)
 
 
-def _planned(choice: Choice) -> LayerPlan:
+def _planned(choice: Choice, has_few_values: Callable[[Choice], bool]) -> LayerPlan:
     if choice.config is None:
         return LayerPlan(choice, None)
     m, n = choice.candidate.shape[-2:]
     try:
-        packed = packed_shape((m, n), choice.candidate.dtype, choice.config)
+        few = has_few_values(choice)
+        packed = packed_shape(
+            (m, n), choice.candidate.dtype, choice.config, few_values=few
+        )
     except ValueError as error:
         raise UsageError(f"`{choice.name}`: {str(error).splitlines()[0]}") from None
     plan = LayerPlan(choice, packed)

@@ -67,6 +67,7 @@ class LayerQuantizer:
                 layer_key(self._root, choice.path, self._groups),
                 path=choice.name,
                 in_scale=scale,
+                few_values=choice.path not in self._groups,
             )
 
         return reported(choice.path, config, coded)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float16, Int, Key, UInt8
 from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.methods.base import Encoded, Method, register, split_key
 from kashin_jax.methods.joint.anneal import anneal
+from kashin_jax.methods.joint.few_values import few_values_code
 from kashin_jax.methods.joint.scales import (
     as_half,
     common_input_scale,
@@ -131,20 +132,57 @@ class JointKashin(Method):
         code = joint_code(
             weight, basis, rotation, self, block_shape, importance, in_scale
         )
-        layout = KashinLayout(
-            shape=shape,
-            block_shape=block_shape,
-            bits=self.bits,
-            basis=self.basis,
-            dtype=weight.dtype.name,
-            rotation=spec,
-            v_bits=self.split.v,
-        )
+        layout = self._layout(weight, block_shape, spec, self.split.v)
         packed, coarse = pack_rows(code.codes, layout)
         return Encoded(KashinTensor(
             packed, code.centroids, code.scale, seed, layout,
             code.in_scale, code.out_scale, coarse,
         ))  # fmt: skip
+
+    @property
+    def most_values(self) -> int:
+        """As many as the narrowest codes tell apart."""
+        split = self.split
+        return 2 ** (split.u + split.v - split.half)
+
+    def encode_few_values(
+        self,
+        weight: Float[Array, "m n"],
+        values: Float[Array, " k"],
+        key: Key[Array, ""],
+    ) -> Encoded:
+        """Signs, constants and the like: u is the matrix, v is zero, nothing rotated.
+
+        Searched for, a constant would be a single peak of every rotated block, which no
+        levels suit: .0186 is lost of it at 4 bits, .0050 of a matrix of two values.
+        """
+        shape = weight.shape[0], weight.shape[1]
+        block_shape = resolve_block_shape(shape, joint_block_shape(shape, self))
+        codes, centroids = few_values_code(weight, values, self.split)
+        layout = self._layout(weight, block_shape, None, None)
+        packed, coarse = pack_rows(codes, layout)
+        grid = shape[0] // block_shape[0], shape[1] // block_shape[1]
+        return Encoded(KashinTensor(
+            packed, centroids, jnp.ones(grid, jnp.float32), split_key(key)[0], layout,
+            packed_coarse=coarse,
+        ))  # fmt: skip
+
+    def _layout(
+        self,
+        weight: Float[Array, "m n"],
+        block_shape: tuple[int, int],
+        rotation: BasisSpec | None,
+        v_bits: int | None,
+    ) -> KashinLayout:
+        return KashinLayout(
+            shape=(weight.shape[0], weight.shape[1]),
+            block_shape=block_shape,
+            bits=self.bits,
+            basis=self.basis,
+            dtype=weight.dtype.name,
+            rotation=rotation,
+            v_bits=v_bits,
+        )
 
     def common_input_scale(
         self, weights: Iterable[Float[Array, "*stack m _"]]
