@@ -271,3 +271,9 @@ def test_an_id_outside_the_vocabulary_is_not_silently_another_token(models):
     bad, good = logits_of(models["prenorm"], ids)
     assert np.isnan(bad).all()
     assert np.isfinite(good).all()
+
+
+def test_models_are_tabulated(models):
+    """Flax shows what layers return, and takes named tuples among it for lists."""
+    table = nnx.tabulate(models["prenorm"], jnp.ones((1, 4), jnp.int32))
+    assert "OPTAttention" in table

@@ -175,8 +175,12 @@ def test_layers_that_cannot_be_packed_stay_and_say_why(network):
     """One of them was an error of the whole call, and of all calls after it."""
     network.odd = nnx.Linear(16, 16, dot_general=own_product, rngs=nnx.Rngs(0))
     network.held = nnx.data((nnx.Linear(16, 16, rngs=nnx.Rngs(1)),))
+    inner = nnx.Linear(16, 16, rngs=nnx.Rngs(2))
+    network.normed = nnx.WeightNorm(inner, rngs=nnx.Rngs(3))
     result = quantize_model(network, RTN())
     assert type(result.model.odd) is nnx.Linear
+    # It normalises the kernel in place at every call, which no codes allow.
+    assert result.model.normed(jnp.ones((2, 16))).shape == (2, 16)
     assert type(result.model.held[0]) is nnx.Linear
     assert len(result.reports) == 4
     reasons = {
@@ -185,6 +189,7 @@ def test_layers_that_cannot_be_packed_stay_and_say_why(network):
     }
     assert "function of its own" in reasons["odd"]
     assert reasons["held/0"].startswith("held by a tuple, which cannot be changed")
+    assert "nnx.WeightNorm" in reasons["normed/layer_instance"]
 
 
 def tie(network):

@@ -215,9 +215,9 @@ class OPTAttention(nnx.Module):
             split_heads(project(x), self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cache = remember(LayerCache(keys, values), past)
+        cache = remember(LayerCache(keys=keys, values=values), past)
         drop = functools.partial(self.dropout, rngs=rngs)
-        mixed = attend(queries, cache.keys, cache.values, visible, drop)
+        mixed = attend(queries, cache["keys"], cache["values"], visible, drop)
         return self.out_proj(mixed), cache
 
 

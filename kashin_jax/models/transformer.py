@@ -7,7 +7,7 @@ the same call can take its place.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -144,8 +144,12 @@ def attend(
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one block; slots not yet written are zero."""
+class LayerCache(TypedDict):
+    """Keys and values of one block; slots not yet written are zero.
+
+    A dict, since blocks return it: `nnx.tabulate` shows no named tuples inside of what
+    a layer returns, and ends in an error of indices.
+    """
 
     keys: Float[Array, "b s heads head_dim"]
     values: Float[Array, "b s heads head_dim"]
@@ -188,7 +192,9 @@ def empty_cache(
 
     # No array twice, so that a cache can be donated.
     return KVCache(
-        layers=tuple(LayerCache(zeros(), zeros()) for _ in range(num_layers)),
+        layers=tuple(
+            LayerCache(keys=zeros(), values=zeros()) for _ in range(num_layers)
+        ),
         mask=jnp.zeros(shape[:2], jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )

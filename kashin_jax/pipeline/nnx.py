@@ -45,6 +45,9 @@ QuantizeLayer = Callable[[str, Array], Coded]
 # The attribute that holds the matrix. Subclasses may compute anything: exact types.
 _MATRIX: dict[type, str] = {nnx.Linear: "kernel", nnx.Embed: "embedding"}
 
+# Wrappers that do not only call a layer, but compute its kernel at every call.
+_REACHING = frozenset({nnx.WeightNorm, nnx.SpectralNorm})
+
 
 class _Pair(NamedTuple):
     model: Any
@@ -403,6 +406,8 @@ def _why_left(layer: Layer, shape: tuple[int, ...]) -> str | None:
     if len(shape) != 2 and not _is_stack(layer.node, shape):
         return f"has {len(shape)} axes, and is no stack of kernels [in, out]"
     for holder, _ in layer.holders:
+        if type(holder) in _REACHING:
+            return f"inside an nnx.{type(holder).__name__}, which writes to its kernel"
         if not isinstance(holder, nnx.Pytree | list | dict):
             kind = type(holder).__name__
             return (
