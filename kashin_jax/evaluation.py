@@ -7,6 +7,7 @@ here knows a model: it arrives as a function, usually a jitted closure whose las
 is `window_nll`.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -15,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32
-from tqdm import tqdm
 
 from kashin_jax.errors import DataError
+from kashin_jax.progress import progress_bar
 
 __all__ = [
     "ScoredBatch",
@@ -183,7 +184,7 @@ def score_windows(
       windows: As made by `make_windows`.
       batch_size: Windows per call of `nll_fn`.
       start: First window to score; earlier ones are taken to be finished.
-      progress: Label of the progress bar, shown on a terminal only; None for no bar.
+      progress: Label of the progress bar, see `progress_bar`; None for no bar.
 
     Returns:
       An iterator of finished batches; `nll_fn` is called as it is advanced.
@@ -199,11 +200,8 @@ def score_windows(
         raise ValueError(f"`start` must lie in [0, {count}]. Got start={start}.")
 
     def batches() -> Iterator[ScoredBatch]:
-        # `disable=None` keeps the bar off anything that is not a terminal.
-        disable = True if progress is None else None
-        with tqdm(
-            total=count, initial=start, desc=progress, unit="win", disable=disable
-        ) as bar:
+        shown = partial(progress_bar, count, "windows", initial=start, desc=progress)
+        with contextlib.nullcontext() if progress is None else shown() as bar:
             for first in range(start, count, batch_size):
                 size = min(batch_size, count - first)
                 index = np.minimum(np.arange(first, first + batch_size), count - 1)
@@ -213,7 +211,8 @@ def score_windows(
                         f"`nll_fn` must return one number per window, shape "
                         f"({batch_size},). Got {nlls.shape}."
                     )
-                bar.update(size)
+                if bar is not None:
+                    bar.update(size)
                 yield ScoredBatch(first, nlls[:size].astype(np.float64))
 
     return batches()

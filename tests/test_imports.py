@@ -29,10 +29,11 @@ ALLOWED |= {
     "quantized": {"deprecated"},
     "checkpoints": {"deprecated"},
     "layers": {"errors", "deprecated", *LAYERS},
-    "evaluation": {"errors", "evaluation"},
+    "progress": {"progress"},
+    "evaluation": {"errors", "progress", "evaluation"},
     "io": {"errors", "version", "bases", "packing", "tensors", "io"},
     "models": {"errors", "io", "models"},
-    "pipeline": {"errors", "version", "io", "models", "pipeline", *LAYERS},
+    "pipeline": {"errors", "version", "progress", "io", "models", "pipeline", *LAYERS},
     "cli": {
         "errors",
         "version",

@@ -201,13 +201,12 @@ def quantize_stack(
         )
 
     parts = [part(i, few_values) for i in range(weight.shape[0])]
-    kinds = [jax.tree.structure(each) for each in parts]
-    if len(set(kinds)) > 1:
+    leaves = [len(jax.tree.leaves(each)) for each in parts]
+    if len(set(leaves)) > 1:
         # All or none have few values: a stack has one structure.
-        rest = max(kinds, key=lambda kind: kind.num_leaves)
         parts = [
-            each if kind == rest else part(i, False)
-            for i, (each, kind) in enumerate(zip(parts, kinds, strict=True))
+            each if own == max(leaves) else part(i, False)
+            for i, (each, own) in enumerate(zip(parts, leaves, strict=True))
         ]
     stacked: tuple[QuantizedTensor, QuantizationReport] = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *parts

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
-from tqdm import tqdm
 
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import (
@@ -60,6 +59,7 @@ from kashin_jax.pipeline.resume import (
 from kashin_jax.pipeline.rules import Rules, rules_to_json
 from kashin_jax.pipeline.run import LayerQuantizer
 from kashin_jax.pipeline.sharing import find_groups
+from kashin_jax.progress import progress_bar
 from kashin_jax.tensors import dequantize
 
 __all__ = [
@@ -355,7 +355,8 @@ def _quantize(
         write_stored(writer, name, tensor)
         return report
 
-    shards, resumed = _write_shards(target, plan.tensors, max_shard_bytes, write)
+    work = {name: math.prod(each.candidate.shape) for name, each in choices.items()}
+    shards, resumed = _write_shards(target, plan.tensors, max_shard_bytes, write, work)
     reports = join_parts(target, shards)
     copy_other_files(checkpoint.directory, target)
     described = quantization_config(rules_to_json(rules), seed, plan.tensors)
@@ -380,18 +381,25 @@ def _write_shards(
     tensors: Sequence[PlannedTensor],
     max_shard_bytes: int,
     write: WriteTensor,
+    work: Mapping[str, int],
 ) -> tuple[list[str], int]:
-    """Writes what is missing, then the index; names, and how many were there."""
+    """Writes what is missing, then the index; names, and how many were there.
+
+    Args:
+      target: The directory.
+      tensors: All, in order.
+      max_shard_bytes: Of the data of a shard.
+      write: Writes one of them.
+      work: Weights to code or decode, by tensor: copies take next to no time.
+    """
     shards = plan_shards(tensors, max_shard_bytes)
     names = shard_names(len(shards))
     finished = {name for name in names if (target / name).exists()}
-    sizes = [sum(tensor.size for tensor in shard) for shard in shards]
+    sizes = [sum(work.get(tensor.name, 0) for tensor in shard) for shard in shards]
     # Not part of the rate, which would otherwise promise the rest in no time.
     done = sum(n for name, n in zip(names, sizes, strict=True) if name in finished)
     records = []
-    with tqdm(
-        total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=None
-    ) as progress:
+    with progress_bar(sum(sizes), "weights", initial=done) as progress:
         for name, shard in zip(names, shards, strict=True):
             path = target / name
             if name not in finished:
@@ -403,7 +411,7 @@ def _write_shards(
                         progress.set_postfix_str(tensor.name)
                         if (report := write(writer, tensor)) is not None:
                             reports[tensor.name] = report
-                        progress.update(tensor.size)
+                        progress.update(work.get(tensor.name, 0))
                     # Before the shard appears: a shard without its report is none.
                     write_part(target, name, reports)
             forget_tensors(target, shard)
@@ -453,7 +461,9 @@ def dequantize_checkpoint(
         writer.write(name, matrix.T if is_transposed else matrix)
 
     with claimed_directory(target, run):
-        shards, _ = _write_shards(target, planned, max_shard_bytes, write)
+        packed = checkpoint.descriptions
+        work = {name: math.prod(checkpoint.spec(name).shape) for name in packed}
+        shards, _ = _write_shards(target, planned, max_shard_bytes, write, work)
         remove_parts(target, shards)
         copy_other_files(checkpoint.directory, target)
         write_config(target, checkpoint.config)

@@ -1,12 +1,12 @@
 """Quantizing the chosen matrices of a model, one after the other."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
-from tqdm import tqdm
 
 from kashin_jax.methods import Method, QuantizationReport, quantize_stack
 from kashin_jax.methods.quantize import is_traced
@@ -14,6 +14,7 @@ from kashin_jax.pipeline.plan import Choice
 from kashin_jax.pipeline.report import LayerReport, warn_of_outliers
 from kashin_jax.pipeline.rules import Rules
 from kashin_jax.pipeline.sharing import InputScales, find_groups, layer_key
+from kashin_jax.progress import progress_bar
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["Coded", "LayerQuantizer", "quantize_each", "reported"]
@@ -107,10 +108,14 @@ def quantize_each(
     """
     chosen = [choice for choice in choices if choice.config is not None]
     reports = {}
-    for choice in tqdm(chosen, desc="layers", unit="layer", disable=None, leave=False):
-        tensor, reports[choice.path] = quantizer(choice)
-        put(choice, tensor)
-        del tensor
+    sizes = {choice.path: math.prod(choice.candidate.shape) for choice in chosen}
+    with progress_bar(sum(sizes.values()), "weights") as progress:
+        for choice in chosen:
+            progress.set_postfix_str(choice.path)
+            tensor, reports[choice.path] = quantizer(choice)
+            put(choice, tensor)
+            del tensor
+            progress.update(sizes[choice.path])
     if not any(is_traced(each.relative_squared_error) for each in reports.values()):
         warn_of_outliers(reports)
     return reports
