@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +15,18 @@ import pytest
 from flax import nnx
 from tiny_checkpoint import LINEARS, as_in_tests, numbers, row, table, tiny
 
-from experiments.common import mixed_widths, perplexity
-from experiments.common.mixed_widths import layer_sensitivities, probe, sampled_text
+from experiments.common import perplexity
 from experiments.common.quantized_layers import quantized_copy
-from experiments.common.resumable import PartialScores
-from kashin_jax import BasisSpec, JointKashin, Rules, dequantize, quantize
+from kashin_jax import BasisSpec, JointKashin, Rules, quantize
 from kashin_jax.models.loading import load_opt
-from kashin_jax.pipeline import path_key, replace_kernels, selected_kernels
+from kashin_jax.pipeline import (
+    mixed_widths,
+    path_key,
+    replace_kernels,
+    selected_kernels,
+)
 from kashin_jax.pipeline.allocate import JOINT_ERRORS
+from kashin_jax.pipeline.mixed_widths import layer_sensitivities, probe, sampled_text
 
 __all__ = ["tiny"]  # fixtures
 
@@ -72,8 +77,9 @@ def model(tiny):
 
 @pytest.fixture
 def layers(tiny, tmp_path):
-    rules = Rules(config=probe(HADAMARD))
-    return quantized_copy(load_opt(tiny), rules, 0, tmp_path, "a hash").layers
+    rules = Rules(config=probe(JointKashin(basis=HADAMARD)))
+    found = quantized_copy(load_opt(tiny), rules, 0, tmp_path, "a hash").layers
+    return {path: partial(perplexity._decoded, layer) for path, layer in found.items()}
 
 
 def test_half_widths_are_rows_of_joint_coding_and_dashes_of_others(made):
@@ -157,30 +163,23 @@ def test_sampled_texts_begin_as_the_model_expects_and_follow_the_key(model):
     assert len(np.unique(texts[0], axis=0)) == mixed_widths.WINDOWS
 
 
-def test_sensitivities_are_divergences_over_errors(model, layers, tmp_path):
-    felt = layer_sensitivities(model, layers, KEY, scores(tmp_path))
+def test_sensitivities_are_divergences_over_errors(model, layers):
+    felt = layer_sensitivities(model, layers, KEY)
     assert list(felt) == list(layers)
     path = "decoder/layers/1/fc1"
-    kernel = {path: dequantize(layers[path].tensor)}
+    kernel, error = layers[path]()
     tokens = sampled_text(model, KEY)
     run = nnx.jit(lambda model, ids: model(ids))
     p, q = (
         np.asarray(jax.nn.softmax(run(m, tokens)), np.float64)
-        for m in (model, replace_kernels(model, kernel))
+        for m in (model, replace_kernels(model, {path: kernel}))
     )
     divergence = np.sum(p * np.log(p / q), axis=-1).mean()
-    error = float(layers[path].report.relative_squared_error)
     assert felt[path] == pytest.approx(divergence / error, rel=1e-3)
 
 
-def scores(directory):
-    return PartialScores.in_directory(directory, {"test": "sensitivity"})
-
-
-def test_finished_sensitivities_are_not_measured_again(
-    model, layers, tmp_path, monkeypatch
-):
-    calls = []
+def test_finished_sensitivities_are_not_measured_again(model, layers, monkeypatch):
+    calls, kept = [], []
     original = mixed_widths._divergence
 
     def counting(*args):
@@ -191,14 +190,15 @@ def test_finished_sensitivities_are_not_measured_again(
 
     monkeypatch.setattr(mixed_widths, "_divergence", counting)
     with pytest.raises(KeyboardInterrupt):
-        layer_sensitivities(model, layers, KEY, scores(tmp_path))
-    found = layer_sensitivities(model, layers, KEY, scores(tmp_path))
-    assert len(calls) == LINEARS + 1
-    assert found == layer_sensitivities(model, layers, KEY, scores(tmp_path))
+        layer_sensitivities(model, layers, KEY, (), kept.append)
+    assert len(kept) == 5
+    found = layer_sensitivities(model, layers, KEY, tuple(kept), kept.append)
+    assert len(calls) == LINEARS + 1 and list(found.values()) == kept
+    assert found == layer_sensitivities(model, layers, KEY, kept)
     assert len(calls) == LINEARS + 1
 
 
-def test_all_layers_share_one_compilation(model, layers, tmp_path):
+def test_all_layers_share_one_compilation(model, layers):
     before = mixed_widths._divergence._cache_size()
-    layer_sensitivities(model, layers, jax.random.key(7), scores(tmp_path))
+    layer_sensitivities(model, layers, jax.random.key(7))
     assert mixed_widths._divergence._cache_size() <= before + 1

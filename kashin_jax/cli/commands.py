@@ -21,7 +21,7 @@ from kashin_jax.evaluation import (
     window_nll,
 )
 from kashin_jax.io import open_checkpoint, read_json
-from kashin_jax.methods import config_from_json
+from kashin_jax.methods import JointKashin, config_from_json
 from kashin_jax.models.context import own_context
 from kashin_jax.models.generation import generate
 from kashin_jax.models.loading import LoadedModel
@@ -37,6 +37,8 @@ from kashin_jax.pipeline import (
     quantize_checkpoint,
     rules_from_json,
 )
+from kashin_jax.pipeline.allocate import JOINT_ERRORS
+from kashin_jax.pipeline.mixed_widths import mixed_checkpoint_rules
 from kashin_jax.pipeline.table import aligned
 
 __all__ = [
@@ -64,15 +66,23 @@ def run_quantize(
     restart: bool,
 ) -> int:
     """Quantizes a checkpoint, or prints what would become of it."""
-    chosen = _rules({"bits": bits, "method": method, **dict(settings)}, rules, skip)
+    budget = bits if _is_budget(bits, method) else None
+    # Of a budget any width will do: layers get their own.
+    width = min(JOINT_ERRORS) if budget else bits
+    chosen = _rules({"bits": width, "method": method, **dict(settings)}, rules, skip)
     if dry_run:
-        _print_plan(plan_checkpoint(open_checkpoint(src), chosen))
+        source = open_checkpoint(src)
+        if budget is not None:
+            chosen, widths = mixed_checkpoint_rules(source, chosen, budget, seed)
+            print(widths)
+        _print_plan(plan_checkpoint(source, chosen))
         return 0
     result = quantize_checkpoint(
         src,
         dst,
         chosen,
         seed=seed,
+        budget=budget,
         max_shard_bytes=max_shard_size,
         exist_ok=True,
         replace="finished" if force else "unfinished" if restart else None,
@@ -81,10 +91,19 @@ def run_quantize(
         print(f"Already done: {dst} holds the result of this command.")
     elif result.resumed:
         print(f"{result.resumed} shards were finished already.")
+    if result.widths is not None:
+        print(result.widths)
     # The run knows why tensors stay.
     found = inspect_checkpoint(dst, verify=False)
     _print_totals(found._replace(coverage=result.coverage))
     return 0
+
+
+def _is_budget(bits: int | float | None, method: str | None) -> bool:
+    """Whether a width is none of joint coding's, but one that they have on average."""
+    if bits is None or method not in (None, JointKashin.name) or bits in JOINT_ERRORS:
+        return False
+    return min(JOINT_ERRORS) < bits < max(JOINT_ERRORS)
 
 
 def _rules(fields: Mapping[str, Any], file: str | None, skip: Sequence[str]) -> Rules:

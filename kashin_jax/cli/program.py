@@ -137,7 +137,11 @@ def _quantize(commands: Any) -> None:
 def _add_choices(parser: _Parser) -> None:
     """Flags that say which method a layer is quantized by."""
     parser.add_argument(
-        "--bits", type=read_bits, help="code width; the method's own when left out"
+        "--bits",
+        type=read_bits,
+        help="code width; the method's own when left out. Joint coding has 2 to 5 in "
+        "steps of a half, and takes any other number between, 2.7 say, as the stored "
+        "bits of all layers together: each gets the width that suits it",
     )
     parser.add_argument(
         "--method",

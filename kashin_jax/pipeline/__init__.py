@@ -5,8 +5,8 @@ from kashin_jax.pipeline.checkpoint import StreamResult as StreamResult
 from kashin_jax.pipeline.checkpoint import (
     dequantize_checkpoint as dequantize_checkpoint,
 )
-from kashin_jax.pipeline.checkpoint import plan_checkpoint as plan_checkpoint
 from kashin_jax.pipeline.checkpoint import quantize_checkpoint as quantize_checkpoint
+from kashin_jax.pipeline.checkpoint_plan import plan_checkpoint as plan_checkpoint
 from kashin_jax.pipeline.inspecting import Inspection as Inspection
 from kashin_jax.pipeline.inspecting import TensorRow as TensorRow
 from kashin_jax.pipeline.inspecting import inspect_checkpoint as inspect_checkpoint

@@ -1,27 +1,21 @@
 """Quantizing a checkpoint that may be larger than memory, and undoing it."""
 
 import math
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
 
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import (
     MAX_SHARD_BYTES,
     Checkpoint,
     PlannedTensor,
-    TensorSpec,
     TensorWriter,
     open_checkpoint,
     open_shard,
-    plan_packed,
-    plan_plain,
     plan_shards,
     quantization_config,
     record_file,
@@ -30,17 +24,18 @@ from kashin_jax.io import (
     write_index,
     write_stored,
 )
-from kashin_jax.methods import distinct_values
-from kashin_jax.models.registry import layer_names, tied_copy
+from kashin_jax.pipeline.checkpoint_plan import (
+    check_copy,
+    plan_checkpoint,
+    refuse_foreign,
+    stored_kernel,
+    stored_tensor,
+)
 from kashin_jax.pipeline.coverage import Coverage
+from kashin_jax.pipeline.mixed_widths import Widths, mixed_checkpoint_rules
 from kashin_jax.pipeline.other_files import copy_other_files
 from kashin_jax.pipeline.plan import (
-    Candidate,
-    Choice,
-    LayerPlan,
     Plan,
-    choose_methods,
-    make_plan,
 )
 from kashin_jax.pipeline.report import LayerReport, warn_of_outliers
 from kashin_jax.pipeline.resume import (
@@ -51,6 +46,7 @@ from kashin_jax.pipeline.resume import (
     join_parts,
     keep_directory,
     keep_tensor,
+    kept_numbers,
     kept_tensor,
     release_directory,
     remove_parts,
@@ -58,21 +54,14 @@ from kashin_jax.pipeline.resume import (
 )
 from kashin_jax.pipeline.rules import Rules, rules_to_json
 from kashin_jax.pipeline.run import LayerQuantizer
-from kashin_jax.pipeline.sharing import find_groups
 from kashin_jax.progress import progress_bar
 from kashin_jax.tensors import dequantize
 
 __all__ = [
     "StreamResult",
     "dequantize_checkpoint",
-    "plan_checkpoint",
     "quantize_checkpoint",
-    "refuse_foreign",
 ]
-
-_FLOATS = frozenset({"float32", "bfloat16", "float16"})
-# Of a table that is compared with another one.
-_ROWS = 4096
 
 WriteTensor = Callable[[TensorWriter, PlannedTensor], LayerReport | None]
 
@@ -86,6 +75,7 @@ class StreamResult(NamedTuple):
       resumed: Shards that an earlier run had finished.
       coverage: How much was quantized, and what was not.
       is_old: Whether an earlier run had finished all of it.
+      widths: Who got which width of a budget; None without one, and where `is_old`.
     """
 
     directory: Path
@@ -93,169 +83,7 @@ class StreamResult(NamedTuple):
     resumed: int
     coverage: Coverage
     is_old: bool = False
-
-
-def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
-    """Applies rules to every matrix of a checkpoint; quantizes nothing.
-
-    Of a matrix it reads as many rows as show that its values are many, usually one.
-
-    Matrices are the floating-point tensors of two axes named `weight`, `kernel` or
-    `embedding`; other arrays of two axes and more stay, and the plan says why. A head
-    that is stored beside the embedding it is tied to is left out: rules that name
-    either are about the embedding.
-
-    Raises:
-      UsageError: If the checkpoint is quantized already, a rule matches nothing, a
-        method cannot code a matrix of that shape, or nothing is to be quantized.
-      CheckpointError: If `config.json` is not what its architecture needs.
-    """
-    refuse_foreign(source)
-    if source.descriptions:
-        raise UsageError(
-            f"{source.directory}: is quantized already; name the original checkpoint, "
-            "or undo it with `kashin dequantize`."
-        )
-    rules = Rules() if rules is None else rules
-    candidates = _candidates(source, rules)
-    what = f"matrices of {source.directory}"
-    choices = choose_methods(candidates, None, rules, None, what=what)
-    matrices = {each.stored_name for each in candidates}
-    stored = _without_copy(source)
-    others = [source.spec(name) for name in stored if name not in matrices]
-    plan = make_plan(
-        choices,
-        sum(spec.size for spec in others),
-        sum(math.prod(spec.shape) for spec in others if is_float(spec.dtype)),
-        _has_few_values(source, find_groups(choices, rules)),
-    )
-    packed = {layer.choice.name: layer for layer in plan.quantized}
-    tensors = (_stored(source, name, packed.get(name)) for name in stored)
-    return plan._replace(tensors=tuple(tensors))
-
-
-def refuse_foreign(checkpoint: Checkpoint) -> None:
-    """Raises UsageError if another library quantized a checkpoint."""
-    method = (checkpoint.quantization or {}).get("quant_method", "kashin")
-    if method != "kashin":
-        raise UsageError(
-            f"{checkpoint.directory}: is quantized by the method {str(method)[:40]!r} "
-            "of another library; name the original checkpoint."
-        )
-
-
-def _without_copy(source: Checkpoint) -> list[str]:
-    """Names of all tensors but a tied head, which the embedding stands for."""
-    copy = tied_copy(source.names(), source.config)
-    return [name for name in source.names() if copy is None or name != copy.head]
-
-
-def _candidates(source: Checkpoint, rules: Rules) -> list[Candidate]:
-    found = []
-    copy = tied_copy(source.names(), source.config)
-    layers = layer_names(source.names(), source.config)
-    for name in _without_copy(source):
-        spec = source.spec(name)
-        if len(spec.shape) < 2 or 0 in spec.shape or not is_float(spec.dtype):
-            continue
-        stays = _why_left(spec, is_named=name in layers)
-        path, is_transposed = layers.get(name) or (name.replace(".", "/"), False)
-        swaps = is_transposed and len(spec.shape) == 2
-        paths: tuple[str, ...] = (path,)
-        if copy is not None and name == copy.embedding:
-            paths = _named((path, layers[copy.head].path), rules) or paths
-        found.append(
-            Candidate(
-                paths=paths,
-                shape=spec.shape[::-1] if swaps else spec.shape,
-                dtype=spec.dtype,
-                left=stays,
-                stored_name=name,
-                is_transposed=is_transposed,
-            )
-        )
-    return found
-
-
-def _named(paths: tuple[str, ...], rules: Rules) -> tuple[str, ...]:
-    """The paths that a rule or a pattern to skip is about."""
-
-    def is_named(path: str) -> bool:
-        skipped = any(re.search(pattern, path) for pattern in rules.skip)
-        return skipped or rules.names(path)
-
-    return tuple(filter(is_named, paths))
-
-
-def _has_few_values(
-    source: Checkpoint, groups: Collection[str]
-) -> Callable[[Choice], bool]:
-    """Whether matrices that share no scale have no more values than codes."""
-
-    def few(choice: Choice) -> bool:
-        config, name = choice.config, choice.name
-        if config is None or choice.path in groups or not config.most_values:
-            return False
-        count = source.spec(name).shape[0]
-        starts = (0, *range(1, count, _ROWS))
-        ends = (1, *(min(start + _ROWS, count) for start in starts[1:]))
-        file = source.file_of(name)
-        parts = (file.read_rows(name, *ends) for ends in zip(starts, ends, strict=True))
-        return distinct_values(parts, config.most_values) is not None
-
-    return few
-
-
-def _check_copy(source: Checkpoint) -> None:
-    """Raises CheckpointError if a head to be left out is not the tied embedding."""
-    if (copy := tied_copy(source.names(), source.config)) is None:
-        return
-    head, embedding = source.spec(copy.head).shape, source.spec(copy.embedding).shape
-    if copy.head.endswith("kernel"):
-        is_same = head == embedding[::-1] and np.array_equal(
-            np.asarray(source.load(copy.head)).T,
-            np.asarray(source.load(copy.embedding)),
-        )
-    else:
-        is_same = head == embedding and all(
-            np.array_equal(
-                _rows(source, copy.head, start), _rows(source, copy.embedding, start)
-            )
-            for start in range(0, head[0], _ROWS)
-        )
-    if not is_same:
-        raise CheckpointError(
-            f"{source.directory}: `{copy.head}` differs from the token embedding that "
-            "config.json ties it to; set `tie_word_embeddings` to false there."
-        )
-
-
-def _rows(source: Checkpoint, name: str, start: int) -> Shaped[np.ndarray, "..."]:
-    file = source.file_of(name)
-    return file.read_rows(name, start, min(start + _ROWS, file.spec(name).shape[0]))
-
-
-def is_float(dtype: str) -> bool:
-    """Whether NumPy's name of a type is that of a floating-point one."""
-    return dtype.startswith(("float", "bfloat"))
-
-
-def _why_left(spec: TensorSpec, *, is_named: bool) -> str | None:
-    if spec.dtype not in _FLOATS:
-        return f"its type is {spec.dtype}; {', '.join(sorted(_FLOATS))} are quantized"
-    if len(spec.shape) != 2:
-        return f"has {len(spec.shape)} axes"
-    if not is_named:
-        return "is not called weight, kernel or embedding"
-    return None
-
-
-def _stored(source: Checkpoint, name: str, plan: LayerPlan | None) -> PlannedTensor:
-    if plan is None:
-        spec = source.spec(name)
-        return plan_plain(name, spec.dtype, spec.shape)
-    is_transposed = plan.choice.candidate.is_transposed
-    return plan_packed(name, plan.packed, is_transposed=is_transposed)
+    widths: Widths | None = None
 
 
 def quantize_checkpoint(
@@ -264,6 +92,7 @@ def quantize_checkpoint(
     rules: Rules | None = None,
     *,
     seed: int = 0,
+    budget: int | float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     exist_ok: bool = False,
     replace: Literal["finished", "unfinished"] | None = None,
@@ -283,6 +112,9 @@ def quantize_checkpoint(
       target: Must not exist, be empty, or hold an unfinished run of the same call.
       rules: Which matrices, and how; None takes `Rules()`.
       seed: Of everything random.
+      budget: Stored bits per weight of all layers that no rule names, which have to be
+        coded jointly: each gets a width of its own, see `mixed_checkpoint_rules`. None
+        takes the widths of the rules.
       max_shard_bytes: Of the data of a shard.
       exist_ok: Whether `target` may also hold what the same call finished, which is
         then returned without any work. For this a hidden file stays in it: a digest of
@@ -299,26 +131,34 @@ def quantize_checkpoint(
     rules = Rules() if rules is None else rules
     checkpoint = open_checkpoint(source)
     plan = plan_checkpoint(checkpoint, rules)
-    _check_copy(checkpoint)
+    check_copy(checkpoint)
     target = _separate(checkpoint.directory, Path(target))
     if replace and checkpoint.directory.resolve().is_relative_to(target.resolve()):
         raise UsageError(f"{target}: holds the source; name another directory.")
-    run = fingerprint(checkpoint, rules, seed, max_shard_bytes, plan.tensors)
+    run = fingerprint(checkpoint, rules, seed, max_shard_bytes, plan.tensors, budget)
     may_be_done = exist_ok and replace != "finished"
     if may_be_done and (found := finished_run(target, run)) is not None:
         count = len(open_checkpoint(target).files)
         return StreamResult(target, found, count, plan.coverage, is_old=True)
+    widths = None
     with claimed_directory(target, run, replace):
+        if budget is not None:
+            kept = kept_numbers(target)
+            rules, widths = mixed_checkpoint_rules(
+                checkpoint, rules, budget, seed, kept
+            )
+            plan = plan_checkpoint(checkpoint, rules)
         reports, resumed = _quantize(
             checkpoint, target, plan, rules, seed, max_shard_bytes
         )
+        kept_numbers(target).forget()
         if exist_ok:
             keep_directory(target, run, reports)
         else:
             release_directory(target)
     plan.coverage.warn()
     warn_of_outliers(reports)
-    return StreamResult(target, reports, resumed, plan.coverage)
+    return StreamResult(target, reports, resumed, plan.coverage, widths=widths)
 
 
 def _quantize(
@@ -335,7 +175,7 @@ def _quantize(
         list(choices.values()),
         rules,
         jax.random.key(seed),
-        lambda choice: _kernel(checkpoint, choice),
+        lambda choice: stored_kernel(checkpoint, choice),
     )
 
     def write(writer: TensorWriter, planned: PlannedTensor) -> LayerReport | None:
@@ -368,12 +208,6 @@ def _separate(source: Path, target: Path) -> Path:
     if target.resolve() == source.resolve():
         raise UsageError(f"{target}: is the source; name another directory.")
     return target
-
-
-def _kernel(source: Checkpoint, choice: Choice) -> Array:
-    stored = source.load(choice.name)
-    assert isinstance(stored, np.ndarray)
-    return jnp.asarray(stored.T if choice.candidate.is_transposed else stored)
 
 
 def _write_shards(
@@ -447,7 +281,7 @@ def dequantize_checkpoint(
             "download them again."
         )
     target = _separate(checkpoint.directory, Path(target))
-    planned = [_stored(checkpoint, name, None) for name in checkpoint.names()]
+    planned = [stored_tensor(checkpoint, name, None) for name in checkpoint.names()]
     run = fingerprint(checkpoint, Rules(), 0, max_shard_bytes, planned)
 
     def write(writer: TensorWriter, planned: PlannedTensor) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from kashin_jax.io import Checkpoint, open_checkpoint
 from kashin_jax.models.registry import layer_names
-from kashin_jax.pipeline.checkpoint import is_float
+from kashin_jax.pipeline.checkpoint_plan import is_float
 from kashin_jax.pipeline.coverage import Coverage, Part, cover
 from kashin_jax.pipeline.report import REPORT_NAME, read_report
 from kashin_jax.pipeline.rules import is_head_or_embedding

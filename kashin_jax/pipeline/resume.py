@@ -14,11 +14,11 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from kashin_jax.errors import UsageError
+from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import (
     Checkpoint,
     PlannedTensor,
@@ -48,6 +48,7 @@ except ImportError:  # elsewhere than on Unix two runs are not kept apart
 
 __all__ = [
     "Fingerprint",
+    "KeptNumbers",
     "claimed_directory",
     "fingerprint",
     "finished_run",
@@ -55,6 +56,7 @@ __all__ = [
     "join_parts",
     "keep_directory",
     "keep_tensor",
+    "kept_numbers",
     "kept_tensor",
     "release_directory",
     "remove_parts",
@@ -108,6 +110,7 @@ def fingerprint(
     seed: int,
     shard_bytes: int,
     tensors: Sequence[PlannedTensor],
+    budget: int | float | None = None,
 ) -> Fingerprint:
     """Everything that the bytes of the result depend on.
 
@@ -123,6 +126,7 @@ def fingerprint(
         "weights": _digest([files, dict(source.config)]),
         "rules": _digest([
             rules_to_json(rules),
+            *([] if budget is None else [f"budget {budget!r}"]),
             # What the rules of this version came to.
             [tensor.name for tensor in tensors if tensor.description],
         ]),
@@ -306,6 +310,38 @@ def kept_tensor(
         return None
     report = read_report(_part(directory, path.name))[planned.name]
     return open_safetensors(path), report
+
+
+class KeptNumbers(NamedTuple):
+    """Numbers that took time to measure, in a hidden file until all work is done."""
+
+    path: Path
+
+    def load(self) -> list[float]:
+        """Those of an interrupted run, in order.
+
+        Raises:
+          CheckpointError: If the file was changed.
+        """
+        if not self.path.exists():
+            return []
+        found = read_json(self.path).get("numbers")
+        if not isinstance(found, list):
+            raise CheckpointError(f"{self.path}: was changed; remove it.")
+        return [float(each) for each in found]
+
+    def append(self, number: float) -> None:
+        """Keeps one more."""
+        write_json(self.path, {"numbers": [*self.load(), number]})
+
+    def forget(self) -> None:
+        """Removes them all."""
+        self.path.unlink(missing_ok=True)
+
+
+def kept_numbers(directory: Path) -> KeptNumbers:
+    """Where a run in a directory keeps what it measured."""
+    return KeptNumbers(directory / ".sensitivities.json")
 
 
 def forget_tensors(directory: Path, shard: Iterable[PlannedTensor]) -> None:
