@@ -259,12 +259,12 @@ def test_inspecting_a_checkpoint_without_weights(kashin, tmp_path, shape):
 
 
 def test_whatever_stays_dense_is_named(kashin, tmp_path, caplog):
-    """Experts in one array and float64 were copied without a word."""
+    """Arrays of three axes and float64 were copied without a word."""
     source = tmp_path / "source"
     source.mkdir()
     tensors = {
         "layers.0.attn.q_proj.weight": np.ones((64, 64), np.float32),
-        "layers.0.mlp.experts.down_proj": np.ones((16, 64, 64), np.float32),
+        "layers.0.mixer.in_proj": np.ones((16, 64, 64), np.float32),
         "b.weight": np.ones((64, 64), np.float64),
         "c": np.ones((64, 64), np.float32),
     }
@@ -272,7 +272,7 @@ def test_whatever_stays_dense_is_named(kashin, tmp_path, caplog):
     code, out, _ = kashin("quantize", source, tmp_path / "q", *RTN)
     assert code == 0 and "Quantized: 5.3% of the weights" in out
     for text in (out, caplog.text):
-        assert "layers.0.mlp.experts.down_proj [16 x 64 x 64]: has 3 axes" in text
+        assert "layers.0.mixer.in_proj [16 x 64 x 64]: has 3 axes" in text
         assert "b.weight [64 x 64]: its type is float64" in text
         assert "c [64 x 64]: is not called weight" in text
 

@@ -112,6 +112,9 @@ def test_the_first_rule_that_matches_gives_the_method(params):
     assert isinstance(table, KashinTensor)
 
 
+STAYS = "has 3 axes; if it is a stack of kernels, name it by `stacks`"
+
+
 def test_kernels_that_are_no_matrices_stay_and_the_plan_says_why(params, capsys):
     result = quantize_params(params, RTN(), dry_run=True)
     assert result.params is params and result.reports == {}
@@ -120,12 +123,12 @@ def test_kernels_that_are_no_matrices_stay_and_the_plan_says_why(params, capsys)
     reasons = {each.choice.path: each.choice.reason for each in plan.layers}
     attention = "MultiHeadDotProductAttention_0"
     assert reasons == {
-        "Conv_0": "has 3 axes",
+        "Conv_0": STAYS,
         "Embed_0/embedding": "no rule names it",
-        f"{attention}/key": "has 3 axes",
-        f"{attention}/out": "has 3 axes",
-        f"{attention}/query": "has 3 axes",
-        f"{attention}/value": "has 3 axes",
+        f"{attention}/key": STAYS,
+        f"{attention}/out": STAYS,
+        f"{attention}/query": STAYS,
+        f"{attention}/value": STAYS,
         "layers_0": None,
         "layers_1": None,
         "lm_head": "skipped by default: head",
@@ -270,8 +273,24 @@ def test_scanned_stacks_and_all_else_that_stays_is_named(params):
     pattern = r"Not among them: Dense_0 \[3 x 16 x 16\]: has 3 axes"
     with pytest.raises(UsageError, match=pattern):
         quantize_params(tree, RTN())
+    with pytest.raises(UsageError, match="'Scan' matches no kernel of more than two"):
+        quantize_params(tree, RTN(), stacks=["Scan"])
     left = quantize_params(params, RTN()).coverage.left
     assert {"Conv_0", "MultiHeadDotProductAttention_0/key"} < {p.name for p in left}
+
+
+def test_stacks_that_are_named_run_under_scan():
+    stack = nn.scan(
+        Scanned, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+    )
+    x = jnp.ones((2, 16))
+    tree = stack().init(KEY, x, None)
+    packed = quantize_params(tree, RTN(), stacks=["Dense_0"]).params
+    assert packed["params"]["Dense_0"]["kernel"].full_shape == (3, 16, 16)
+    with nn.intercept_methods(packed_dense):
+        found, _ = stack().apply(packed, x, None)
+    expected, _ = stack().apply(dequantize_params(packed), x, None)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_a_packed_kernel_in_a_layer_that_cannot_run_it_is_an_error_that_names_it():

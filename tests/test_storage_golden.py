@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kashin_jax.io import Described, open_checkpoint, to_leaves
-from kashin_jax.io.format import TYPES
+from kashin_jax.errors import CheckpointError
+from kashin_jax.io import Described, open_checkpoint, save_checkpoint, to_leaves
+from kashin_jax.io.format import TYPES, describe, from_leaves
+from kashin_jax.tensors import dequantize
 
-V1 = Path(__file__).parent / "golden" / "storage" / "v1"
+STORAGE = Path(__file__).parent / "golden" / "storage"
+V1, V2 = STORAGE / "v1", STORAGE / "v2"
 DECODED = json.loads((V1 / "decoded.json").read_text())
+STACKS = json.loads((V2 / "decoded.json").read_text())
 
 # Bits, or numbers that another program made, are compared.
 pytestmark = pytest.mark.optimized
@@ -34,6 +38,41 @@ def test_a_golden_tensor_decodes_to_what_numpy_made_of_it(name):
     decoded = jax.jit(lambda t: t.decode())(tensor)
     np.testing.assert_allclose(decoded, expected, rtol=0, atol=2e-5)
     assert len(to_leaves(tensor)) >= 2
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_golden_stack_decodes_to_what_numpy_made_of_it(name):
+    expected = np.array(STACKS[name])
+    checkpoint = open_checkpoint(V2)
+    stack = checkpoint.load(name)
+    assert stack.full_shape == expected.shape
+    np.testing.assert_allclose(dequantize(stack), expected, rtol=0, atol=2e-5)
+    described = checkpoint.described(name)
+    again = describe(stack, is_transposed=described.is_transposed)
+    assert again == checkpoint.descriptions[name]
+    transposed = expected.swapaxes(1, 2) if described.is_transposed else expected
+    assert checkpoint.spec(name).shape == transposed.shape
+
+
+@pytest.mark.parametrize("stack", [[], [0], [-1], [2.0], 2, "2", None, [2**40], [3]])
+def test_a_stack_that_cannot_be_is_refused(stack):
+    content = dict(open_checkpoint(V2).descriptions["affine"]) | {"stack": stack}
+    leaves = to_leaves(open_checkpoint(V2).load("affine"))
+    with pytest.raises(CheckpointError, match="stack|leaf"):
+        from_leaves(content, leaves)
+
+
+def test_what_has_no_stacks_is_written_for_old_readers(tmp_path):
+    for version, source in enumerate((V1, V2), 1):
+        checkpoint = open_checkpoint(source)
+        tensors = {name: checkpoint.load(name) for name in checkpoint.names()}
+        target = tmp_path / str(version)
+        save_checkpoint(target, tensors, {}, rules={})
+        written = open_checkpoint(target)
+        assert written.quantization["schema_version"] == version
+        for file in written.files.values():
+            described = json.loads(file.metadata["kashin_jax"])
+            assert described["schema_version"] == version
 
 
 def test_the_golden_orientation_and_plain_tensor_are_kept():

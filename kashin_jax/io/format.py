@@ -1,13 +1,13 @@
 """Packed tensors as named arrays and a description, as `docs/format.md` has it.
 
 A description is JSON: `type`, `is_transposed`, `layout` and `leaves`, the last a map
-from leaves to their types. Everything that the format demands of it is checked before
-any leaf is read.
+from leaves to their types; and `stack` for equal matrices in one tensor. Everything
+that the format demands of it is checked before any leaf is read.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -40,11 +40,12 @@ __all__ = [
     "from_leaves",
     "leaf_specs",
     "parse_description",
+    "schema_of",
     "to_leaves",
 ]
 
-SCHEMA_VERSION = 1
-"""Version of the format that is written; readers refuse newer ones."""
+SCHEMA_VERSION = 2
+"""Newest version of the format; readers refuse newer ones. See `schema_of`."""
 
 METADATA_KEY = "kashin_jax"
 """Where a shard's metadata describe its packed tensors, as JSON in text."""
@@ -80,6 +81,14 @@ def check_schema(version: Any, where: str) -> None:
         )
 
 
+def schema_of(descriptions: Iterable[Mapping[str, Any]]) -> int:
+    """The oldest version that has what is described, so that old readers read it.
+
+    Stacks came with version 2.
+    """
+    return 2 if any("stack" in each for each in descriptions) else 1
+
+
 class Stream(NamedTuple):
     """A leaf of packed codes: their width, and how many."""
 
@@ -101,7 +110,8 @@ class Described(NamedTuple):
         that was quantized, the transposed matrix.
       layout: Static part of the tensor.
       specs: Type and shape of every leaf, from the layout and the leaves' types alone.
-      streams: Those of the leaves that are packed codes.
+      streams: Those of the leaves that are packed codes, of one matrix.
+      stack: Leading axes of all leaves, where equal matrices are one tensor.
     """
 
     type: str
@@ -109,12 +119,13 @@ class Described(NamedTuple):
     layout: KashinLayout | GroupLayout
     specs: Mapping[str, TensorSpec]
     streams: Mapping[str, Stream]
+    stack: tuple[int, ...] = ()
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of the tensor of that name before quantizing."""
         m, n = self.layout.shape
-        return (n, m) if self.is_transposed else (m, n)
+        return (*self.stack, *((n, m) if self.is_transposed else (m, n)))
 
 
 def _layout_to_json(layout: KashinLayout | GroupLayout) -> dict[str, Any]:
@@ -147,7 +158,9 @@ def parse_description(content: Any, where: str) -> Described:
     """
     try:
         _require(isinstance(content, Mapping), "description", content)
-        _require(content.keys() == _KEYS, "fields of the description", list(content))
+        is_known = content.keys() in (_KEYS, _KEYS | {"stack"})
+        _require(is_known, "fields of the description", list(content))
+        stack = _stack(content["stack"]) if "stack" in content else ()
         kind, is_transposed = content["type"], content["is_transposed"]
         _require(isinstance(kind, str) and kind in TYPES, "type", kind)
         _require(type(is_transposed) is bool, "is_transposed", is_transposed)
@@ -167,7 +180,18 @@ def parse_description(content: Any, where: str) -> Described:
         raise CheckpointError(
             f"{where}: {error}; quantize it again, or copy or download the file again."
         ) from error
-    return Described(kind, is_transposed, layout, specs, streams)
+    stacked = {
+        leaf: TensorSpec(spec.dtype, (*stack, *spec.shape))
+        for leaf, spec in specs.items()
+    }
+    return Described(kind, is_transposed, layout, stacked, streams, stack)
+
+
+def _stack(content: Any) -> tuple[int, ...]:
+    _require(isinstance(content, list | tuple) and len(content) > 0, "stack", content)
+    sizes = all(type(s) is int and 1 <= s <= _MAX_SIDE for s in content)
+    _require(sizes, "stack", content)
+    return tuple(content)
 
 
 def _require(is_sound: bool, name: str, value: Any) -> None:
@@ -369,7 +393,7 @@ def describe(tensor: Any, *, is_transposed: bool) -> dict[str, Any]:
     """What a reader must know beside the leaves, as JSON.
 
     Args:
-      tensor: A packed tensor, or what `jax.eval_shape` gives for one.
+      tensor: A packed tensor or a stack of them, or what `jax.eval_shape` gives.
       is_transposed: Whether the tensor of that name was `[out, in]` in the original
         checkpoint, that is `decode().T`.
 
@@ -383,6 +407,8 @@ def describe(tensor: Any, *, is_transposed: bool) -> dict[str, Any]:
         "layout": _layout_to_json(tensor.layout),
         "leaves": {leaf: specs[leaf].dtype for leaf in sorted(specs)},
     }
+    if stack := specs["packed_codes"].shape[:-1]:
+        content["stack"] = list(stack)
     try:
         described = parse_description(content, "tensor")
         _check_specs(described, specs, "tensor")
@@ -423,11 +449,8 @@ def from_leaves(
     if isinstance(layout, KashinLayout):
         v_bits = product_bits(np.asarray(leaves["centroids"]), layout.fine_bits)
         layout = dataclasses.replace(layout, v_bits=v_bits)
-    cls = TYPES[described.type]
-    fields = {field.name: None for field in dataclasses.fields(cls)} | {
-        leaf: jax.device_put(np.asarray(value)) for leaf, value in leaves.items()
-    }
-    tensor: QuantizedTensor = cls(**fields | {"layout": layout})
+    arrays = {leaf: jax.device_put(np.asarray(each)) for leaf, each in leaves.items()}
+    tensor: QuantizedTensor = TYPES[described.type].from_leaves(layout, arrays)
     return tensor
 
 
@@ -464,7 +487,7 @@ def _check_values(
     fault = None
     if stream is not None:
         used = stream.codes * stream.bits % 8
-        if used and int(value[-1]) >> used:
+        if used and (value[..., -1] >> used).any():
             fault = "has fill bits other than 0 in its last byte"
     elif value.dtype != np.uint32 and not np.isfinite(value).all():
         fault = "holds NaN or infinity"

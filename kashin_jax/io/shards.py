@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,9 @@ from kashin_jax.io.checkpoint import INDEX_NAME
 from kashin_jax.io.files import hash_file, make_directory, shown, write_json
 from kashin_jax.io.format import (
     METADATA_KEY,
-    SCHEMA_VERSION,
     describe,
     leaf_specs,
+    schema_of,
     to_leaves,
 )
 from kashin_jax.io.safetensors import (
@@ -138,7 +139,7 @@ def open_shard(
       CheckpointError: If the file cannot be written.
     """
     described = {t.name: t.description for t in tensors if t.description is not None}
-    content = {"schema_version": SCHEMA_VERSION, "tensors": described}
+    content = {"schema_version": schema_of(described.values()), "tensors": described}
     # Readers of transformers refuse files that do not say whose layout they have.
     metadata = {"format": "pt"}
     if described:
@@ -214,7 +215,7 @@ def quantization_config(
     weights = sum(_weights(t.description) for t in packed if t.description)
     return {
         "quant_method": "kashin",
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": schema_of(t.description for t in packed if t.description),
         "library_version": library_version(),
         "rules": dict(rules),
         "seed": seed,
@@ -228,8 +229,7 @@ def quantization_config(
 
 
 def _weights(description: Mapping[str, Any]) -> int:
-    m, n = description["layout"]["shape"]
-    return int(m * n)
+    return math.prod([*description.get("stack", ()), *description["layout"]["shape"]])
 
 
 def write_config(

@@ -1,7 +1,7 @@
 """The architectures that checkpoints are loaded as: a file and a line for each."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from kashin_jax.models.opt import OPT
 __all__ = [
     "ARCHITECTURES",
     "TiedCopy",
+    "expert_layer",
     "find_architecture",
     "layer_names",
     "names_of",
@@ -30,6 +31,10 @@ _MATRICES = ("weight", "kernel", "embedding")
 # Their Conv1D, under these names, calls a matrix `weight` and stores it as [in, out].
 _CONV1D = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt"})
 _UNTRANSPOSED = re.compile(r"(^|/)(c_attn|c_proj|c_fc|q_attn)$")
+# Experts in one array, an axis for them in front: `experts.gate_up_proj` and Granite's
+# `block_sparse_moe.input_linear.weight`.
+_EXPERTS = re.compile(r"(^|[./])(experts|block_sparse_moe)[./]")
+_OUTPUT = re.compile(r"(^|[./])(down_proj|w2|wo|output_linear)([./]|$)")
 # Most language models that are published call their decoder `model`.
 _UNKNOWN = Names()
 
@@ -126,6 +131,44 @@ def layer_names(
         )
         for name, layer in found.items()
     }
+
+
+def expert_layer(
+    name: str, shape: Sequence[int], config: Mapping[str, Any]
+) -> LayerName | None:
+    """The layer of a stack of experts' matrices; None for other arrays.
+
+    Libraries store them as `[experts, in, out]` or `[experts, out, in]`, which the
+    number of hidden features tells apart. Where it does not, PyTorch's linears are
+    taken to be transposed and bare parameters not to be: of no consequence but for
+    which side has the scales of inputs.
+
+    Args:
+      name: As stored.
+      shape: Of the array.
+      config: The checkpoint's `config.json`; may be empty.
+    """
+    if len(shape) != 3 or _EXPERTS.search(name) is None:
+        return None
+    last = name.replace("/", ".").rsplit(".", 1)[-1]
+    path, _ = names_of(str(config.get("model_type", ""))).layer(
+        name if last in _MATRICES else f"{name}.weight"
+    )
+    hidden = _hidden_size(config)
+    # Of the last two axes the one that is the hidden features.
+    sides = [axis for axis in (1, 2) if shape[axis] == hidden]
+    if len(sides) != 1:
+        return LayerName(path, last == "weight")
+    inputs = 2 if _OUTPUT.search(name) is None else 1
+    return LayerName(path, sides[0] == inputs)
+
+
+def _hidden_size(config: Mapping[str, Any]) -> int | None:
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        if isinstance(part.get("hidden_size"), int):
+            return int(part["hidden_size"])
+    return None
 
 
 def _has_conv1d(config: Mapping[str, Any]) -> bool:

@@ -292,7 +292,7 @@ def dequantize_checkpoint(
         tensor: Any = checkpoint.load(name)
         matrix = np.asarray(dequantize(tensor))
         is_transposed = checkpoint.described(name).is_transposed
-        writer.write(name, matrix.T if is_transposed else matrix)
+        writer.write(name, matrix.swapaxes(-1, -2) if is_transposed else matrix)
 
     with claimed_directory(target, run):
         packed = checkpoint.descriptions

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Collection
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
@@ -17,7 +18,7 @@ from kashin_jax.io import (
     plan_plain,
 )
 from kashin_jax.methods import distinct_values
-from kashin_jax.models.registry import layer_names, tied_copy
+from kashin_jax.models.registry import expert_layer, layer_names, tied_copy
 from kashin_jax.pipeline.plan import (
     Candidate,
     Choice,
@@ -49,7 +50,8 @@ def plan_checkpoint(source: Checkpoint, rules: Rules | None = None) -> Plan:
     Of a matrix it reads as many rows as show that its values are many, usually one.
 
     Matrices are the floating-point tensors of two axes named `weight`, `kernel` or
-    `embedding`; other arrays of two axes and more stay, and the plan says why. A head
+    `embedding`, and stacks of experts, of three axes, of which every matrix is coded
+    alone; other arrays of two axes and more stay, and the plan says why. A head
     that is stored beside the embedding it is tied to is left out: rules that name
     either are about the embedding.
 
@@ -106,18 +108,20 @@ def _candidates(source: Checkpoint, rules: Rules) -> list[Candidate]:
         spec = source.spec(name)
         if len(spec.shape) < 2 or 0 in spec.shape or not is_float(spec.dtype):
             continue
-        stays = _why_left(spec, is_named=name in layers)
-        path, is_transposed = layers.get(name) or (name.replace(".", "/"), False)
-        swaps = is_transposed and len(spec.shape) == 2
+        layer = expert_layer(name, spec.shape, source.config)
+        if layer is None and len(spec.shape) == 2:
+            layer = layers.get(name)
+        path, is_transposed = layer or (name.replace(".", "/"), False)
+        *stack, m, n = spec.shape
         paths: tuple[str, ...] = (path,)
         if copy is not None and name == copy.embedding:
             paths = _named((path, layers[copy.head].path), rules) or paths
         found.append(
             Candidate(
                 paths=paths,
-                shape=spec.shape[::-1] if swaps else spec.shape,
+                shape=(*stack, *((n, m) if is_transposed else (m, n))),
                 dtype=spec.dtype,
-                left=stays,
+                left=_why_left(spec, is_layer=layer is not None),
                 stored_name=name,
                 is_transposed=is_transposed,
             )
@@ -144,12 +148,15 @@ def _has_few_values(
         config, name = choice.config, choice.name
         if config is None or choice.path in groups or not config.most_values:
             return False
-        count = source.spec(name).shape[0]
+        count, most = source.spec(name).shape[0], config.most_values
+        file = source.file_of(name)
+        if len(choice.candidate.shape) > 2:
+            each = (file.read_rows(name, i, i + 1) for i in range(count))
+            return all(distinct_values([part], most) is not None for part in each)
         starts = (0, *range(1, count, _ROWS))
         ends = (1, *(min(start + _ROWS, count) for start in starts[1:]))
-        file = source.file_of(name)
         parts = (file.read_rows(name, *ends) for ends in zip(starts, ends, strict=True))
-        return distinct_values(parts, config.most_values) is not None
+        return distinct_values(parts, most) is not None
 
     return few
 
@@ -188,14 +195,14 @@ def is_float(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat"))
 
 
-def _why_left(spec: TensorSpec, *, is_named: bool) -> str | None:
+def _why_left(spec: TensorSpec, *, is_layer: bool) -> str | None:
     if spec.dtype not in _FLOATS:
         return f"its type is {spec.dtype}; {', '.join(sorted(_FLOATS))} are quantized"
+    if is_layer:
+        return None
     if len(spec.shape) != 2:
         return f"has {len(spec.shape)} axes"
-    if not is_named:
-        return "is not called weight, kernel or embedding"
-    return None
+    return "is not called weight, kernel or embedding"
 
 
 def stored_tensor(
@@ -205,12 +212,19 @@ def stored_tensor(
     if plan is None:
         spec = source.spec(name)
         return plan_plain(name, spec.dtype, spec.shape)
-    is_transposed = plan.choice.candidate.is_transposed
-    return plan_packed(name, plan.packed, is_transposed=is_transposed)
+    candidate = plan.choice.candidate
+
+    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (*candidate.shape[:-2], *leaf.shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    packed = jax.tree.map(stacked, plan.packed)
+    return plan_packed(name, packed, is_transposed=candidate.is_transposed)
 
 
 def stored_kernel(source: Checkpoint, choice: Choice) -> Array:
     """The matrix of a layer as `[in, out]`, or a stack of them."""
     stored = source.load(choice.name)
     assert isinstance(stored, np.ndarray)
-    return jnp.asarray(stored.T if choice.candidate.is_transposed else stored)
+    is_transposed = choice.candidate.is_transposed
+    return jnp.asarray(stored.swapaxes(-1, -2) if is_transposed else stored)

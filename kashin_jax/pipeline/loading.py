@@ -13,7 +13,7 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import Checkpoint, open_checkpoint
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.loading import LoadedClassifier, LoadedModel, load_model
-from kashin_jax.models.registry import layer_names, names_of
+from kashin_jax.models.registry import expert_layer, layer_names, names_of
 from kashin_jax.pipeline.checkpoint_plan import refuse_foreign
 from kashin_jax.pipeline.nnx import packed_layer
 from kashin_jax.tensors import QuantizedTensor
@@ -60,7 +60,7 @@ def load_quantized(
 
 
 def packed_layers(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
-    """The packed matrices of a checkpoint by path of their layer.
+    """The packed matrices of a checkpoint by path of their layer, experts' in stacks.
 
     Raises:
       CheckpointError: If one is damaged, or orientations do not fit the names.
@@ -68,15 +68,20 @@ def packed_layers(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
     named = layer_names(checkpoint.descriptions, checkpoint.config)
     tensors: dict[str, QuantizedTensor] = {}
     for name in checkpoint.descriptions:
-        if name not in named or (
-            named[name].is_transposed != checkpoint.described(name).is_transposed
-        ):
+        described = checkpoint.described(name)
+        layer = named.get(name)
+        if described.stack:
+            # Either orientation is used for experts.
+            layer = expert_layer(name, described.shape, checkpoint.config)
+        elif layer is not None and layer.is_transposed != described.is_transposed:
+            layer = None
+        if layer is None:
             raise CheckpointError(
                 f"{checkpoint.directory}: packed tensor `{name}` is no layer's matrix "
                 "by its name and orientation; quantize the original again."
             )
         tensor: Any = checkpoint.load(name)
-        tensors[named[name].path] = tensor
+        tensors[layer.path] = tensor
     return tensors
 
 

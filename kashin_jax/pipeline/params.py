@@ -1,5 +1,6 @@
 """Parameter trees, of Linen models or of none: matrices replaced by packed ones."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ def quantize_params(
     *,
     rules: Rules | None = None,
     select: Select | None = None,
+    stacks: Sequence[str] = (),
     dry_run: bool = False,
 ) -> QuantizedParams:
     """Replaces matrices of any tree of parameters by packed ones.
@@ -71,11 +73,11 @@ def quantize_params(
     name: `{"params": {"Dense_0": {"kernel": ...}}}` has the layer `Dense_0`. Kernels
     that the rules do not leave out are quantized. A matrix of another name, such as
     `Embed_0/embedding`, needs a rule that names it. Kernels of more than two axes
-    (`nn.DenseGeneral`, `nn.Conv`, layers under `nn.scan`) stay: how they are to be read
-    as matrices is not in the tree. Flat dicts with tuples as keys are taken, too, and
-    of Linen's boxes (`nn.with_partitioning`) what is in them; a packed tensor takes the
-    place of the box. `QuantizedDense` takes what comes out; `packed_dense`
-    lets a model that knows only `nn.Dense` take it.
+    (`nn.DenseGeneral`, `nn.Conv`, layers under `nn.scan`) stay unless `stacks` names
+    them: how they are to be read as matrices is not in the tree. Flat dicts with tuples
+    as keys are taken, too, and of Linen's boxes (`nn.with_partitioning`) what is in
+    them; a packed tensor takes the place of the box. `QuantizedDense` takes what comes
+    out; `packed_dense` lets a model that knows only `nn.Dense` take it.
 
     Args:
       params: Not changed.
@@ -87,6 +89,9 @@ def quantize_params(
         layers are made of them.
       select: Called with paths; false leaves a layer out. Heads, embeddings and what
         else is skipped by default stay all the same; a rule that names them takes them.
+      stacks: Regular expressions for paths of kernels that are matrices along leading
+        axes, as `nn.scan` makes them with `variable_axes={"params": 0}`. Every matrix
+        is quantized alone, and the leaf is a stack again, which `nn.scan` takes apart.
       dry_run: Whether to print the plan, see `plan_params`, and stop there.
 
     Returns:
@@ -98,12 +103,12 @@ def quantize_params(
       NonFiniteError: If a selected matrix holds NaN or infinity; names its path.
     """
     if dry_run:
-        plan = plan_params(params, config, rules=rules, select=select)
+        plan = plan_params(params, config, rules=rules, select=select, stacks=stacks)
         print(plan)
         return _result(params, {}, plan.coverage)
     root = jax.random.key(0) if key is None else key
     leaves, treedef = jax.tree.flatten(params, is_leaf=_is_whole)
-    known = _matrices(params)
+    known = _matrices(params, stacks)
     choices = _choices(known, config, rules, select)
     # Methods that cannot code a matrix say so before hours of work, not after.
     plan = make_plan(choices, *_others(params, known))
@@ -138,6 +143,7 @@ def plan_params(
     *,
     rules: Rules | None = None,
     select: Select | None = None,
+    stacks: Sequence[str] = (),
 ) -> Plan:
     """What `quantize_params` would do with these arguments; print it for a table.
 
@@ -146,7 +152,7 @@ def plan_params(
     Raises:
       UsageError: As `quantize_params`.
     """
-    known = _matrices(params)
+    known = _matrices(params, stacks)
     choices = _choices(known, config, rules, select)
     return make_plan(choices, *_others(params, known))
 
@@ -181,7 +187,7 @@ def _choices(
     return choose_methods(candidates, config, rules, select, what="kernels")
 
 
-def _matrices(params: PyTree[Any]) -> list[_Leaf]:
+def _matrices(params: PyTree[Any], stacks: Sequence[str]) -> list[_Leaf]:
     """Arrays of floats that are multiplied by, in the order of their paths."""
     found: dict[int, tuple[Any, list[tuple[str, int]]]] = {}
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
@@ -193,20 +199,34 @@ def _matrices(params: PyTree[Any]) -> list[_Leaf]:
         if path.split("/")[-1] in ADDED or not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         found.setdefault(id(leaf), (leaf, []))[1].append((path, place))
-    known = [_leaf(value, sorted(places)) for value, places in found.values()]
+    known = [_leaf(value, sorted(places), stacks) for value, places in found.values()]
+    _check_stacks(stacks, known)
     return sorted(known, key=lambda leaf: natural(leaf.candidate.paths[0]))
 
 
-def _leaf(value: Any, places: list[tuple[str, int]]) -> _Leaf:
+def _check_stacks(stacks: Sequence[str], known: Sequence[_Leaf]) -> None:
+    high = [leaf.candidate for leaf in known if len(leaf.candidate.shape) > 2]
+    for pattern in stacks:
+        if not any(re.search(pattern, path) for each in high for path in each.paths):
+            some = ", ".join(each.paths[0] for each in high[:2]) or "none"
+            raise UsageError(
+                f"`stacks`: {pattern!r} matches no kernel of more than two axes, such "
+                f"as {some}. Correct or remove it."
+            )
+
+
+def _leaf(value: Any, places: list[tuple[str, int]], stacks: Sequence[str]) -> _Leaf:
     named = [path for path, _ in places]
     kernels = [path for path in named if path.split("/")[-1] == "kernel"]
-    axes = None if value.ndim == 2 else f"has {value.ndim} axes"
+    paths = tuple(join(p.split("/")[:-1]) or p if p in kernels else p for p in named)
+    is_stack = any(re.search(pattern, path) for pattern in stacks for path in paths)
+    left = f"has {value.ndim} axes; if it is a stack of kernels, name it by `stacks`"
     candidate = Candidate(
-        paths=tuple(join(p.split("/")[:-1]) or p if p in kernels else p for p in named),
+        paths=paths,
         shape=value.shape,
         dtype=value.dtype.name,
         only_by_rule=len(kernels) < len(named),
-        left=axes,
+        left=None if value.ndim == 2 or is_stack else left,
     )
     return _Leaf(candidate, value, tuple(place for _, place in places))
 

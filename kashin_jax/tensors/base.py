@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -100,6 +100,16 @@ class QuantizedTensor:
         """A copy with other leaves or another layout."""
         changed: T = _unflatten_fields(type(self), {**_fields(self), **changes})
         return changed
+
+    @classmethod
+    def from_leaves(cls: type[T], layout: Any, leaves: Mapping[str, Any]) -> T:
+        """A tensor, or a stack of them, of leaves by name; none that it does not have.
+
+        Their shapes are not checked.
+        """
+        absent = {field.name: None for field in _declared(cls)}
+        found: T = _unflatten_fields(cls, absent | dict(leaves) | {"layout": layout})
+        return found
 
     def derive_bases(self) -> Bases:
         """The bases that the seed stands for; products and `decode` take them."""
@@ -227,9 +237,18 @@ def prepare(tensor: QuantizedTensor | Prepared) -> Prepared:
 
 def dequantize(
     tensor: QuantizedTensor, dtype: DTypeLike | None = None
-) -> Float[Array, "m n"]:
-    """The whole matrix, in `dtype` or else the type that it had."""
-    return tensor.decode().astype(tensor.dtype if dtype is None else dtype)
+) -> Float[Array, "*stack m n"]:
+    """The whole matrix, in `dtype` or else the type that it had; of a stack, all."""
+    kind = jnp.dtype(tensor.dtype if dtype is None else dtype)
+    if len(tensor.full_shape) > 2:
+        return _decoded_stack(tensor, kind)
+    return tensor.decode().astype(kind)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _decoded_stack(tensor: Any, dtype: np.dtype) -> Float[Array, "*stack m n"]:
+    # One at a time: in float32 they are twice as large as what is made of them.
+    return jax.lax.map(lambda each: dequantize(each, dtype), tensor)
 
 
 def stored_bits(tensor: PyTree[Array | jax.ShapeDtypeStruct]) -> int:

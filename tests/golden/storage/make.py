@@ -1,4 +1,4 @@
-"""Writes v1/, a quantized checkpoint, and v1/decoded.json, what it stands for.
+"""Writes v1/ and v2/, quantized checkpoints, and in each what it stands for.
 
 Plain NumPy: nothing of JAX, of safetensors or of the library is used, so that the files
 freeze the format of `docs/format.md`, of which this is a second implementation. They
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent / "v1"
+HERE = Path(__file__).parent
 SEED = np.array([20240409, 97370412], np.uint32)
 CODES = {"uint8": "U8", "uint32": "U32", "float16": "F16", "float32": "F32"}
 NF4 = np.array([
@@ -199,14 +199,22 @@ def codebook(shape, size, bits, levels, basis=None):
     return described("codebook", layout, leaves), leaves, unrotated(w, basis)
 
 
-def write_shard(path, packed, plain):
+def stack(*matrices):
+    """Equal matrices as one tensor: all leaves have an axis in front."""
+    (description, first, _), *_ = matrices
+    leaves = {leaf: np.stack([ls[leaf] for _, ls, _ in matrices]) for leaf in first}
+    w = np.stack([w for _, _, w in matrices])
+    return description | {"stack": [len(matrices)]}, leaves, w
+
+
+def write_shard(path, packed, plain, version):
     """A safetensors file with larger types first; gives its names and data bytes."""
     arrays = {
         f"{k}.{leaf}": v for k, (_, ls, _) in packed.items() for leaf, v in ls.items()
     }
     arrays |= plain
     content = {
-        "schema_version": 1,
+        "schema_version": version,
         "tensors": {k: d for k, (d, _, _) in packed.items()},
     }
     header = {"__metadata__": {"format": "pt", "kashin_jax": json.dumps(content)}}
@@ -244,28 +252,44 @@ def main():
         "codebook-channel": codebook((9, 4), None, 2, "float16"),
     }
     plain = {"bias": np.arange(6, dtype=np.float32) / 4}
-    HERE.mkdir(exist_ok=True)
-    weight_map, hashes, total = {}, {}, 0
-    for i, (packed, beside) in enumerate([(first, {}), (second, plain)], 1):
-        path = HERE / f"model-0000{i}-of-00002.safetensors"
-        names, size = write_shard(path, packed, beside)
+    write_checkpoint(1, [(first, {}), (second, plain)])
+    stacks = {
+        "experts": stack(*(kashin((8, 10), (4, 5), 3) for _ in range(3))),
+        "experts-half": stack(*(
+            kashin((12, 5), (4, 5), 2.5, "hadamard", scales=True, is_transposed=True)
+            for _ in range(2)
+        )),
+        "affine": stack(*(affine((5, 3), 2, 3, "uint8") for _ in range(2))),
+    }  # fmt: skip
+    write_checkpoint(2, [(stacks, plain)])
+
+
+def write_checkpoint(version, shards):
+    directory = HERE / f"v{version}"
+    directory.mkdir(exist_ok=True)
+    weight_map, hashes, total, count = {}, {}, 0, len(shards)
+    for i, (packed, beside) in enumerate(shards, 1):
+        name = "model" if count == 1 else f"model-0000{i}-of-0000{count}"
+        path = directory / f"{name}.safetensors"
+        names, size = write_shard(path, packed, beside, version)
         weight_map |= dict.fromkeys(names, path.name)
         hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         total += size
     metadata = {"total_size": total, "sha256": hashes}
     index = {"metadata": metadata, "weight_map": weight_map}
+    every = {k: w for packed, _ in shards for k, (_, _, w) in packed.items()}
     quantization = {
-        "quant_method": "kashin", "schema_version": 1, "library_version": "0.1.0",
-        "rules": {}, "seed": 0, "tensors": {"packed": 10, "plain": 1},
+        "quant_method": "kashin", "schema_version": version, "library_version": "0.1.0",
+        "rules": {}, "seed": 0, "tensors": {"packed": len(every), "plain": 1},
     }  # fmt: skip
     config = {"model_type": "none", "quantization_config": quantization}
-    decoded = {k: w.round(7).tolist() for k, (_, _, w) in (first | second).items()}
+    decoded = {k: w.round(7).tolist() for k, w in every.items()}
     for name, content in (
         ("model.safetensors.index.json", index),
         ("config.json", config),
         ("decoded.json", decoded),
     ):
-        (HERE / name).write_text(json.dumps(content) + "\n")
+        (directory / name).write_text(json.dumps(content) + "\n")
 
 
 if __name__ == "__main__":
