@@ -2,7 +2,9 @@
 
 Code `i` occupies bits `[i * bits, (i + 1) * bits)` of the stream, byte `j` holds bits
 `[8 * j, 8 * j + 8)`, least significant bit first; the last byte is filled with zeros.
-At 4 bits that is the low nibble first. Changing it needs a new format version.
+At 4 bits that is the low nibble first. Changing it needs a new format version. Codes of
+a matrix are its rows, one after the other; in memory they have an axis of rows where
+these end between bytes, see `rows_of_bytes`.
 """
 
 from functools import partial
@@ -11,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
-__all__ = ["check_bits", "pack_codes", "packed_size", "unpack_codes"]
+__all__ = [
+    "check_bits",
+    "pack_codes",
+    "pack_matrix",
+    "packed_size",
+    "rows_of_bytes",
+    "unpack_codes",
+    "unpack_matrix",
+]
 
 
 def check_bits(bits: int) -> None:
@@ -74,3 +84,35 @@ def unpack_codes(
             word |= columns[:, byte + 1] << (8 - shift)
         codes.append(word & (2**bits - 1))
     return jnp.stack(codes, axis=1).astype(jnp.uint8).reshape(-1)[:count]
+
+
+def rows_of_bytes(
+    packed: UInt8[Array, "*stack q"], rows: int, row_bits: int
+) -> UInt8[Array, "*stack q"] | UInt8[Array, "*stack rows row_bytes"]:
+    """Packed codes with an axis of rows, where rows end between bytes.
+
+    So they can be cut over inputs and over outputs. Where rows end within bytes codes
+    stay one stream.
+
+    Args:
+      packed: Of a matrix, or of a stack of them.
+      rows: Of the matrix.
+      row_bits: Bits of the codes of a row.
+    """
+    if row_bits % 8:
+        return packed
+    return packed.reshape(*packed.shape[:-1], rows, row_bits // 8)
+
+
+def pack_matrix(codes: UInt8[Array, "m n"], bits: int) -> UInt8[Array, "..."]:
+    """Packs a matrix of codes row by row, see `pack_codes` and `rows_of_bytes`."""
+    m, n = codes.shape
+    return rows_of_bytes(pack_codes(codes.reshape(-1), bits=bits), m, n * bits)
+
+
+def unpack_matrix(
+    packed: UInt8[Array, "..."], bits: int, shape: tuple[int, int]
+) -> UInt8[Array, "m n"]:
+    """Inverts `pack_matrix`; takes codes without an axis of rows, too."""
+    m, n = shape
+    return unpack_codes(packed.reshape(-1), bits=bits, count=m * n).reshape(m, n)

@@ -373,10 +373,18 @@ def leaf_specs(tensor: Any) -> dict[str, TensorSpec]:
     """
     _type_name(tensor)
     return {
-        leaf: TensorSpec(np.dtype(value.dtype).name, tuple(value.shape))
+        leaf: TensorSpec(np.dtype(value.dtype).name, _stored_shape(tensor, value))
         for leaf, value in tensor.leaves().items()
         if value is not None
     }
+
+
+def _stored_shape(tensor: Any, leaf: Any) -> tuple[int, ...]:
+    """Codes, all that is uint8, are stored as one stream for every matrix."""
+    if np.dtype(leaf.dtype) != np.uint8:
+        return tuple(leaf.shape)
+    stack = tensor.full_shape[:-2]
+    return (*stack, math.prod(leaf.shape[len(stack) :]))
 
 
 def to_leaves(tensor: QuantizedTensor) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -385,8 +393,11 @@ def to_leaves(tensor: QuantizedTensor) -> dict[str, Shaped[np.ndarray, "..."]]:
     Raises:
       UsageError: If it is of no type that can be stored.
     """
-    fields = tensor.leaves()
-    return {leaf: np.asarray(fields[leaf]) for leaf in leaf_specs(tensor)}
+    fields, specs = tensor.leaves(), leaf_specs(tensor)
+    return {
+        leaf: np.asarray(fields[leaf]).reshape(spec.shape)
+        for leaf, spec in specs.items()
+    }
 
 
 def describe(tensor: Any, *, is_transposed: bool) -> dict[str, Any]:

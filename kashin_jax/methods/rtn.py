@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 from kashin_jax.methods.base import Encoded, Method, register
-from kashin_jax.packing import pack_codes
+from kashin_jax.packing import pack_matrix
 from kashin_jax.tensors import AffineTensor
 from kashin_jax.tensors.grouped import GroupLayout, group_rows
 
@@ -44,7 +44,7 @@ class RTN(Method):
 @partial(jax.jit, static_argnames="layout")
 def _encode(x: Float[Array, "m n"], layout: GroupLayout) -> AffineTensor:
     code = rtn_code(group_rows(x, layout.group_size or x.shape[0]), layout.bits)
-    zero = pack_codes(code.zero.astype(jnp.uint8).reshape(-1), bits=layout.bits)
+    zero = pack_matrix(code.zero.astype(jnp.uint8)[:, 0], layout.bits)
     scale = code.scale.astype(jnp.float16)
     return AffineTensor(layout.pack(code.codes), scale, zero, layout)
 

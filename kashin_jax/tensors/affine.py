@@ -17,7 +17,8 @@ class AffineTensor(GroupedTensor):
     """`W = Q1 (scale * (code - zero)) Q2^T` in every group, the rotation optional.
 
     Attributes:
-      packed_codes: Codes of all weights, row-major.
+      packed_codes: Codes of all weights, row-major, with an axis of rows where these
+        end between bytes.
       scale: fp16 per group and output channel, or one float32.
       zero: Per group, packed whole numbers of `bits` bits or fp16; or one float32.
       layout: Static part.
@@ -26,9 +27,9 @@ class AffineTensor(GroupedTensor):
 
     kind: ClassVar[str] = "affine"
 
-    packed_codes: UInt8[Array, " q"]
+    packed_codes: UInt8[Array, " q"] | UInt8[Array, "m q"]
     scale: Float[Array, "g 1 c"]
-    zero: UInt8[Array, " z"] | Float[Array, "g 1 c"]
+    zero: UInt8[Array, " z"] | UInt8[Array, "g z"] | Float[Array, "g 1 c"]
     layout: GroupLayout
     seed: UInt32[Array, "2"] | None = None
 
@@ -37,5 +38,6 @@ class AffineTensor(GroupedTensor):
         zero = self.zero
         if zero.dtype == jnp.uint8:
             bits, count = self.layout.bits, self.scale.size
-            zero = unpack_codes(zero, bits=bits, count=count).reshape(self.scale.shape)
+            zero = unpack_codes(zero.reshape(-1), bits=bits, count=count)
+            zero = zero.reshape(self.scale.shape)
         return zero.astype(jnp.float32)

@@ -74,8 +74,9 @@ class QuantizedTensor:
     @property
     def full_shape(self) -> tuple[int, ...]:
         """The shape of the matrix, or of a stack of them with its leading axes."""
-        # The layout knows the shape of one matrix only; codes of one are a single row.
-        return (*self.packed_codes.shape[:-1], *self.shape)
+        # The layout knows the shape of one matrix only.
+        axes = self.layout.code_axes
+        return (*self.packed_codes.shape[:-axes], *self.shape)
 
     @property
     def dtype(self) -> np.dtype:

@@ -41,7 +41,8 @@ class CodebookTensor(GroupedTensor):
     """`W = Q1 (scale * levels[code]) Q2^T`, the rotation optional.
 
     Attributes:
-      packed_codes: Codes of all weights, row-major.
+      packed_codes: Codes of all weights, row-major, with an axis of rows where these
+        end between bytes.
       levels: Learned levels: float32 for the whole matrix, or fp16 with a column for
         every output channel. None for NF4, whose 16 are fixed and not stored.
       scale: fp16 per group and output channel, or one float32.
@@ -51,7 +52,7 @@ class CodebookTensor(GroupedTensor):
 
     kind: ClassVar[str] = "codebook"
 
-    packed_codes: UInt8[Array, " q"]
+    packed_codes: UInt8[Array, " q"] | UInt8[Array, "m q"]
     levels: Float[Array, " k"] | Float[Array, "k n"] | None
     scale: Float[Array, "g 1 c"]
     seed: UInt32[Array, "2"] | None

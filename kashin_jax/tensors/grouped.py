@@ -5,15 +5,21 @@ its own, as everybody's groups do (torch weights are `[out, in]`).
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from kashin_jax.bases import BasisSpec, key_from_seed, make_pair
-from kashin_jax.packing import pack_codes, unpack_codes
+from kashin_jax.packing import (
+    pack_matrix,
+    rows_of_bytes,
+    unpack_codes,
+    unpack_matrix,
+)
 from kashin_jax.tensors.base import Bases, QuantizedTensor
 
 __all__ = ["GroupLayout", "GroupedTensor", "group_rows", "ungroup_rows"]
@@ -60,25 +66,32 @@ class GroupLayout:
         dtype = weight.dtype.name
         return cls(shape=(m, n), group_size=group_size, bits=bits, dtype=dtype)
 
+    @property
+    def code_axes(self) -> int:
+        """Axes of the codes of one matrix: 2 where rows end between bytes, else 1."""
+        return 1 if self.shape[1] * self.bits % 8 else 2
+
     def pack(self, codes: UInt8[Array, "g s n"] | UInt8[Array, "m n"]) -> Array:
         """Codes as bytes, row by row, without those that fill the last group."""
         return _packed(codes, self)
 
-    def unpack(self, packed: UInt8[Array, " q"]) -> UInt8[Array, "g s n"]:
+    def unpack(self, packed: UInt8[Array, "..."]) -> UInt8[Array, "g s n"]:
         """Codes by group, those that fill the last group included."""
         m, n = self.shape
         size = self.group_size or m
         groups = -(-m // size)
         # Rows that only fill the last group were not stored: decode them as code 0.
-        codes = unpack_codes(packed, bits=self.bits, count=m * n).reshape(m, n)
+        codes = unpack_matrix(packed, self.bits, (m, n))
         codes = jnp.pad(codes, ((0, groups * size - m), (0, 0)))
         return codes.reshape(groups, size, n)
 
 
 @partial(jax.jit, static_argnames="layout", inline=True)
-def _packed(codes: Array, layout: GroupLayout) -> UInt8[Array, " q"]:
-    rows = ungroup_rows(codes, layout.shape[0])
-    return pack_codes(rows.reshape(-1), bits=layout.bits)
+def _packed(codes: Array, layout: GroupLayout) -> UInt8[Array, "..."]:
+    return pack_matrix(ungroup_rows(codes, layout.shape[0]), layout.bits)
+
+
+T = TypeVar("T", bound="GroupedTensor")
 
 
 class GroupedTensor(QuantizedTensor):
@@ -90,6 +103,18 @@ class GroupedTensor(QuantizedTensor):
     # Of the subclasses, which are dataclasses.
     scale: Any
     seed: Any
+
+    @classmethod
+    def from_leaves(cls: type[T], layout: Any, leaves: Mapping[str, Any]) -> T:
+        """Of codes as streams, too, as files have them; the rest as in the base."""
+        m, n = layout.shape
+        row_bits, found = n * layout.bits, dict(leaves)
+        found["packed_codes"] = rows_of_bytes(found["packed_codes"], m, row_bits)
+        zero = found.get("zero")
+        if zero is not None and zero.dtype == jnp.uint8:
+            groups = -(-m // (layout.group_size or m))
+            found["zero"] = rows_of_bytes(zero, groups, row_bits)
+        return super().from_leaves(layout, found)
 
     def float_levels(self) -> Float[Array, " k"] | Float[Array, "k n"] | None:
         """What codes stand for, in float32; None if they are numbers themselves."""

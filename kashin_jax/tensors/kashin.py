@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
-from kashin_jax.packing import pack_codes, unpack_codes
+from kashin_jax.packing import pack_matrix, rows_of_bytes, unpack_matrix
 from kashin_jax.tensors.base import Bases, QuantizedTensor, times_transpose
 from kashin_jax.tensors.blocks import from_blocks, to_blocks
 from kashin_jax.tensors.levels import factor_codes, factor_levels, select_levels
@@ -57,6 +58,11 @@ class KashinLayout:
     v_bits: int | None = None
 
     @property
+    def code_axes(self) -> int:
+        """Axes of the codes of one matrix: 2 where rows end between bytes, else 1."""
+        return 1 if self.shape[1] * self.fine_bits % 8 else 2
+
+    @property
     def fine_bits(self) -> int:
         """Width of the codes of rows of even index."""
         return math.ceil(self.bits)
@@ -78,8 +84,8 @@ class KashinTensor(QuantizedTensor):
     that is stored.
 
     Attributes:
-      packed_codes: Codes of all weights in row-major order, see `packing`; without the
-        rows of `packed_coarse`.
+      packed_codes: Codes of all weights in row-major order, with an axis of rows where
+        these end between bytes, see `packing`; without the rows of `packed_coarse`.
       centroids: Row `c` is the pair (u, v) that code `c` stands for, for blocks of
         unit root-mean-square.
       scale: Root-mean-square of every block, in the units of the weight.
@@ -93,14 +99,25 @@ class KashinTensor(QuantizedTensor):
 
     kind: ClassVar[str] = "kashin"
 
-    packed_codes: UInt8[Array, " q"]
+    packed_codes: UInt8[Array, " q"] | UInt8[Array, "mf q"]
     centroids: Float[Array, "k 2"]
     scale: Float[Array, "r c"]
     seed: UInt32[Array, "2"]
     layout: KashinLayout
     in_scale: Float[Array, " m"] | None = None
     out_scale: Float[Array, " n"] | None = None
-    packed_coarse: UInt8[Array, " qc"] | None = None
+    packed_coarse: UInt8[Array, " qc"] | UInt8[Array, "mc qc"] | None = None
+
+    @classmethod
+    def from_leaves(cls, layout: Any, leaves: Mapping[str, Any]) -> "KashinTensor":
+        """Of codes as streams, too, as files have them; the rest as in the base."""
+        (m, n), coarse = layout.shape, layout.coarse_bits
+        rows = m if coarse is None else m // 2
+        found = dict(leaves)
+        widths = {"packed_codes": layout.fine_bits, "packed_coarse": coarse}
+        for name in widths.keys() & found.keys():
+            found[name] = rows_of_bytes(found[name], rows, n * widths[name])
+        return super().from_leaves(layout, found)
 
     def derive_bases(self) -> Bases:
         """Q1 and Q2 of one block, and the bases in which every block was coded."""
@@ -298,19 +315,19 @@ def _rows(
 @partial(jax.jit, static_argnames="layout")
 def pack_rows(
     codes: UInt8[Array, "m n"], layout: KashinLayout
-) -> tuple[UInt8[Array, " q"], UInt8[Array, " qc"] | None]:
+) -> tuple[UInt8[Array, "..."], UInt8[Array, "..."] | None]:
     """Packed codes: all, or those of rows of even and of odd index."""
     bits, coarse_bits = layout.fine_bits, layout.coarse_bits
     if coarse_bits is None:
-        return pack_codes(codes.reshape(-1), bits=bits), None
-    fine = pack_codes(codes[0::2].reshape(-1), bits=bits)
-    coarse = codes[1::2] - 2**bits
-    return fine, pack_codes(coarse.reshape(-1), bits=coarse_bits)
+        return pack_matrix(codes, bits), None
+    return pack_matrix(codes[0::2], bits), pack_matrix(
+        codes[1::2] - 2**bits, coarse_bits
+    )
 
 
 def unpack_rows(
-    packed: UInt8[Array, " q"],
-    coarse: UInt8[Array, " qc"] | None,
+    packed: UInt8[Array, "..."],
+    coarse: UInt8[Array, "..."] | None,
     layout: KashinLayout,
     rows: int,
 ) -> UInt8[Array, "r n"]:
@@ -321,11 +338,10 @@ def unpack_rows(
     """
     bits, coarse_bits, n = layout.fine_bits, layout.coarse_bits, layout.shape[1]
     if coarse_bits is None or coarse is None:
-        return unpack_codes(packed, bits=bits, count=rows * n).reshape(rows, n)
-    even = unpack_codes(packed, bits=bits, count=rows // 2 * n)
-    odd = unpack_codes(coarse, bits=coarse_bits, count=rows // 2 * n) + 2**bits
-    both = jnp.stack([even.reshape(-1, n), odd.reshape(-1, n)], axis=1)
-    return both.reshape(rows, n)
+        return unpack_matrix(packed, bits, (rows, n))
+    even = unpack_matrix(packed, bits, (rows // 2, n))
+    odd = unpack_matrix(coarse, coarse_bits, (rows // 2, n)) + 2**bits
+    return jnp.stack([even, odd], axis=1).reshape(rows, n)
 
 
 def decode_pairs(

@@ -33,7 +33,7 @@ _Levels = tuple[Float[Array, " a"], Float[Array, " b"]]
 class _Stream(NamedTuple):
     """Rows of W whose codes have one width: every `step`-th, from `first_row` on."""
 
-    packed: UInt8[Array, " q"]
+    packed: UInt8[Array, "..."]
     bits: int
     first_row: int
     step: int

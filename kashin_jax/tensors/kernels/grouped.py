@@ -111,9 +111,8 @@ def _by_tiles(
     tile = _tile_rows(m, group, max(8, max_tile // n // 8 * 8))
     tiles, shared = -(-m // tile), math.gcd(tile, group)
     size = packed_size(tile * n, layout.bits)
-    packed = jnp.pad(
-        tensor.packed_codes, (0, tiles * size - tensor.packed_codes.shape[0])
-    ).reshape(tiles, size)
+    stream = tensor.packed_codes.reshape(-1)
+    packed = jnp.pad(stream, (0, tiles * size - len(stream))).reshape(tiles, size)
     levels, zero = tensor.float_levels(), tensor.float_zero()
 
     def add(

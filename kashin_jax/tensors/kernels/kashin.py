@@ -125,9 +125,9 @@ def _by_tiles(
     tiles = -(-m // tile)
     short = tiles * tile - m
 
-    def cut(packed: UInt8[Array, " q"], count: int, bits: int) -> UInt8[Array, "t s"]:
-        size = packed_size(count, bits)
-        padded = jnp.pad(packed, (0, tiles * size - packed.shape[0]))
+    def cut(packed: UInt8[Array, "..."], count: int, bits: int) -> UInt8[Array, "t s"]:
+        size, stream = packed_size(count, bits), packed.reshape(-1)
+        padded = jnp.pad(stream, (0, tiles * size - len(stream)))
         return padded.reshape(tiles, size)
 
     packed = cut(tensor.packed_codes, tile * n * 8 // step, layout.fine_bits)

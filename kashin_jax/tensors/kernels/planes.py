@@ -77,7 +77,7 @@ def plane_count(bits: int) -> int:
 
 def add_planes(
     start: tuple[Float[Array, "r n"], ...],
-    packed: UInt8[Array, " q"],
+    packed: UInt8[Array, "..."],
     bits: int,
     rows: int,
     parts: dict[str, Array],
