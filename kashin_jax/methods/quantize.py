@@ -177,13 +177,10 @@ def quantize_stack(
     in_scale: Float16[Array, "*stack m"] | None = None,
     few_values: bool = True,
 ) -> tuple[QuantizedTensor, QuantizationReport]:
-    """`quantize`, of every matrix of a stack alone.
+    """Quantizes every matrix of a stack alone, as `quantize` does.
 
     Each has a key folded from its index, and nothing in common with the others. Leaves
-    of the results are stacked.
-
-    Raises:
-      As `quantize`; matrices are named `path[index]`.
+    of the results are stacked. Errors are those of `quantize` and name `path[index]`.
     """
     if weight.ndim == 2:
         return quantize(
