@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ROOT / "docs" / "guides"
 RULES = (GUIDES / "rules.md").read_text("utf-8")
 BLOCK = re.compile(r'^```(\w+)(?: title="(\S+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
+SCORED = re.compile(r" perplexity, \d+ predictions, context 64$", re.MULTILINE)
 # What a guide takes as given. Readers have a trained model there.
 SMALL_RUN = "--epochs=0.2 --batch_size=16 --max_length=24 --checkpoint_every=100"
 
@@ -86,7 +87,7 @@ def test_the_guide_of_flax_models_runs(here):
 def test_the_guide_of_checkpoints_runs(here):
     names, printed = run_page("checkpoint.md")
     assert "Already done: small" in printed
-    assert len(re.findall(r" perplexity, \d+ predictions, context 64$", printed, re.M)) == 2
+    assert len(SCORED.findall(printed)) == 2
     assert len(names["matrices"]) == 12
 
 
@@ -105,7 +106,7 @@ def test_the_guide_of_saving_runs(here):
 
 def test_the_guide_of_choosing_runs(here):
     _, printed = run_page("choosing.md")
-    assert len(re.findall(r" perplexity, \d+ predictions, context 64$", printed, re.M)) == 2
+    assert len(SCORED.findall(printed)) == 2
 
 
 @pytest.mark.slow

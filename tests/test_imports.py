@@ -1,53 +1,22 @@
 """The architecture, read from the source: who imports whom, and what nobody does."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Imports run from right to left only: a layer may import itself and those before it.
-LAYERS = [
-    "bases",
-    "decomposition",
-    "theory",
-    "codebooks",
-    "packing",
-    "tensors",
-    "methods",
-    "layers",
-]
-# Beside the layers. Models know nothing of quantization; the pipeline brings the two
-# together.
-ALLOWED = {layer: {"errors", *LAYERS[: i + 1]} for i, layer in enumerate(LAYERS)}
-ALLOWED |= {
-    "errors": {"errors"},
-    "version": {"version"},
-    # Old names, and the modules that had them.
-    "deprecated": {"methods"},
-    "quantized": {"deprecated"},
-    "checkpoints": {"deprecated"},
-    "layers": {"errors", "deprecated", *LAYERS},
-    "progress": {"progress"},
-    "evaluation": {"errors", "progress", "evaluation"},
-    "io": {"errors", "version", "bases", "packing", "tensors", "io"},
-    "models": {"errors", "io", "models"},
-    "pipeline": {"errors", "version", "progress", "io", "models", "pipeline", *LAYERS},
-    "cli": {
-        "errors",
-        "version",
-        "io",
-        "models",
-        "evaluation",
-        "pipeline",
-        "cli",
-        *LAYERS,
-    },
-    "__init__": {"errors", "version", "pipeline", *LAYERS},
-}
-FLAX = {"io", "layers", "models", "pipeline", "cli"}
+# The page is the only place that says who may import whom.
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+ROW = re.compile(r"^\| `(\w+)` \|[^|]*\| ([^|]+) \| (yes|no) \|$", re.MULTILINE)
+ROWS = {name: (set(re.findall(r"`(\w+)`", imports)), flax)
+        for name, imports, flax in ROW.findall(PAGE)}  # fmt: skip
+ALLOWED = {name: {"errors", name} | imports for name, (imports, _) in ROWS.items()}
+FLAX = {name for name, (_, flax) in ROWS.items() if flax == "yes"}
 LIBRARY = sorted((ROOT / "kashin_jax").rglob("*.py"))
+LIBRARY_INIT = ROOT / "kashin_jax" / "__init__.py"
 SOURCES = LIBRARY + sorted((ROOT / "experiments").rglob("*.py"))
 HEAVY = {
     "datasets",
@@ -111,6 +80,20 @@ def run(code):
 
 def test_every_part_of_the_library_has_a_place_in_the_table():
     assert {part_of(path) for path in LIBRARY} == ALLOWED.keys()
+
+
+def test_the_table_runs_one_way():
+    """A row names rows above it alone: what the tests below compare with is sound."""
+    above = set()
+    for name, imports in ALLOWED.items():
+        assert imports - {name, "errors"} <= above, name
+        above.add(name)
+
+
+def test_the_library_lists_its_packages_in_the_order_of_the_table():
+    listed = re.findall(r"`(\w+)`", ast.get_docstring(parsed(LIBRARY_INIT)))
+    order = [name for name in ALLOWED if name in listed]
+    assert listed[: len(order)] == order and len(order) > 10
 
 
 def test_imports_run_one_way():

@@ -107,16 +107,18 @@ def _quantize(commands: Any) -> None:
         "or flax_model.msgpack), into DST. Repeat the same command to go on after an "
         "interruption.",
     )
-    parser.add_argument("src", metavar="SRC")
-    parser.add_argument("dst", metavar="DST")
+    parser.add_argument("src", metavar="SRC", help="directory, or id on the hub")
+    parser.add_argument("dst", metavar="DST", help="directory, which is made")
     _add_choices(parser)
-    parser.add_argument("--seed", type=read_seed, default=0)
+    parser.add_argument(
+        "--seed", type=read_seed, default=0, help="of everything random; default: 0"
+    )
     parser.add_argument(
         "--max-shard-size",
         type=read_size,
         default="5GB",
         metavar="SIZE",
-        help="such as 500MB; 5GB when left out",
+        help="bytes of a file of weights, such as 500MB; default: 5GB",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write nothing"
@@ -148,7 +150,7 @@ def _add_choices(parser: _Parser) -> None:
         choices=Methods(),
         # In place of the choices: usage is printed for every wrong use.
         metavar="METHOD",
-        help="the first of those named below when left out",
+        help="one of those named below; default: the first",
     )
     # Names can be copied from it: no hyphen is taken for the place to break a line.
     parser.ending = lambda: textwrap.fill(
@@ -168,7 +170,7 @@ def _add_choices(parser: _Parser) -> None:
         "--rules",
         metavar="FILE",
         help="JSON with rules for single layers: a list of objects with `pattern` and "
-        "`skip` or fields of a method, see docs/index.md",
+        "`skip` or fields of a method; docs/guides/rules.md has every field",
     )
     parser.add_argument(
         "--skip",
@@ -184,11 +186,12 @@ def _inspect(commands: Any) -> None:
     parser: _Parser = commands.add_parser(
         "inspect",
         help="list tensors, stored bits and errors, and verify hashes",
-        description="Exit code 1 if a file has changed since it was written.",
+        description="Lists the tensors of a checkpoint, their stored bits and errors, "
+        "and verifies hashes. Exit code 1 if a file has changed since it was written.",
     )
-    parser.add_argument("src", metavar="DIR")
+    parser.add_argument("src", metavar="DIR", help="directory, or id on the hub")
     parser.add_argument(
-        "--no-verify", dest="verify", action="store_false", help="hash no files"
+        "--no-verify", dest="verify", action="store_false", help="verify no hashes"
     )
     parser.add_argument(
         "--json", dest="as_json", action="store_true", help="print a JSON object"
@@ -197,12 +200,19 @@ def _inspect(commands: Any) -> None:
 
 def _dequantize(commands: Any) -> None:
     parser: _Parser = commands.add_parser(
-        "dequantize", help="decode a quantized checkpoint to its original layout"
+        "dequantize",
+        help="decode a quantized checkpoint to its original layout",
+        description="Decodes SRC, a quantized checkpoint, into DST: the names, shapes "
+        "and types that it had before, for any program.",
     )
-    parser.add_argument("src", metavar="SRC")
-    parser.add_argument("dst", metavar="DST")
+    parser.add_argument("src", metavar="SRC", help="directory, or id on the hub")
+    parser.add_argument("dst", metavar="DST", help="directory, which is made")
     parser.add_argument(
-        "--max-shard-size", type=read_size, default="5GB", metavar="SIZE"
+        "--max-shard-size",
+        type=read_size,
+        default="5GB",
+        metavar="SIZE",
+        help="bytes of a file of weights, such as 500MB; default: 5GB",
     )
 
 
@@ -210,12 +220,15 @@ def _eval(commands: Any) -> None:
     parser: _Parser = commands.add_parser(
         "eval",
         help="perplexity of an OPT checkpoint, quantized or not, on a text",
-        description="Windows that do not overlap, all but the first token of each "
-        "predicted. Needs the extra `cli`.",
+        description="Prints the perplexity on a text, which is cut into windows that "
+        "do not overlap; all but the first token of each are predicted. Needs the "
+        "extra `cli`.",
     )
-    parser.add_argument("src", metavar="DIR")
+    parser.add_argument("src", metavar="DIR", help="directory, or id on the hub")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--max-tokens", type=read_count, help="only the first tokens")
+    parser.add_argument(
+        "--max-tokens", type=read_count, help="only so many, from the first on"
+    )
     parser.add_argument(
         "--context",
         type=read_count,
@@ -231,13 +244,22 @@ def _generate(commands: Any) -> None:
     parser: _Parser = commands.add_parser(
         "generate",
         help="continue a text with an OPT checkpoint, quantized or not",
-        description="Needs the extra `cli`.",
+        description="Prints a text and its continuation. Needs the extra `cli`.",
     )
-    parser.add_argument("src", metavar="DIR")
-    parser.add_argument("prompt")
-    parser.add_argument("--max-new-tokens", type=read_count, default=50)
-    parser.add_argument("--temperature", type=read_temperature, default=0.0)
-    parser.add_argument("--seed", type=read_seed, default=0)
+    parser.add_argument("src", metavar="DIR", help="directory, or id on the hub")
+    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument(
+        "--max-new-tokens", type=read_count, default=50, help="at most; default: 50"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=read_temperature,
+        default=0.0,
+        help="0, the default, takes the likeliest token; higher ones draw more freely",
+    )
+    parser.add_argument(
+        "--seed", type=read_seed, default=0, help="of what is drawn; default: 0"
+    )
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1, "": 1}

@@ -41,6 +41,8 @@ _NORMS = (r"(^|[/_])(norm|layer_?norm|rms_?norm|ln(_\w+)?)(/|$)",)
 # Who gets a token hangs on small differences of a few numbers. Not `gate_proj`.
 _ROUTERS = (r"(^|/)((\w+_)?router|gate|shared_expert_gate)(/|$)",)
 
+_PAGE = "docs/guides/rules.md has every field."
+
 DEFAULT_SKIPS = (*_HEADS, *_EMBEDDINGS, *_NORMS, *_ROUTERS)
 """Heads, embeddings and tables of positions, norms, routers of experts.
 
@@ -266,12 +268,12 @@ def rules_from_json(content: Any, default: Method = DEFAULT_CONFIG) -> Rules:
     if not isinstance(whole, Mapping) or whole.keys() - names:
         raise UsageError(
             "Rules are a list, or an object with `config`, `rules`, `skip` and `share`."
-            f" Got {sorted(whole) if isinstance(whole, Mapping) else kind}."
+            f" Got {sorted(whole) if isinstance(whole, Mapping) else kind}. {_PAGE}"
         )
     config = config_from_json(_object(whole.get("config", {}), "config"), default)
     listed = whole.get("rules", [])
     if not isinstance(listed, list):
-        raise UsageError("`rules` must be a list.")
+        raise UsageError(f"`rules` must be a list. {_PAGE}")
     return Rules(
         config=config,
         rules=tuple(_rule(_object(rule, "rules"), config) for rule in listed),
@@ -283,24 +285,25 @@ def rules_from_json(content: Any, default: Method = DEFAULT_CONFIG) -> Rules:
 def _patterns(content: Mapping[str, Any], name: str) -> tuple[str, ...]:
     found = content.get(name, [])
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-        raise UsageError(f"`{name}` must be a list of patterns.")
+        raise UsageError(f"`{name}` must be a list of patterns. {_PAGE}")
     return tuple(found)
 
 
 def _rule(content: dict[str, Any], default: Method) -> Rule:
     pattern = content.pop("pattern", None)
     if not isinstance(pattern, str):
-        raise UsageError(f"A rule needs a `pattern`. Got {content!r}.")
+        raise UsageError(f"A rule needs a `pattern`. Got {content!r}. {_PAGE}")
     if "skip" not in content:
         return Rule(pattern, config_from_json(content, default))
     if content != {"skip": True}:
         raise UsageError(
-            f"Rule {pattern!r}: `skip` must be true and stand alone. Got {content!r}."
+            f"Rule {pattern!r}: `skip` must be true and stand alone. Got {content!r}. "
+            f"{_PAGE}"
         )
     return Rule(pattern, None)
 
 
 def _object(content: Any, name: str) -> dict[str, Any]:
     if not isinstance(content, Mapping):
-        raise UsageError(f"`{name}` must hold objects. Got {content!r}.")
+        raise UsageError(f"`{name}` must hold objects. Got {content!r}. {_PAGE}")
     return dict(content)

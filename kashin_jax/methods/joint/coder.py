@@ -57,7 +57,7 @@ class JointKashin(Method):
         spreads outliers, which u, in the standard basis, would have to hold: at 3 bits
         and Student's t of 3 degrees of freedom the relative squared error is .0214
         with it and .0404 without.
-      unshrink: Power of <w, w> / <w, w_q>, taken for every output w, by which it is
+      unshrink: Power of `<w, w> / <w, w_q>`, taken for every output w, by which it is
         scaled after coding. Levels are means, so what is coded is shorter than what
         was; undoing half of that costs a little error and lowers perplexity at 2 bits
         (35.7 against 36.7, six seeds), not at 3 or more. None: 1/2 below 3 bits, 0

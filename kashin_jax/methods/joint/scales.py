@@ -125,7 +125,7 @@ def expansion(
     coded: Float[Array, "m n"],
     in_scale: Float[Array, " m"] | None,
 ) -> Float[Array, " n"]:
-    """<w, w> / <w, w_q> of every output; 1 where that is no number from 1/2 to 2."""
+    """`<w, w> / <w, w_q>` of every output; 1 where it is not from 1/2 to 2."""
     rows = jnp.ones(x.shape[0]) if in_scale is None else jnp.square(in_scale)
     whole = jnp.einsum("m,mn,mn->n", rows, x, x, precision="highest")
     kept = jnp.einsum("m,mn,mn->n", rows, x, coded, precision="highest")
