@@ -79,7 +79,7 @@ class StreamingConfig:
             raise UsageError("The memory of a process is measured on Linux only.")
 
     def rules(self) -> dict[str, Any]:
-        """As `--rules` reads them."""
+        """The rules, as `kashin quantize --rules` reads them."""
         method = {"method": self.method, "bits": self.bits}
         joint = {"effort": self.effort} if self.method == "kashin-joint" else {}
         return {"config": method | joint}

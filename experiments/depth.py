@@ -154,7 +154,7 @@ class Point(NamedTuple):
 
     @property
     def label(self) -> str:
-        """For progress bars."""
+        """A short name, for progress bars."""
         limit = f"{self.axis} {self.x:g}"
         return f"{self.bits} bits, {limit}, seed {self.seed}"
 

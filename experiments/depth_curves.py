@@ -55,7 +55,7 @@ ENOUGH_WITHIN = 0.01
 
 
 class Metric(NamedTuple):
-    """What is measured.
+    """A quantity that is measured against depth.
 
     Attributes:
       title: Label of an axis.
@@ -78,7 +78,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType({
 
 
 class Axis(NamedTuple):
-    """What limits the depth.
+    """A setting that limits the depth: steps, or a tolerance.
 
     Attributes:
       field: Of the records.
@@ -125,9 +125,10 @@ class Curve(NamedTuple):
     def enough(self) -> CurvePoint | None:
         """The shallowest point that is as good as the best: more does not help.
 
-        As good is who is worse by no more than the spread over seeds at the best
-        point, or by no more than 1 % of its value. The best of many noisy points is
-        somewhat too good, so with one seed the mark may stand too deep.
+        A point is as good as the best if it is worse by no more than the spread over
+        seeds at the best point, or by no more than 1 % of the value there. The best of
+        many noisy points is somewhat too good, so with one seed the mark may stand too
+        deep.
         """
         best = self.best
         if best is None:
@@ -345,7 +346,7 @@ def draw(records: Sequence[Record], title: str) -> Any:
 
 
 def _heading(records: Sequence[Record], axis: str) -> str:
-    """What the other limit is fixed at."""
+    """The heading of a curve: the value at which the other limit is fixed."""
     (other,) = set(AXES) - {axis}
     fixed_at = {r[AXES[other].field] for r in records if r["axis"] == axis}
     values = ", ".join(map(AXES[other].show, sorted(fixed_at)))

@@ -99,7 +99,7 @@ class RefineConfig:
 
     @property
     def glue_task(self) -> Task:
-        """What is scored."""
+        """The task that is scored."""
         return TASKS[self.task]
 
 

@@ -23,7 +23,7 @@ __all__ = [
 
 @runtime_checkable
 class Frame(Protocol):
-    """What the decomposition needs of a basis: a `Basis` or a `KroneckerBasis`."""
+    """Two transforms, all that the decomposition needs of a basis or a pair of them."""
 
     def analysis(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]: ...
 

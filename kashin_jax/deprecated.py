@@ -132,7 +132,7 @@ def forwarding(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 def rotated_rtn(
     *, bits: int = 4, group_size: int | None = 64, basis: Any = None
 ) -> Any:
-    """What `RotatedRTNConfig` was: `Rotated(RTN(...))`."""
+    """Makes `Rotated(RTN(...))` from the arguments of the old `RotatedRTNConfig`."""
     from kashin_jax.methods import RTN, Rotated
 
     inner = RTN(bits=bits, group_size=group_size)
@@ -140,7 +140,7 @@ def rotated_rtn(
 
 
 def rotated_kmeans(*, bits: int = 4, num_restarts: int = 4, basis: Any = None) -> Any:
-    """What `RotatedKMeansConfig` was: `Rotated(KMeans(...))`."""
+    """Makes `Rotated(KMeans(...))` from the arguments of `RotatedKMeansConfig`."""
     from kashin_jax.methods import KMeans, Rotated
 
     inner = KMeans(bits=bits, num_restarts=num_restarts)
@@ -148,17 +148,17 @@ def rotated_kmeans(*, bits: int = 4, num_restarts: int = 4, basis: Any = None) -
 
 
 def all_names() -> tuple[str, ...]:
-    """What `METHOD_NAMES` was."""
+    """Names of all methods, as the old constant `METHOD_NAMES` listed them."""
     from kashin_jax.methods import method_names
 
     return method_names()
 
 
 def derive_basis(tensor: Any) -> Any:
-    """What `derive_basis(tensor)` was."""
+    """Derives Q1 and Q2 of a packed matrix, as the old function of this name did."""
     return tensor.derive_bases().basis
 
 
 def derive_rotation(tensor: Any) -> Any:
-    """What `derive_rotation(tensor)` was."""
+    """Derives the rotation of a packed matrix, as the old function of this name did."""
     return tensor.derive_bases().rotation

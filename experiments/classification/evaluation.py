@@ -85,7 +85,7 @@ def load_classifier_tokenizer(
 def encode_checked(
     tokenizer: PairTokenizer, examples: Any, config: ClassifierConfig, max_length: int
 ) -> EncodedExamples:
-    """As `encode_examples`, and checks that the model knows the token types.
+    """Encodes examples, and checks that the model knows the token types.
 
     Raises:
       CheckpointError: If the tokenizer marks sentences by types the model lacks.

@@ -68,7 +68,7 @@ class QuantizedClassifier(NamedTuple):
         return {**config_to_json(self.rules.config), "seed": self.seed}
 
     def decoded(self) -> LoadedClassifier:
-        """The same with dense layers, as tables score them."""
+        """The classifier with its layers decoded, as tables score them."""
         model = nnx.recursive_map(_dense, self.loaded.model)
         return self.loaded._replace(model=model)
 

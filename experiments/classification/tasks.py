@@ -234,7 +234,7 @@ TASKS: Mapping[str, Task] = types.MappingProxyType(
 
 
 def data_title(tasks: Iterable[Task]) -> str:
-    """What some tasks are scored on, in a few words."""
+    """Names the data that some tasks are scored on, in a few words."""
     kinds = ("GLUE dev", "rated sentences")
     found = {kinds[task.rating_range is not None] for task in tasks}
     return " and ".join(kind for kind in kinds if kind in found)

@@ -98,7 +98,7 @@ def _kashin(bits: Width, basis: BasisSpec, rtol: float, max_steps: int) -> Metho
 
 
 def joint_config(bits: Width, basis: BasisSpec, *_: object) -> JointKashin:
-    """What the rows of joint coding use."""
+    """The method of the rows of joint coding."""
     return JointKashin(bits=bits, basis=basis)
 
 
@@ -223,7 +223,7 @@ def choose_methods(
 
 
 class GridRow(NamedTuple):
-    """What a row of a table is made from."""
+    """The method, width and seed that a row of a table is made from."""
 
     bits: Width
     name: str

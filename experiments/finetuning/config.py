@@ -114,7 +114,7 @@ class FinetuneConfig:
 
     @property
     def glue_task(self) -> Task:
-        """What is learnt."""
+        """The task that is learnt."""
         return TASKS[self.task]
 
     @property

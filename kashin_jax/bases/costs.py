@@ -20,7 +20,7 @@ _TURN = 6
 
 
 class Cost(NamedTuple):
-    """What one `analysis` or one `synthesis` of one vector takes.
+    """The arithmetic and memory of one `analysis` or `synthesis` of one vector.
 
     Attributes:
       flops: Real additions and multiplications, so a multiply-add is 2. Moving entries

@@ -96,7 +96,7 @@ def angles_of(basis: Basis | KroneckerBasis) -> PyTree[Float[Array, "..."]]:
 
 
 def with_angles(basis: AnyBasis, angles: PyTree[Float[Array, "..."]]) -> AnyBasis:
-    """The same basis with other angles, laid out as `angles_of` returns them."""
+    """A copy of a basis with other angles, laid out as `angles_of` returns them."""
     # Neither a protocol nor a type variable can say that bases are NamedTuples.
     changed: Any = basis
     if isinstance(basis, KroneckerBasis):

@@ -15,7 +15,7 @@ class Turn(NamedTuple):
     sin: Float[Array, "*shape"]
 
     def inverse(self) -> "Turn":
-        """The same angles backwards."""
+        """The turn by the opposite angles, which undoes this one."""
         return Turn(self.cos, -self.sin)
 
 

@@ -401,7 +401,7 @@ def to_leaves(tensor: QuantizedTensor) -> dict[str, Shaped[np.ndarray, "..."]]:
 
 
 def describe(tensor: Any, *, is_transposed: bool) -> dict[str, Any]:
-    """What a reader must know beside the leaves, as JSON.
+    """Describes a packed tensor as JSON: what a reader must know beside its leaves.
 
     Args:
       tensor: A packed tensor or a stack of them, or what `jax.eval_shape` gives.

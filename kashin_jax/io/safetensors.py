@@ -83,7 +83,7 @@ RANKS: Mapping[str, int] = MappingProxyType(
 
 
 class TensorSpec(NamedTuple):
-    """What is known of an array before there is one.
+    """Type and shape of an array in a file.
 
     Attributes:
       dtype: NumPy's name of the type, `bfloat16` and `float8_e4m3fn` among them.

@@ -187,7 +187,7 @@ def product_options(precision: Any) -> Any:
 def quantized_of_shape(
     tensor: Any, dense: nnx.Param[Array], key: Key[Array, ""] | None, path: str
 ) -> QuantizedTensor | Packed:
-    """What `tensor` stands for: itself, or the dense matrix quantized by it.
+    """A packed matrix of the right shape: the one given, or the dense one quantized.
 
     Raises:
       UsageError: If its shape is not that of the dense matrix.

@@ -41,7 +41,7 @@ class DerivedBasis(nnx.Variable[Any]):
 
 
 class InputSide(NamedTuple):
-    """What a product does to its input, of a `KashinTensor` or a rotated control.
+    """The bases and scale by which a product transforms its input.
 
     Attributes:
       basis: Q1, or of a control the rotation.
@@ -58,7 +58,7 @@ class InputSide(NamedTuple):
 
 
 class OutputSide(NamedTuple):
-    """What a product does to its output, in the same way.
+    """The bases by which a product transforms its output.
 
     Attributes:
       basis: Q2, or of a control the rotation.

@@ -51,7 +51,7 @@ M = TypeVar("M", bound="type[Method]")
 
 
 class Encoded(NamedTuple):
-    """What a method makes of a matrix.
+    """A packed matrix, and how its decomposition went.
 
     Attributes:
       tensor: The packed matrix.
@@ -64,7 +64,7 @@ class Encoded(NamedTuple):
 
 
 class Method:
-    """Static choices of a quantization method, and its encoder.
+    """A quantization method: its choices, and how it encodes a matrix.
 
     Subclasses are frozen dataclasses whose fields all have defaults, decorated with
     `register`.
@@ -214,7 +214,7 @@ def add_method(method: Method) -> None:
 
 
 def method_names() -> tuple[str, ...]:
-    """All names, that of the default first and the others in alphabetical order."""
+    """Names of all methods: the default first, the others in alphabetical order."""
     _import_plugins()
     return (DEFAULT_NAME, *sorted(_METHODS.keys() - {DEFAULT_NAME}))
 

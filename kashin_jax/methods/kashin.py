@@ -28,7 +28,7 @@ __all__ = [
 @register("kashin")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GreedyKashin(Method):
-    """Static choices of the 2024 paper's quantizer; defaults are its OPT protocol.
+    """The 2024 paper's method, with the settings of its OPT experiments as defaults.
 
     Attributes:
       bits: Code width `b` in 1..8; the codebook holds exactly `2**b` pairs.
@@ -79,7 +79,7 @@ class GreedyKashin(Method):
         resolve_block_shape(shape, self.block_shape)
 
     def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
-        """Encodes; the key seeds bases and codebook."""
+        """Encodes a matrix; the key seeds bases and codebook."""
         block_shape = resolve_block_shape(weight.shape, self.block_shape)
         seed, codebook_key = split_key(key)
         basis = make_pair(self.basis, key_from_seed(seed), block_shape)
@@ -99,7 +99,7 @@ class GreedyKashin(Method):
 
 
 class KashinCode(NamedTuple):
-    """What the coder found, before packing.
+    """Codes, centroids and scales that the coder found, before they are packed.
 
     Attributes:
       codes: Index of a pair for every weight.

@@ -36,7 +36,7 @@ class KMeans(Method):
     num_restarts: int = 4
 
     def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
-        """Encodes; the key seeds the starts of k-means."""
+        """Encodes a matrix; the key seeds the starts of k-means."""
         _, codebook_key = split_key(key)
         x, restarts = weight.astype(jnp.float32), self.num_restarts
         code = kmeans_code(x, codebook_key, bits=self.bits, num_restarts=restarts)
@@ -59,7 +59,7 @@ class ChannelKMeans(Method):
     num_restarts: int = 4
 
     def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
-        """Encodes; the key seeds the starts of k-means."""
+        """Encodes a matrix; the key seeds the starts of k-means."""
         _, codebook_key = split_key(key)
         x, restarts = weight.astype(jnp.float32), self.num_restarts
         code = channel_kmeans_code(

@@ -37,7 +37,7 @@ _BAND = 2**24
 
 
 class QuantizationReport(NamedTuple):
-    """What quantizing one matrix lost.
+    """How much of one matrix was lost by quantizing it.
 
     Attributes:
       relative_squared_error: `|W - W_q|^2 / |W|^2` in Frobenius norms, with W_q decoded
@@ -63,7 +63,7 @@ def quantize(
     """Quantizes one matrix: checks it on the host, then runs `encode`.
 
     Compiles once per shape, type and config. The matrix is never returned
-    unquantized: whoever wants to skip hard layers reads the report and decides. Inside
+    unquantized, however much is lost; the report says how much. Inside
     `jit` and `eval_shape`, where nothing is known of values, none is checked.
 
     Args:

@@ -24,7 +24,7 @@ __all__ = ["Rotated"]
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Rotated(Method):
-    """`Q1^T W Q2`, then another method.
+    """Rotates a matrix, `Q1^T W Q2`, and codes the result by another method.
 
     Attributes:
       inner: What codes the rotated matrix: a method of grids or scalar codebooks.

@@ -36,7 +36,7 @@ _CHUNK = 4096
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What an evaluation needs of a tokenizer."""
+    """A tokenizer of a language model, as far as an evaluation needs one."""
 
     @property
     def bos_id(self) -> int | None:

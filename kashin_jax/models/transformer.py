@@ -156,7 +156,7 @@ class LayerCache(TypedDict):
 
 
 class KVCache(NamedTuple):
-    """What a decoder remembers of the tokens it has read, in `s` fixed slots.
+    """Keys and values of the tokens that a decoder has read, in `s` fixed slots.
 
     Attributes:
       layers: One entry per block.

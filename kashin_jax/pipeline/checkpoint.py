@@ -67,7 +67,7 @@ WriteTensor = Callable[[TensorWriter, PlannedTensor], LayerReport | None]
 
 
 class StreamResult(NamedTuple):
-    """What was written.
+    """A quantized checkpoint that was written: where, and what was lost.
 
     Attributes:
       directory: Of the new checkpoint.

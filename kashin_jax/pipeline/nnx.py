@@ -203,7 +203,7 @@ def plan_model(
     rules: Rules | None = None,
     select: Select | None = None,
 ) -> Plan:
-    """What `quantize_model` would do with these arguments; print it for a table.
+    """Plans what `quantize_model` would do, quantizing nothing; print it for a table.
 
     Raises:
       UsageError: As `quantize_model`.

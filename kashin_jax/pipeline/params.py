@@ -145,7 +145,7 @@ def plan_params(
     select: Select | None = None,
     stacks: Sequence[str] = (),
 ) -> Plan:
-    """What `quantize_params` would do with these arguments; print it for a table.
+    """Plans what `quantize_params` would do, quantizing nothing; print it for a table.
 
     Takes trees of `jax.ShapeDtypeStruct` as well, as `jax.eval_shape` gives them.
 

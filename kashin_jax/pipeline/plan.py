@@ -41,9 +41,9 @@ class Candidate(NamedTuple):
     """A matrix of a model that could be quantized.
 
     Attributes:
-      paths: Of all layers that use it; the first one names it.
-      shape: Of the array as `[in, out]`, after the axes of a stack; where it stays,
-        not always a matrix.
+      paths: Paths of all layers that use it; the first one names it.
+      shape: Shape as `[in, out]`, after the axes of a stack; an array that stays need
+        not be a matrix.
       dtype: Its type.
       only_by_rule: Whether it is left alone unless a rule names it.
       left: Why it stays, whatever is asked for; None if it need not.
@@ -61,7 +61,7 @@ class Candidate(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What happens to one matrix.
+    """The decision about one matrix: a method, or the reason why it stays.
 
     Attributes:
       candidate: The matrix.
@@ -80,12 +80,12 @@ class Choice(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What messages call the matrix: its name in the checkpoint, or its path."""
+        """The name of the matrix in messages: as in the checkpoint, or its path."""
         return self.candidate.stored_name or self.path
 
 
 class LayerPlan(NamedTuple):
-    """What happens to one matrix, and what it will take.
+    """The decision about one matrix, and the bytes that it will take.
 
     Attributes:
       choice: The matrix and its method.
@@ -98,7 +98,7 @@ class LayerPlan(NamedTuple):
 
     @property
     def stored_bits(self) -> int:
-        """What the matrix will take; in full precision, the bits of its type."""
+        """Bits that the matrix will take; in full precision, those of its type."""
         if self.packed is None:
             return _dense_bits(self.choice.candidate)
         return math.prod(self.choice.candidate.shape[:-2]) * stored_bits(self.packed)
@@ -117,7 +117,7 @@ class LayerPlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What happens to a model; printed, it is a table.
+    """The decisions about all matrices of a model; printed, it is a table.
 
     Attributes:
       layers: Every matrix that could be quantized, or might be expected to.
@@ -216,7 +216,7 @@ def choose_methods(
 
 
 def part_of(choice: Choice) -> Part:
-    """What coverage counts a matrix as."""
+    """The matrix as `Coverage` counts it."""
     each = choice.candidate
     return Part(
         choice.name,
@@ -228,7 +228,7 @@ def part_of(choice: Choice) -> Part:
 
 
 def _left(choices: Sequence[Choice]) -> str:
-    """Of the largest matrices, why they cannot be quantized."""
+    """Names the largest matrices that cannot be quantized, with the reasons."""
     found = [part_of(each) for each in choices if each.candidate.left is not None]
     found.sort(key=lambda part: -part.weights)
     return f" Not among them: {'; '.join(map(str, found[:3]))}." if found else ""

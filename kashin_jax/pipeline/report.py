@@ -53,7 +53,7 @@ _logger = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """What quantizing one matrix, or a stack of them, lost and took.
+    """Error, stored bits and time of one quantized matrix, or a stack of them.
 
     Attributes:
       relative_squared_error: `|W - W_q|^2 / |W|^2`, measured on what is stored; the
@@ -80,7 +80,7 @@ class LayerReport(NamedTuple):
 
     @property
     def relative_error(self) -> float:
-        """`|W - W_q| / |W|`."""
+        """The relative error `|W - W_q| / |W|`, in Frobenius norms."""
         return math.sqrt(float(self.relative_squared_error))
 
     @property
@@ -106,7 +106,7 @@ class LayerReport(NamedTuple):
         return None if u is None or v is None else (u, v)
 
     def summary(self) -> "LayerReport":
-        """The same with the worst of all blocks in the place of an array of each."""
+        """The report with the worst of all blocks in place of arrays over blocks."""
         if self.decomposition is None:
             return self
         worst: dict[str, Any] = {name: self._largest(name) for name in _LARGEST}

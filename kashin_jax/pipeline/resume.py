@@ -68,7 +68,7 @@ _STATE = ".kashin_quantize.json"
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What a run is recognized by.
+    """Identifies a run, so that it goes on where it was and meets no other.
 
     Attributes:
       parts: By a name that messages use, as numbers or digests.
@@ -78,7 +78,7 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """Of all parts."""
+        """The hash of all parts."""
         return _digest(dict(self.parts))
 
     def to_json(self) -> dict[str, Any]:

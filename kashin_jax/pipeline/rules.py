@@ -70,7 +70,7 @@ SHARED_INPUTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What happens to the layers that a pattern is found in.
+    """A pattern, and the method of the layers in whose paths it is found.
 
     Attributes:
       pattern: A regular expression, searched for in paths such as

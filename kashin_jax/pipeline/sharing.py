@@ -31,7 +31,7 @@ class Group(NamedTuple):
 def find_groups(choices: Iterable[Choice], rules: Rules | None) -> dict[str, Group]:
     """The group of every layer that has one, by its path.
 
-    One layer alone is none: it keeps the key of its path.
+    A layer that is alone in its group has none, and keeps the key of its path.
     """
     found: dict[tuple[Any, Method, tuple[int, ...]], dict[str, Choice]] = {}
     for choice in choices:

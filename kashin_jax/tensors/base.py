@@ -84,7 +84,7 @@ class QuantizedTensor:
         return jnp.dtype(self.layout.dtype)
 
     def leaves(self) -> dict[str, Any]:
-        """All that is stored, by name; None for what a tensor does not have."""
+        """The stored arrays by name; None for those that a tensor does not have."""
         return {k: v for k, v in _fields(self).items() if k != "layout"}
 
     @property
@@ -210,7 +210,7 @@ class Prepared:
         return dtype
 
     def prepare(self) -> "Prepared":
-        """Itself."""
+        """The prepared matrix itself: there is nothing left to prepare."""
         return self
 
     def decode(self) -> Float[Array, "m n"]:

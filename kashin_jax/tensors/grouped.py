@@ -40,7 +40,7 @@ def ungroup_rows(groups: Array, rows: int) -> Array:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupLayout:
-    """Static part of a control's tensor.
+    """Shape, widths and groups of a matrix that is coded in groups.
 
     Attributes:
       shape: Of the matrix, `[in, out]`.
@@ -117,7 +117,7 @@ class GroupedTensor(QuantizedTensor):
         return super().from_leaves(layout, found)
 
     def float_levels(self) -> Float[Array, " k"] | Float[Array, "k n"] | None:
-        """What codes stand for, in float32; None if they are numbers themselves."""
+        """Levels that codes stand for, in float32; None if codes are the numbers."""
         return None
 
     def float_zero(self) -> Float[Array, "g 1 c"] | None:

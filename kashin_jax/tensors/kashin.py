@@ -33,7 +33,7 @@ __all__ = [
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KashinLayout:
-    """Static part of a `KashinTensor`.
+    """Shape, blocks, widths and bases of a `KashinTensor`.
 
     Attributes:
       shape: Of the matrix, `[in, out]` for a Flax kernel.
@@ -165,7 +165,7 @@ class KashinTensor(QuantizedTensor):
 
 
 def band_count(layout: KashinLayout, most: int) -> int | None:
-    """Fewest equal bands of rows of at most so many weights, for `cut_rows`.
+    """The least number of equal bands of rows that keeps each below a size.
 
     None if bands of whole blocks and bytes are larger.
     """
@@ -178,7 +178,7 @@ def band_count(layout: KashinLayout, most: int) -> int | None:
 
 
 def cut_rows(tensor: KashinTensor, bands: int) -> KashinTensor:
-    """The same matrix as a stack of bands of equal height, for `vmap` or `lax.map`.
+    """Cuts a matrix into a stack of bands of equal height, for `vmap` or `lax.map`.
 
     Args:
       tensor: Of `m` rows.

@@ -39,7 +39,7 @@ dense product with 256 rows by planes and 2.9 times by parts of W, with 384 rows
 
 
 class ProductOptions(NamedTuple):
-    """Static choices of a product.
+    """How a product is computed: sizes of tiles, and precision.
 
     Attributes:
       max_tile: Most weights decoded at a time.
@@ -175,7 +175,7 @@ def _called(
 def _decoded_product(
     rows: Array, tensor: Any, bases: Any, options: ProductOptions
 ) -> Array:
-    """For kinds that have no kernel: the whole matrix is decoded."""
+    """Decodes the whole matrix: the product of kinds that have no kernel."""
     return dot(rows, tensor.decode(bases), options.precision)
 
 

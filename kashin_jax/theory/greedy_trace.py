@@ -42,7 +42,7 @@ class GreedyTrace(NamedTuple):
 
 
 class TheoremCheck(NamedTuple):
-    """What Theorem 1 promises, measured on one block.
+    """The constants of Theorem 1, measured on one block.
 
     Attributes:
       gamma: The smallest number with `residual_k <= gamma**k` for every step k.

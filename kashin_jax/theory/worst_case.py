@@ -23,7 +23,7 @@ _FLAT = 1e-4
 
 
 class WorstCase(NamedTuple):
-    """What a search found.
+    """The vector of smallest l1 ratio that a search found.
 
     Attributes:
       x: The block of the smallest ratio, of unit root-mean-square.

@@ -42,7 +42,7 @@ _PART, _SAMPLE = 2**24, 2**22
 @register("kashin-joint")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JointKashin(Method):
-    """Static choices of the joint coder.
+    """Joint coding: searches for both rounded factors together; the default method.
 
     Attributes:
       bits: Code width, 2 to 5 in steps of a half; `SPLITS` says how u and v share it.
@@ -93,7 +93,7 @@ class JointKashin(Method):
 
     @property
     def split(self) -> Split:
-        """Bits of u and of v."""
+        """How many bits of a code are for u and how many for v."""
         return SPLITS[self.bits]
 
     @property
@@ -104,7 +104,7 @@ class JointKashin(Method):
 
     @property
     def expansion(self) -> float:
-        """The power to use: `unshrink`, or what suits the width."""
+        """The power by which outputs are scaled: `unshrink`, or the width's default."""
         if self.unshrink is not None:
             return self.unshrink
         return 0.5 if self.bits < 3 else 0.0
@@ -122,7 +122,7 @@ class JointKashin(Method):
         importance: Float[Array, " m"] | None = None,
         in_scale: Float16[Array, " m"] | None = None,
     ) -> Encoded:
-        """Encodes; the key seeds the bases. The rest as for `joint_code`."""
+        """Encodes a matrix; the key seeds the bases, the rest as for `joint_code`."""
         shape = weight.shape[0], weight.shape[1]
         block_shape = resolve_block_shape(shape, joint_block_shape(shape, self))
         seed, _ = split_key(key)
@@ -192,7 +192,7 @@ class JointKashin(Method):
 
 
 class JointCode(NamedTuple):
-    """What the coder found, before packing.
+    """Codes, levels and scales that joint coding found, before they are packed.
 
     Attributes:
       codes: Index of a pair for every weight.

@@ -23,7 +23,7 @@ def input_scale(
     distortion: float,
     height: int,
 ) -> Float[Array, " m"] | None:
-    """What inputs are divided by before coding.
+    """The scale of every input, by which its weights are divided before coding.
 
     A block's error is spread evenly over its inputs, whatever their variances r^2, so
     the weighted error is about (sum d s^2) (sum r^2 / s^2) for importances d and scales

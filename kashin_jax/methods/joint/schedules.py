@@ -46,7 +46,7 @@ class Split:
 
 
 class Plan(NamedTuple):
-    """What the steps of a search use, an array each: temperature and repulsion of u, v.
+    """Temperature and repulsion of u and v at every step of a search.
 
     Attributes:
       t_u: Temperature of u.
