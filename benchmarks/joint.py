@@ -51,7 +51,9 @@ class JointBenchConfig:
     """What is measured; meanings are in the flags."""
 
     steps: tuple[str, ...] = flag(
-        ("10", "25", "50", "100", "200", "400", "1600"), "Lengths of the search.", GIVEN
+        ("10", "25", "50", "100", "200", "400", "1600"),
+        "Steps of the search, as a list.",
+        GIVEN,
     )
     out: str = flag("runs", "Directory of the results.", GIVEN)
 

@@ -80,11 +80,19 @@ class MatmulConfig:
 
     blocks: tuple[str, ...] = flag(("all",), f"all, or some of {', '.join(BLOCKS)}.")
     methods: tuple[str, ...] = flag(("all",), f"all, or some of {', '.join(TIMED)}.")
-    bits: tuple[str, ...] = flag(("2", "3", "4", "5"), "Code widths; 2.5 for joint.")
-    rows: tuple[str, ...] = flag(("1", "8", "64", "512"), "Rows of x.")
+    bits: tuple[str, ...] = flag(
+        ("2", "3", "4", "5"), "Code widths, as a list; halves for joint coding alone."
+    )
+    rows: tuple[str, ...] = flag(
+        ("1", "8", "64", "512"), "Rows of activations, as a list."
+    )
     breakdown: bool = flag(True, "Whether to time decode, transform and product.")
     repeats: int = flag(5, "Timed runs.", (lambda x: x >= 1, "at least 1"))
-    seconds: float = flag(4.0, "Longest time for them.", (lambda x: x > 0, "positive"))
+    seconds: float = flag(
+        4.0,
+        "Most seconds for the timed calls of one case.",
+        (lambda x: x > 0, "positive"),
+    )
     out: str = flag("runs", "Directory of the results.", (bool, "given"))
 
     def __post_init__(self) -> None:

@@ -68,7 +68,9 @@ class StreamingConfig:
     )
     bits: float = flag(4.0, "Code width.")
     effort: str = flag(
-        "fast", "Of joint coding.", (EFFORTS.__contains__, f"one of {list(EFFORTS)}")
+        "fast",
+        "Effort of joint coding.",
+        (EFFORTS.__contains__, f"one of {list(EFFORTS)}"),
     )
     work: str = flag("", "Directory for the checkpoints; a temporary one when empty.")
     out: str = flag("runs", "Directory of the results.", (bool, "given"))

@@ -214,7 +214,10 @@ class AblationConfig:
         GIVEN,
     )  # fmt: skip
     layers: tuple[str, ...] = flag(
-        ("few",), "few (of another model first, middle, last), all, or paths.", GIVEN
+        ("few",),
+        "few (chosen ones of embedded models; of others first, middle and last), all, "
+        "or a list of paths.",
+        GIVEN,
     )
     bases: tuple[str, ...] = flag(
         ALL, f"all, or a list of: {', '.join(FAMILIES)}.", GIVEN

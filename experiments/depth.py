@@ -213,7 +213,9 @@ class DepthConfig:
         tuple("1e-1 3e-2 1e-2 1e-3 1e-4 1e-5 1e-6".split()),
         "Relative residuals at which to stop, as a list; may be empty.",
     )
-    metrics: tuple[str, ...] = flag(tuple(METRICS), "What is measured.", _METRICS)
+    metrics: tuple[str, ...] = flag(
+        tuple(METRICS), f"What is measured: a list of {', '.join(METRICS)}.", _METRICS
+    )
     model: str = flag(
         str(ASSETS / "opt-wiki-18m"), "OPT checkpoint: directory or hub id.", GIVEN
     )
@@ -230,7 +232,7 @@ class DepthConfig:
     data_dir: str = flag(
         "",
         "Folder with SST-2/dev.tsv, wikitext2/wiki.test.raw and so on; what it lacks "
-        "is embedded or asked of the hub.",
+        "is embedded or downloaded from the hub.",
     )
     max_length: int = flag(
         128, "Tokens of an example of a task; longer ones are cut.", POSITIVE_COUNT
@@ -242,7 +244,9 @@ class DepthConfig:
         ("0",), "Seeds, as a list; several give a spread.", GIVEN
     )
     rtol: float = flag(1e-6, "Relative residual that ends `--steps`.", _BELOW_ONE)
-    max_steps: int = flag(200, "Steps allowed to `--rtols`.", POSITIVE_COUNT)
+    max_steps: int = flag(
+        200, "Most greedy steps until a residual of --rtols is reached.", POSITIVE_COUNT
+    )
     out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:

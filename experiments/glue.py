@@ -96,7 +96,7 @@ class GlueConfig:
     data_dir: str = flag(
         "",
         "Folder with RTE/dev.tsv or glue/RTE/dev.tsv and so on, in GLUE's layout or a "
-        "plain one; what else --tasks names is embedded or asked of the hub.",
+        "plain one; other tasks are embedded or downloaded from the hub.",
     )
     labels: tuple[str, ...] = flag(
         (), "What the outputs mean, in order, where config.json does not say; or task."
@@ -132,7 +132,9 @@ class GlueConfig:
         "Directory that receives each quantized classifier, in the library's format "
         "(docs/format.md).",
     )
-    fresh: bool = flag(False, "Make rows again that the results in --out have.")
+    fresh: bool = flag(
+        False, "Compute rows again that the results in --out have already."
+    )
     out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:

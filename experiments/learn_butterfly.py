@@ -103,7 +103,9 @@ class LearnButterflyConfig:
         0.05, "Radians of the first step; falls to 0 as a cosine.", POSITIVE
     )
     seed: int = flag(
-        0, "Of the random angles.", (lambda x: 0 <= x < 2**31, "in [0, 2147483647]")
+        0,
+        "Seed of the random angles.",
+        (lambda x: 0 <= x < 2**31, "in [0, 2147483647]"),
     )
     out: str = flag("runs", "Directory of the results.", GIVEN)
 

@@ -93,7 +93,7 @@ class OptPplConfig:
         "",
         "Folder with wikitext2/wiki.test.raw, lambada/lambada_test.jsonl, "
         "ptb/ptb.test.txt or c4/c4-validation.00000-of-00008.json.gz; what it lacks is "
-        "asked of the hub.",
+        "downloaded from the Hugging Face hub.",
     )
     text_file: str = flag("", "Score this UTF-8 text instead of a data set.")
     context: int = flag(
@@ -118,7 +118,9 @@ class OptPplConfig:
     )  # fmt: skip
     max_steps: int = flag(200, "Greedy steps allowed per matrix.", _POSITIVE)
     batch_size: int = flag(4, "Windows per forward pass.", _POSITIVE)
-    fresh: bool = flag(False, "Make rows again that the results in --out have.")
+    fresh: bool = flag(
+        False, "Compute rows again that the results in --out have already."
+    )
     out: str = flag("runs", "Directory of the results.", _GIVEN)
 
     def __post_init__(self) -> None:

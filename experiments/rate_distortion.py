@@ -338,14 +338,14 @@ class RateDistortionConfig:
         "gaussian", f"One of {', '.join(SYNTHETIC)}, or FILE{_SUFFIX}.", _SOURCE
     )
     effort: tuple[str, ...] = flag(
-        ("default",), f"Of kashin-joint, a row for each: {', '.join(EFFORTS)}.",
+        ("default",), f"Efforts of kashin-joint, a row for each: {', '.join(EFFORTS)}.",
         (lambda x: x and set(x) <= set(EFFORTS), f"a list of {', '.join(EFFORTS)}"),
     )  # fmt: skip
     weights: int = flag(
         2**20, f"Entries of a synthetic source, a multiple of {ROWS}.", _WEIGHTS
     )
     seed: int = flag(
-        0, "Of a synthetic source and of the random methods.",
+        0, "Seed of a synthetic source and of the random methods.",
         (lambda x: 0 <= x < 2**31, "in [0, 2147483647]"),
     )  # fmt: skip
     out: str = flag("runs", "Directory of the results.", GIVEN)

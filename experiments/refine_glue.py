@@ -79,7 +79,7 @@ class RefineConfig:
         str(ASSETS / "minilm-glue"), "Classifier: directory or hub id.", GIVEN
     )
     data_dir: str = flag(
-        "", "Folder with RTE/train.tsv and so on; what it lacks is asked of the hub."
+        "", "Folder with RTE/train.tsv and so on; the rest is downloaded from the hub."
     )
     basis: str = flag("hadamard", "Family of the bases.", GIVEN)
     max_length: int = flag(128, "Tokens of an example.", POSITIVE_COUNT)

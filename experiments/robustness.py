@@ -420,7 +420,7 @@ class RobustnessConfig:
         ALL, f"all, or a list of: {', '.join(FAMILIES)}.", GIVEN
     )
     families: tuple[str, ...] = flag(
-        ALL, f"Of matrices: all, or a list of: {', '.join(MATRIX_NAMES)}.", GIVEN
+        ALL, f"Kinds of matrices: all, or a list of: {', '.join(MATRIX_NAMES)}.", GIVEN
     )
     out: str = flag("runs", "Directory of the results.", GIVEN)
 

@@ -82,7 +82,7 @@ class SizesConfig:
     )
     effort: str = flag(
         "fast",
-        f"Of kashin-joint: {', '.join(EFFORTS)}. No size depends on it.",
+        f"Effort of kashin-joint: {', '.join(EFFORTS)}. No size depends on it.",
         (EFFORTS.__contains__, f"one of {', '.join(EFFORTS)}"),
     )
     seed: int = flag(0, "Seed of all that is random. No size depends on it.", COUNT)

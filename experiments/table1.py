@@ -278,18 +278,22 @@ class Table1Config:
       UsageError: If a value cannot work; the message names the flag.
     """
 
-    sizes: tuple[str, ...] = flag(tuple(map(str, SIZES)), "N, 2 to 4096.", GIVEN)
+    sizes: tuple[str, ...] = flag(
+        tuple(map(str, SIZES)), "Lengths N of the vectors, 2 to 4096.", GIVEN
+    )
     bases: tuple[str, ...] = flag(
         ("all",), f"all, or a list of: {', '.join(FAMILIES)}.", GIVEN
     )
     seeds: int = flag(SEEDS, "Bases drawn per family and size.", POSITIVE_COUNT)
     starts: int = flag(
-        STARTS, "Of the search, Gaussian ones and e_i + Q e_j, so many of each.",
+        STARTS, "Starts of the search: so many Gaussian ones, and so many e_i + Q e_j.",
         POSITIVE_COUNT,
     )  # fmt: skip
-    steps: int = flag(STEPS, "Of each descent.", COUNT)
+    steps: int = flag(STEPS, "Steps of each descent.", COUNT)
     seed: int = flag(
-        0, "Of bases and vectors.", (lambda x: 0 <= x < 2**31, "in [0, 2147483647]")
+        0,
+        "Seed of bases and vectors.",
+        (lambda x: 0 <= x < 2**31, "in [0, 2147483647]"),
     )
     out: str = flag("runs", "Directory of the results.", GIVEN)
 

@@ -159,7 +159,7 @@ class TrainConfig:
         ".cache/train_opt", "Directory for texts once tokenized.", GIVEN
     )
 
-    layers: int = flag(8, "Blocks.", POSITIVE_COUNT)
+    layers: int = flag(8, "Blocks of the model.", POSITIVE_COUNT)
     hidden_size: int = flag(384, "Width of the residual stream.", POSITIVE_COUNT)
     heads: int = flag(6, "Attention heads per block.", POSITIVE_COUNT)
     ffn_dim: int = flag(1536, "Width inside the feed-forward parts.", POSITIVE_COUNT)
@@ -185,7 +185,7 @@ class TrainConfig:
     clip: float = flag(1.0, "Largest global norm of the gradient.", POSITIVE)
     dtype: str = flag(
         "bfloat16",
-        "Of activations, bfloat16 or float32; weights are float32.",
+        "Type of activations, bfloat16 or float32; weights are float32.",
         (DTYPES.__contains__, " or ".join(DTYPES)),
     )
     seed: int = flag(0, "Seed of weights, dropout and order of documents.", COUNT)
@@ -202,7 +202,9 @@ class TrainConfig:
         0, "Stop this call after so many steps; 0: at the end.", COUNT
     )
     eval_file: str = flag("", "Text whose perplexity is measured on the way.")
-    eval_every: int = flag(500, "Steps between these measurements.", POSITIVE_COUNT)
+    eval_every: int = flag(
+        500, "Steps between two measurements of that perplexity.", POSITIVE_COUNT
+    )
     eval_tokens: int = flag(8192, "Tokens of that text to score; 0: all.", COUNT)
 
     def __post_init__(self) -> None:

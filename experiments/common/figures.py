@@ -234,7 +234,7 @@ class FigureConfig:
     """
 
     seed: int = flag(
-        0, "Of vectors, bases and codebooks.",
+        0, "Seed of vectors, bases and codebooks.",
         (lambda x: 0 <= x < 2**31, "in [0, 2147483647]"),
     )  # fmt: skip
     out: str = flag("runs", "Directory of the results.", GIVEN)

@@ -59,7 +59,7 @@ class FinetuneConfig:
         (), "Label of each output of such a head, where it has only generic names."
     )
     data_dir: str = flag(
-        "", "Folder with RTE/train.tsv and so on; what it lacks is asked of the hub."
+        "", "Folder with RTE/train.tsv and so on; the rest is downloaded from the hub."
     )
     max_length: int = flag(128, "Longest sequence in tokens.", POSITIVE_COUNT)
 
@@ -79,7 +79,7 @@ class FinetuneConfig:
     dropout: float = flag(-1.0, "Dropout rate; -1: the checkpoint's.", _DROPOUT)
     dtype: str = flag(
         "float32",
-        "Of activations in training, bfloat16 or float32; weights are float32.",
+        "Type of activations in training, bfloat16 or float32; weights are float32.",
         (DTYPES.__contains__, " or ".join(DTYPES)),
     )
     seed: int = flag(0, "Seed of the head, dropout and order of examples.", COUNT)
