@@ -66,7 +66,7 @@ class Butterfly3Basis(NamedTuple):
     """Q = (B P)^3 with a butterfly B and a permutation P, the same three times.
 
     Attributes:
-      angles: Of B, in radians, n - 1 of them.
+      angles: The n - 1 angles of B, in radians.
       order: P x is `x[order]`.
       inverse: P^T x is `x[inverse]`.
     """

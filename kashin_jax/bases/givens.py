@@ -71,7 +71,7 @@ def make_givens(
     that its "givens" is the identity.
 
     Args:
-      key: Of the pairings and of the angles.
+      key: Draws the pairings and the angles.
       n: Length.
       layers: Twice log2(n), rounded up, when None. The fewest that can reach every
         coordinate from every other one, log2(n), mix unit vectors poorly: at n = 512 a

@@ -35,7 +35,8 @@ class LearnedBasis(NamedTuple):
     """The best basis met, with how it was reached.
 
     Attributes:
-      basis: Of the least finite loss; the given basis itself if no step improved on it.
+      basis: The one of least finite loss; the given basis itself if no step improved on
+        it.
       loss: Its loss.
       losses: Before every step; the first one is the loss of the given basis.
     """

@@ -110,7 +110,7 @@ class Described(NamedTuple):
         that was quantized, the transposed matrix.
       layout: Static part of the tensor.
       specs: Type and shape of every leaf, from the layout and the leaves' types alone.
-      streams: Those of the leaves that are packed codes, of one matrix.
+      streams: The leaves that are packed codes, of one matrix.
       stack: Leading axes of all leaves, where equal matrices are one tensor.
     """
 

@@ -265,7 +265,8 @@ def save_checkpoint(
       tensors: By name; arrays are stored as they are.
       config: The model's own `config.json`.
       transposed: Names of packed tensors that were `[out, in]` originally.
-      rules: Those that were asked for, as JSON; None leaves `quantization_config` out.
+      rules: The rules that were asked for, as JSON; None leaves `quantization_config`
+        out.
       seed: The seed that was asked for.
       max_shard_bytes: Limit of the data of a shard.
 

@@ -31,7 +31,7 @@ class QuantizedEmbed(nnx.Module):
     Attributes:
       table: The packed matrix, a row for every token.
       inputs: Bases of the rows; None for controls without rotation.
-      outputs: Those of the features, in the same way.
+      outputs: What a product does to the features, in the same way.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class QuantizedEmbed(nnx.Module):
         Args:
           tensor: From `quantize`, of shape [num_embeddings, features]; or the variables
             of another layer's matrix, which the two then share.
-          dtype: Of the embedding vectors; None takes the type that the table had.
+          dtype: Type of the embedding vectors; None takes the type that the table had.
           promote_dtype: Called as by `nnx.Embed`: with the rows in place of the table
             on a look-up, and with an empty array of its type by `attend`.
         """

@@ -53,12 +53,12 @@ class QuantizedLinear(nnx.Module):
           tensor: From `quantize`; or the variables of another layer's matrix, which
             the two then share.
           bias: Shared with the layer that this one replaces, not copied.
-          dtype: Of the computation; None infers it from input, kernel and bias.
-          precision: Of the products, as for `jnp.matmul`.
+          dtype: Type of the computation; None infers it from input, kernel and bias.
+          precision: Precision of the products, as for `jnp.matmul`.
           promote_dtype: Called as by `nnx.Linear`, with an empty array of the kernel's
             type in its place.
-          preferred_element_type: Of the product before the bias is added; None takes
-            the type of the computation.
+          preferred_element_type: Type of the product before the bias is added; None
+            takes the type of the computation.
 
         Raises:
           UsageError: If `precision` differs between the operands of the product.

@@ -30,15 +30,15 @@ class QuantizedDense(nn.Module):
     Attributes:
       features: Outputs.
       use_bias: Whether to add a bias.
-      dtype: Of the computation; None infers it from input and parameters.
-      param_dtype: Of the parameters that `init` makes.
-      precision: Of the products, as for `jnp.matmul`.
+      dtype: Type of the computation; None infers it from input and parameters.
+      param_dtype: Type of the parameters that `init` makes.
+      precision: Precision of the products, as for `jnp.matmul`.
       kernel_init: Gives the dense kernel that `init` quantizes.
       bias_init: Gives the bias.
       promote_dtype: Called as by `nn.Dense`, with an empty array of the kernel's type
         in its place.
       dot_general: As in `nn.Dense`; packed weights take None only.
-      dot_general_cls: In the same way.
+      dot_general_cls: As in `nn.Dense`; packed weights take None only.
       config: The method by which `init` quantizes.
     """
 
@@ -97,9 +97,9 @@ def packed_dense(
     do.
 
     Args:
-      next_fun: The call that is intercepted, as the other arguments.
-      args: Of the call.
-      kwargs: Of the call.
+      next_fun: The call that is intercepted.
+      args: Its positional arguments.
+      kwargs: Its keyword arguments.
       context: Names the module and its method.
 
     Raises:

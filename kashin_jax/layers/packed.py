@@ -47,7 +47,7 @@ class InputSide(NamedTuple):
       basis: Q1, or of a control the rotation.
       rotation: The basis in which columns of blocks were coded; None for the standard
         one.
-      scale: That of the inputs, where several layers have it in common: one array that
+      scale: Scale of the inputs, where several layers have it in common: one array that
         they all read, so that what it gives can be computed once. None where the
         matrix is to use its own.
     """
@@ -111,10 +111,10 @@ def pack(
 
     Args:
       tensor: From `quantize`; variables are returned as they are.
-      known: Of the matrices that were packed before with the same argument, which is
-        added to. What is equal to one of them, bit by bit, is shared with it.
-      group: Of matrices with equal input sides; inside `jit` and `eval_shape`, where no
-        bits are known, those of one group share.
+      known: Input sides of matrices that were packed before; this one is added. What is
+        equal to one of them, bit by bit, is shared with it.
+      group: Names matrices with equal input sides; inside `jit` and `eval_shape`, where
+        no bits are known, those of one group share.
     """
     if isinstance(tensor, Packed):
         return tensor

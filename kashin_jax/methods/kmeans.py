@@ -77,7 +77,7 @@ class ScalarCode(NamedTuple):
       codes: Index of a level for every entry.
       levels: Ascending levels; one column for every output channel where each has its
         own.
-      scale: Of every group; of shape `[1, 1, 1]` per tensor.
+      scale: Scale of every group; of shape `[1, 1, 1]` per tensor.
     """
 
     codes: UInt8[Array, "*shape"]

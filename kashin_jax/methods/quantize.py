@@ -73,7 +73,7 @@ def quantize(
       path: Name of the matrix in error messages.
       importance: Weight of every input in the error that a `JointKashin` lowers, say
         the mean square of what the input takes; None takes no side.
-      in_scale: Of a `JointKashin`: stored as the scale of inputs, in place of what its
+      in_scale: For a `JointKashin`: stored as the scale of inputs, in place of what its
         `balance` gives, for matrices that share one (`common_input_scale`).
       few_values: Whether a matrix of no more values than a `JointKashin` has codes,
         such as signs, is coded without loss, where it has no `in_scale`. What is

@@ -98,7 +98,7 @@ class ClassifierConfig:
       layer_norm_eps: Added to the variance in layer norms.
       hidden_act: Activation of the feed-forward parts.
       hidden_dropout_prob: Dropout rate of the residual stream, training only.
-      attention_probs_dropout_prob: Of attention probabilities, training only.
+      attention_probs_dropout_prob: Dropout rate of attention, training only.
       classifier_dropout: Before the output matrix; None means `hidden_dropout_prob`.
       initializer_range: Standard deviation of freshly drawn weights.
       pad_token_id: Token used as padding by the tokenizer.

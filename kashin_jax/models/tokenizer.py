@@ -272,7 +272,7 @@ def check_padding(tokenizer: PairTokenizer, pad_token_id: int) -> None:
 
     Args:
       tokenizer: The tokenizer that makes the model's input.
-      pad_token_id: Of the model's configuration.
+      pad_token_id: Padding token of the model's configuration.
 
     Raises:
       CheckpointError: If the tokenizer's padding token has another id.

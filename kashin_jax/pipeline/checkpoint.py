@@ -70,7 +70,7 @@ class StreamResult(NamedTuple):
     """A quantized checkpoint that was written: where, and what was lost.
 
     Attributes:
-      directory: Of the new checkpoint.
+      directory: Where the new checkpoint is.
       reports: By name of the tensor, as `quantization_report.jsonl` holds them.
       resumed: Shards that an earlier run had finished.
       coverage: How much was quantized, and what was not.
@@ -111,11 +111,11 @@ def quantize_checkpoint(
         a time, so that the largest of them bounds the memory, too.
       target: Must not exist, be empty, or hold an unfinished run of the same call.
       rules: Which matrices, and how; None takes `Rules()`.
-      seed: Of everything random.
+      seed: Seeds everything random.
       budget: Stored bits per weight of all layers that no rule names, which have to be
         coded jointly: each gets a width of its own, see `mixed_checkpoint_rules`. None
         takes the widths of the rules.
-      max_shard_bytes: Of the data of a shard.
+      max_shard_bytes: Most bytes of data in a file.
       exist_ok: Whether `target` may also hold what the same call finished, which is
         then returned without any work. For this a hidden file stays in it: a digest of
         what it was made from (the source, as its headers and times of change show it,
@@ -222,7 +222,7 @@ def _write_shards(
     Args:
       target: The directory.
       tensors: All, in order.
-      max_shard_bytes: Of the data of a shard.
+      max_shard_bytes: Most bytes of data in a file.
       write: Writes one of them.
       work: Weights to code or decode, by tensor: copies take next to no time.
     """
@@ -265,7 +265,7 @@ def dequantize_checkpoint(
     Args:
       source: From `quantize_checkpoint`.
       target: Must not exist, or be empty.
-      max_shard_bytes: Of the data of a shard.
+      max_shard_bytes: Most bytes of data in a file.
 
     Raises:
       UsageError: If `source` holds nothing packed, or `target` is taken.

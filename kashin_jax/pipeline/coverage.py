@@ -19,7 +19,7 @@ class Part(NamedTuple):
 
     Attributes:
       name: What a user finds it by.
-      shape: Of the array.
+      shape: Shape of the array.
       size: Bytes before.
       reason: Why it stays; None if it is quantized.
       is_outer: Whether it is an embedding or a head.
@@ -87,8 +87,8 @@ def cover(parts: Iterable[Part], other_weights: int, other_bytes: int) -> Covera
 
     Args:
       parts: All arrays of weights that might be expected to be quantized.
-      other_weights: Of all others, norms and biases.
-      other_bytes: In the same way.
+      other_weights: How many weights all others have, norms and biases.
+      other_bytes: How many bytes these take.
     """
     known = list(parts)
     packed = [part for part in known if part.reason is None]

@@ -20,7 +20,7 @@ class TensorRow(NamedTuple):
 
     Attributes:
       name: As in the original checkpoint.
-      shape: Of the original.
+      shape: Shape in the original.
       form: Its type, such as `float16`, or the type of the packed tensor.
       bits_per_weight: Stored.
       relative_squared_error: As measured when it was quantized; None for tensors that
@@ -41,8 +41,8 @@ class Inspection(NamedTuple):
       tensors: All of them.
       packed_weights: Weights of the packed tensors.
       packed_bits: Stored bits of those.
-      weights: Of all tensors.
-      disk_bytes: Of the weight files, headers included.
+      weights: Number of weights of all tensors.
+      disk_bytes: Size of the weight files, headers included.
       damaged: Shards whose bytes have changed since they were written; None if the
         checkpoint records no hashes.
       coverage: How much is quantized, and what is not.

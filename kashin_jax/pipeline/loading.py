@@ -35,7 +35,7 @@ def load_quantized(
 
     Args:
       path_or_id: A directory, or a hub id, which is downloaded.
-      dtype: Of parameters and activations, whatever type the checkpoint has.
+      dtype: Type of parameters and activations, whatever type the checkpoint has.
       head: Which head, for classifiers with several.
 
     Raises:

@@ -81,7 +81,7 @@ class Target(NamedTuple):
     Attributes:
       candidate: What is to be decided about.
       variable: Holds the matrix.
-      layers: Those of the paths of the candidate, in order.
+      layers: The layers that use it, in the order of the paths of the candidate.
     """
 
     candidate: Candidate

@@ -121,7 +121,7 @@ class Plan(NamedTuple):
 
     Attributes:
       layers: Every matrix that could be quantized, or might be expected to.
-      other_bytes: Of all other parameters: norms, biases.
+      other_bytes: Size of all other parameters: norms, biases.
       tensors: What a checkpoint will hold, in the order of its source; empty for
         models in memory.
       other_weights: The number of all other parameters.
@@ -280,7 +280,7 @@ def make_plan(
 
     Args:
       choices: In the order of the table.
-      other_bytes: Of all other parameters.
+      other_bytes: Size of all other parameters.
       other_weights: The number of those.
       has_few_values: Whether a matrix will be coded by `encode_few_values`; None where
         nothing is known of values, and sizes are those of other matrices.
@@ -306,7 +306,7 @@ def packed_shape(
     """The packed matrix with shapes and types in the place of its arrays.
 
     Args:
-      shape: Of the matrix, `[in, out]`.
+      shape: Shape of the matrix, `[in, out]`.
       dtype: Its type.
       config: The method.
       few_values: Whether it will be coded by `encode_few_values`.

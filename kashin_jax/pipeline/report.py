@@ -60,13 +60,13 @@ class LayerReport(NamedTuple):
         mean over a stack.
       decomposition: Residuals, steps and verdicts of the Kashin coder, those of all
         blocks or, read from a file, the worst; None for the other methods.
-      shape: Of the matrix, after the axes of the stack.
+      shape: Shape of the matrix, after the axes of the stack.
       config: The method; None where the caller's own function chose it, or this program
         does not know it.
       stored_bits: What the packed matrix takes.
-      seconds: Of wall clock, compilation included; None where nobody kept them.
+      seconds: Wall-clock time, compilation included; None where nobody kept them.
       worst_squared_error: The largest of a stack; None for a single matrix.
-      path: Of the layer.
+      path: Path of the layer.
     """
 
     relative_squared_error: Float[Array, ""] | float

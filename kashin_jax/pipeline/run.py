@@ -41,7 +41,7 @@ class LayerQuantizer:
 
         Args:
           choices: All of the model.
-          rules: Those of the choices; None if no layers share their inputs.
+          rules: Rules that made the choices; None if no layers share their inputs.
           root: Folded with every path.
           kernel: Gives a matrix as `[in, out]`. It is not kept.
         """

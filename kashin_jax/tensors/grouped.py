@@ -43,7 +43,7 @@ class GroupLayout:
     """Shape, widths and groups of a matrix that is coded in groups.
 
     Attributes:
-      shape: Of the matrix, `[in, out]`.
+      shape: Shape of the matrix, `[in, out]`.
       group_size: Rows of an output channel that share a scale; None for one scale per
         tensor.
       bits: Width of a code.

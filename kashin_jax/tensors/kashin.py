@@ -36,8 +36,8 @@ class KashinLayout:
     """Shape, blocks, widths and bases of a `KashinTensor`.
 
     Attributes:
-      shape: Of the matrix, `[in, out]` for a Flax kernel.
-      block_shape: Of the blocks, each with one scale; divides `shape`.
+      shape: Shape of the matrix, `[in, out]` for a Flax kernel.
+      block_shape: Shape of the blocks, each with one scale; divides `shape`.
       bits: Width of a code. Half a bit more than a whole number means that the codes of
         rows of odd index are one bit narrower than the others.
       basis: Families of Q1 and Q2; with the stored seed they give the matrices.
@@ -181,7 +181,7 @@ def cut_rows(tensor: KashinTensor, bands: int) -> KashinTensor:
     """Cuts a matrix into a stack of bands of equal height, for `vmap` or `lax.map`.
 
     Args:
-      tensor: Of `m` rows.
+      tensor: A matrix of `m` rows.
       bands: Divides the blocks along `m`; `m / bands` must be a multiple of 16, so that
         bands end between bytes at any width.
     """

@@ -43,7 +43,7 @@ class ProductOptions(NamedTuple):
 
     Attributes:
       max_tile: Most weights decoded at a time.
-      precision: Of the products, as for `jnp.matmul`.
+      precision: Precision of the products, as for `jnp.matmul`.
       many_rows: Rows of x from which on parts of W are decoded whole.
     """
 
@@ -98,7 +98,7 @@ def matmul(
       x: Activations, any batch axes.
       tensor: The matrix; `prepare(tensor)` where its bases are used again.
       max_tile: Most weights decoded at a time.
-      precision: Of the products, as for `jnp.matmul`.
+      precision: Precision of the products, as for `jnp.matmul`.
       many_rows: Rows of x from which on parts of W are decoded whole; None takes
         `MANY_ROWS`.
 

@@ -55,7 +55,7 @@ def solve_alternating(
 
     Args:
       x: Block to decompose, as for `kashin_decompose`.
-      basis: Of the second factor.
+      basis: Basis of the second factor.
       rtol: Relative tolerance of the residual, looked at after each round.
       max_steps: Upper bound on the number of sign steps; rounded down to whole rounds.
 

@@ -93,7 +93,7 @@ def compare_solvers(
 
     Args:
       x: The block.
-      basis: Of the second factor.
+      basis: Basis of the second factor.
       rtol: Relative tolerance of the residual; that of `minimax` is always rounding,
         and it stops at a gap of `GAP` between its level and the proven bound.
       max_steps: For each solver.

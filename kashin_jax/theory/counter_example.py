@@ -30,7 +30,7 @@ class FormCourse(NamedTuple):
       form: One of `FORMS`.
       n: Side of the square block.
       ratio: l1 ratio of what is decomposed first, a bound of the form's constant.
-      residuals: Of the whole block after 0, 1, 2, ... steps.
+      residuals: Residuals of the whole block after 0, 1, 2, ... steps.
       levels: Larger level of the two factors after as many steps.
     """
 
@@ -73,11 +73,11 @@ def compare_forms(
     needs a basis of R^(n^2) with a fast transform.
 
     Args:
-      key: Of the bases.
+      key: Draws the bases.
       sizes: Sides of square blocks.
       steps: Greedy steps of each course.
-      family: Of both sides of the pair.
-      vector_family: Of the vector form.
+      family: Family of both sides of the pair.
+      vector_family: Family of the vector form.
 
     Returns:
       One course per size and form.

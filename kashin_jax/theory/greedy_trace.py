@@ -31,7 +31,8 @@ class GreedyTrace(NamedTuple):
     """A decomposition after 0, 1, 2, ... steps.
 
     Attributes:
-      residuals: Of the factors at that point, relative to the block; the first is 1.
+      residuals: Residuals of the factors at that point, relative to the block; the
+        first is 1.
       u_levels: `sqrt(N) |u|_inf / |x|_2`.
       v_levels: `sqrt(N) |v|_inf / |x|_2`; v is Q^T of the second summand.
     """
@@ -63,7 +64,7 @@ def trace_greedy(x: Float[Array, "*shape"], basis: Frame, *, steps: int) -> Gree
 
     Args:
       x: Block to decompose, as for `kashin_decompose`; not zero.
-      basis: Of the second factor.
+      basis: Basis of the second factor.
       steps: Taken whatever the residual is, so `vmap` wastes nothing.
 
     Raises:

@@ -63,7 +63,7 @@ def solve_minimax(
 
     Args:
       x: Block to decompose, as for `kashin_decompose`.
-      basis: Of the second factor.
+      basis: Basis of the second factor.
       rtol: Relative gap between the level and its lower bound at which to stop.
       max_steps: Upper bound on the number of steps; rounded up to whole tens.
 

@@ -44,7 +44,7 @@ def solve_truncation(
 
     Args:
       x: Block to decompose, as for `kashin_decompose`.
-      basis: Of the second factor.
+      basis: Basis of the second factor.
       rtol: Relative tolerance of the residual.
       max_steps: Upper bound on the number of steps.
       eta: Factor of the limit from step to step.

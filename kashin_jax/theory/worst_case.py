@@ -76,7 +76,7 @@ def search_worst_case(
     Args:
       basis: Whose constant is bounded.
       starts: Blocks of any scale; those that are zero find NaN and do not count.
-      steps: Of each descent; with 0 the starts themselves are compared.
+      steps: Steps of each descent; with 0 the starts themselves are compared.
 
     Raises:
       ValueError: If `steps < 0`. Checked while tracing.

@@ -88,14 +88,15 @@ def anneal(
     Deterministic, and each block's search independent of the others.
 
     Args:
-      blocks: Of unit root-mean-square; zero blocks are allowed.
-      basis: Of one block.
+      blocks: Blocks of unit root-mean-square; zero blocks are allowed.
+      basis: Basis of one block.
       split: Bits of u and of v, a key of `LONG`.
-      steps: Of the annealing.
+      steps: Number of steps of the annealing.
       pass_size: Weights that are annealed at a time, which bounds the memory; None
         takes what suits the device.
-      schedule: That of `schedule_for` when None.
-      levels: Of the words, where they are known; refitted to the blocks when None.
+      schedule: How the search cools; what `schedule_for` gives when None.
+      levels: Levels of the words, where they are known; refitted to the blocks when
+        None.
     """
     schedule = schedule_for(split, steps) if schedule is None else schedule
     if pass_size is None:

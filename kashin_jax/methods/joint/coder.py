@@ -47,8 +47,8 @@ class JointKashin(Method):
     Attributes:
       bits: Code width, 2 to 5 in steps of a half; `SPLITS` says how u and v share it.
       basis: Families of Q1 and Q2.
-      block_shape: Of the blocks, each searched alone with a scale of its own; None
-        takes the divisors nearest to 64 x 64, since long blocks code better.
+      block_shape: Shape of the blocks, each searched alone with a scale of its own;
+        None takes the divisors nearest to 64 x 64, since long blocks code better.
       effort: One of `EFFORTS`.
       balance: Power of the root-mean-square of an input's weights by which they are
         divided before coding, so that strong inputs are not coded at the cost of weak

@@ -32,9 +32,9 @@ class Levels(NamedTuple):
     """Ascending levels, shared by all blocks.
 
     Attributes:
-      u: Of entries of u.
-      v: Of entries of v.
-      coarse: Of entries of u in coarse rows; None if there are no such rows.
+      u: Levels of entries of u.
+      v: Levels of entries of v.
+      coarse: Levels of u in coarse rows; None if there are no such rows.
     """
 
     u: Float[Array, " ku"]
@@ -73,7 +73,7 @@ def in_passes(
     """Applies `function` to every block, so many weights at a time.
 
     Args:
-      function: Of one block, or of a tree of them.
+      function: Takes one block, or a tree of them.
       blocks: Arrays of blocks `[k, m, n]`.
       pass_size: Weights of a pass.
     """
