@@ -41,6 +41,7 @@ __all__ = [
     "config_to_json",
     "method_names",
     "register",
+    "require_method",
     "split_key",
 ]
 
@@ -167,6 +168,20 @@ class Method:
         }
         changed: Method = dataclasses.replace(own, **values)
         return changed
+
+
+def require_method(config: Any, name: str = "config") -> None:
+    """Raises TypeError, naming the remedy, if something is no method.
+
+    Args:
+      config: What a caller gave.
+      name: Of the argument.
+    """
+    if not isinstance(config, Method):
+        raise TypeError(
+            f"`{name}` must be a method such as RTN(bits=4). Got {config!r}; "
+            "`config_from_json` makes one of a name and fields."
+        )
 
 
 class _Unknown(ValueError):

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float16, Int, Key, Num
 
 from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.methods.base import Encoded, Method
+from kashin_jax.methods.base import Encoded, Method, require_method
 from kashin_jax.methods.joint.coder import JointKashin
 from kashin_jax.tensors import Prepared, QuantizedTensor, prepare
 
@@ -90,6 +90,7 @@ def quantize(
       NonFiniteError: If it holds NaN or infinity, or is too large to be stored.
     """
     config = DEFAULT_CONFIG if config is None else config
+    require_method(config)
     # NumPy's float64 too: the layout records the type.
     weight = jnp.asarray(weight)
     is_known = not is_traced(weight)

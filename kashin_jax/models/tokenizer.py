@@ -240,9 +240,10 @@ def _vocab_size(backend: Any) -> int:
 
 
 def _missing(library: str) -> UsageError:
+    extra = "cli" if library == "tokenizers" else "experiments"
     return UsageError(
         f"Reading this tokenizer needs `{library}`; "
-        "run: pip install 'kashin_jax[experiments]'"
+        f"run: pip install 'kashin_jax[{extra}]'"
     )
 
 

@@ -208,6 +208,8 @@ def choose_methods(
     choices = [_choose(each, decide) for each in known]
     if all(choice.config is None for choice in choices):
         count = sum(len(each.paths) for each in possible if not each.only_by_rule)
+        if not known:
+            raise UsageError(f"There are no {what}: nothing is to be quantized.")
         given = "the rules quantize none; change them"
         if select is not None:
             given = "`select` takes none that the rules do not leave out; change them"

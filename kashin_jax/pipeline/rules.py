@@ -12,6 +12,7 @@ from kashin_jax.methods import (
     config_from_json,
     config_to_json,
 )
+from kashin_jax.methods.base import require_method
 
 __all__ = [
     "DEFAULT_SKIPS",
@@ -83,6 +84,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         _compiled(self.pattern)
+        if self.config is not None:
+            require_method(self.config)
 
     def matches(self, path: str) -> bool:
         """Whether the pattern is found in a path."""
@@ -115,6 +118,7 @@ class Rules:
     share: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        require_method(self.config)
         for pattern in (*self.skip, *self.share):
             _compiled(pattern)
 
@@ -195,9 +199,12 @@ def resolve_rules(config: Method | None, rules: Rules | None) -> Rules:
 
     Raises:
       UsageError: If both are given and the rules have another `config`.
+      TypeError: If either is something else.
     """
     if rules is None:
         return Rules(config=DEFAULT_CONFIG if config is None else config)
+    if not isinstance(rules, Rules):
+        raise TypeError(f"`rules` must be Rules, as Rules(rules=[...]). Got {rules!r}.")
     if config is None:
         return rules
     if rules.config not in (config, DEFAULT_CONFIG):
