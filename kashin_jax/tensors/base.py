@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from kashin_jax.bases import KroneckerBasis
+from kashin_jax.errors import UsageError
+from kashin_jax.tensors.partitioning import INPUTS, OUTPUTS, Axes, Names, specs_of
 from kashin_jax.tensors.products import matmul
 
 __all__ = [
@@ -67,9 +69,64 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the matrix, `[in, out]` for a Flax kernel."""
+        """Shape of the matrix, `[in, out]` for a Flax kernel.
+
+        Inside `jax.shard_map` it is that of the part that a device has.
+        """
         shape: tuple[int, int] = self.layout.shape
         return shape
+
+    def fitted(self: T) -> T:
+        """The tensor with the layout of its leaves, where they are a part of a matrix.
+
+        Layouts are static: inside `jax.shard_map` they are still those of the whole.
+        """
+        if self.shape == self.layout.shape:
+            return self
+        return self.replace(layout=dataclasses.replace(self.layout, shape=self.shape))
+
+    def leaf_axes(self) -> dict[str, Axes]:
+        """What the axes of every leaf run along, for matrices cut over devices."""
+        return {}
+
+    def cuts(self) -> tuple[int, int]:
+        """Into how many parts inputs and outputs can be cut, of whole blocks each."""
+        return 1, 1
+
+    def partition_specs(self: T, inputs: Names = None, outputs: Names = None) -> T:
+        """How the leaves lie where the matrix is cut over devices.
+
+        A tree of `PartitionSpec`, for `jax.shard_map` and for `jax.NamedSharding`:
+
+            specs = q.partition_specs(outputs="model")
+            q = jax.device_put(q, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
+
+        A product with what lies so is partitioned without any packed leaf being sent:
+        cut over outputs nothing is, over inputs the results are added up.
+
+        Args:
+          inputs: Mesh axes that inputs are cut over; None for none. As many parts as
+            they make must divide `cuts()[0]`.
+          outputs: Mesh axes that outputs are cut over, with `cuts()[1]`.
+
+        Raises:
+          UsageError: If the matrix cannot be cut so.
+        """
+        for name, names, most in zip(
+            (INPUTS, OUTPUTS), (inputs, outputs), self.cuts(), strict=True
+        ):
+            if names is not None and most == 1:
+                raise UsageError(
+                    f"This matrix of {self.describe()} cannot be cut over its {name}: "
+                    "it is one block along them, was rotated as a whole, or rows of "
+                    "codes end within bytes."
+                )
+        axes, stack = self.leaf_axes(), len(self.full_shape) - 2
+        specs = {
+            name: None if leaf is None else specs_of(axes[name], inputs, outputs, stack)
+            for name, leaf in self.leaves().items()
+        }
+        return self.replace(**specs)
 
     @property
     def full_shape(self) -> tuple[int, ...]:

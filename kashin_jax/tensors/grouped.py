@@ -5,6 +5,7 @@ its own, as everybody's groups do (torch weights are `[out, in]`).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from kashin_jax.packing import (
     unpack_matrix,
 )
 from kashin_jax.tensors.base import Bases, QuantizedTensor
+from kashin_jax.tensors.partitioning import INPUTS, OUTPUTS, Axes
 
 __all__ = ["GroupLayout", "GroupedTensor", "group_rows", "ungroup_rows"]
 
@@ -116,6 +118,42 @@ class GroupedTensor(QuantizedTensor):
             found["zero"] = rows_of_bytes(zero, groups, row_bits)
         return super().from_leaves(layout, found)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix, or of the part that a device has, see the base."""
+        rows = getattr(self.packed_codes, "shape", None)
+        if rows is None or self.layout.code_axes == 1:
+            return self.layout.shape
+        return rows[-2], rows[-1] * 8 // self.layout.bits
+
+    def leaf_axes(self) -> dict[str, Axes]:
+        """Codes, and scales, zeros and levels of outputs lie as the matrix does."""
+        layout = self.layout
+        both: Axes = (INPUTS, OUTPUTS)
+        groups: Axes = (None,) * 3
+        if layout.group_size is not None:
+            groups = (INPUTS, None, OUTPUTS)
+        leaves, axes = self.leaves(), dict[str, Axes]()
+        axes["packed_codes"] = both if layout.code_axes == 2 else (None,)
+        axes |= {"scale": groups, "seed": (None,)}
+        if (zero := leaves.get("zero")) is not None:
+            is_packed = zero.dtype == jnp.uint8
+            axes["zero"] = axes["packed_codes"] if is_packed else groups
+        if (levels := leaves.get("levels")) is not None:
+            stack = len(self.full_shape) - 2
+            axes["levels"] = (None, OUTPUTS)[: levels.ndim - stack]
+        return axes
+
+    def cuts(self) -> tuple[int, int]:
+        """Whole groups along inputs; outputs that fill whole bytes. One if rotated."""
+        layout = self.layout
+        (m, n), size = layout.shape, layout.group_size or 1
+        if layout.basis is not None or layout.code_axes == 1:
+            return 1, 1
+        return (1 if m % size else m // size), n * layout.bits // math.lcm(
+            8, layout.bits
+        )
+
     def float_levels(self) -> Float[Array, " k"] | Float[Array, "k n"] | None:
         """Levels that codes stand for, in float32; None if codes are the numbers."""
         return None
@@ -133,7 +171,8 @@ class GroupedTensor(QuantizedTensor):
 
     def decode(self, bases: Bases | None = None) -> Float[Array, "m n"]:
         """The matrix in float32, given its bases where the caller keeps them."""
-        return _decoded(self, self.derive_bases() if bases is None else bases)
+        bases = self.derive_bases() if bases is None else bases
+        return _decoded(self.fitted(), bases)
 
     def rows(
         self, index: Int[Array, " t"], bases: Bases | None = None
@@ -145,7 +184,7 @@ class GroupedTensor(QuantizedTensor):
         """
         is_whole = self.shape[1] * self.layout.bits % 8 == 0
         if self.seed is None and is_whole:
-            return _rows(self, index)
+            return _rows(self.fitted(), index)
         return super().rows(index, bases)
 
     def describe(self) -> str:

@@ -15,6 +15,7 @@ from kashin_jax.packing import pack_matrix, rows_of_bytes, unpack_matrix
 from kashin_jax.tensors.base import Bases, QuantizedTensor, times_transpose
 from kashin_jax.tensors.blocks import from_blocks, to_blocks
 from kashin_jax.tensors.levels import factor_codes, factor_levels, select_levels
+from kashin_jax.tensors.partitioning import INPUTS, OUTPUTS, Axes
 from kashin_jax.tensors.products import MAX_TILE
 
 __all__ = [
@@ -119,6 +120,48 @@ class KashinTensor(QuantizedTensor):
             found[name] = rows_of_bytes(found[name], rows, n * widths[name])
         return super().from_leaves(layout, found)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix, or of the part that a device has, see the base."""
+        grid = getattr(self.scale, "shape", None)
+        if grid is None:
+            return self.layout.shape
+        height, width = self.layout.block_shape
+        return grid[-2] * height, grid[-1] * width
+
+    def leaf_axes(self) -> dict[str, Axes]:
+        """Codes and scales lie as the matrix does."""
+        layout = self.layout
+
+        def codes(bits: int | None) -> Axes:
+            whole = bits is None or layout.shape[1] * bits % 8 == 0
+            return (INPUTS, OUTPUTS) if whole else (None,)
+
+        return {
+            "packed_codes": codes(layout.fine_bits),
+            "centroids": (None, None),
+            "scale": (INPUTS, OUTPUTS),
+            "seed": (None,),
+            "in_scale": (INPUTS,),
+            "out_scale": (OUTPUTS,),
+            "packed_coarse": codes(layout.coarse_bits),
+        }
+
+    def cuts(self) -> tuple[int, int]:
+        """Blocks along inputs, and along outputs those that fill whole bytes."""
+        layout = self.layout
+        (m, n), (height, width) = layout.shape, layout.block_shape
+        widths = [bits for bits in (layout.fine_bits, layout.coarse_bits) if bits]
+        if any(n * bits % 8 for bits in widths):
+            return 1, 1
+        fitting = (
+            count
+            for count in range(n // width, 0, -1)
+            if n // width % count == 0
+            and all(n // count * bits % 8 == 0 for bits in widths)
+        )
+        return m // height, next(fitting)
+
     def derive_bases(self) -> Bases:
         """Q1 and Q2 of one block, and the bases in which every block was coded."""
         layout = self.layout
@@ -131,7 +174,8 @@ class KashinTensor(QuantizedTensor):
 
     def decode(self, bases: Bases | None = None) -> Float[Array, "m n"]:
         """The matrix in float32, given its bases where the caller keeps them."""
-        return _decoded(self, self.derive_bases() if bases is None else bases)
+        bases = self.derive_bases() if bases is None else bases
+        return _decoded(self.fitted(), bases)
 
     def rows(
         self, index: Int[Array, " t"], bases: Bases | None = None
@@ -141,14 +185,15 @@ class KashinTensor(QuantizedTensor):
         The whole matrix is where one block spans all rows, and where bands would not
         end between bytes (which needs a width that is no multiple of 8).
         """
-        return _rows(self, index, self.derive_bases() if bases is None else bases)
+        bases = self.derive_bases() if bases is None else bases
+        return _rows(self.fitted(), index, bases)
 
     def transposed_product(
         self, x: Float[Array, "r n"], bases: Bases | None = None
     ) -> Float[Array, "r m"]:
         """`x @ W.T`, decoded in bands of a bounded size where the blocks allow it."""
         bases = self.derive_bases() if bases is None else bases
-        return _transposed_product(x, self, bases)
+        return _transposed_product(x, self.fitted(), bases)
 
     def in_bands(self, most: int) -> "tuple[int, KashinTensor] | None":
         """The rows as a stack of equal bands of at most `most` weights, if possible."""

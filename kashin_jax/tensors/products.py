@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from kashin_jax.tensors.partitioning import Axes, cut_product
+
 __all__ = [
     "MANY_ROWS",
     "MAX_TILE",
@@ -118,7 +120,7 @@ def matmul(
     many = MANY_ROWS if many_rows is None else many_rows
     options = ProductOptions(max_tile, precision, many)
     kernels = kernels_of(type(prepared.tensor))
-    return _product(x, prepared.tensor, prepared.bases, kernels, options)
+    return _product(x, prepared.tensor.fitted(), prepared.bases, kernels, options)
 
 
 # `inline`: one program where it is called as it is, and no trace of it in those of
@@ -131,14 +133,22 @@ def _product(
     kernels: tuple[tuple[str | None, Kernel], ...],
     options: ProductOptions,
 ) -> Float[Array, "*b n"]:
-    sharding = jax.typeof(x).sharding
-    if any(axis is not None for axis in sharding.spec):
+    codes = jax.typeof(tensor.packed_codes).sharding
+    explicit = [
+        each
+        for each in (jax.typeof(x).sharding, codes)
+        if any(axis is not None for axis in each.spec)
+    ]
+    if explicit:
         # Over explicit axes kernels would have to say how each reshape is laid out.
-        # What they make of rows is left to XLA; the batch axes stay as they are.
-        spec = PartitionSpec(*sharding.spec[:-1], None)
+        # What they make of rows is left to XLA; the batch axes stay as they are, and
+        # outputs lie as those of the matrix do.
+        batch = (*jax.typeof(x).sharding.spec,)[: x.ndim - 1]
+        outputs = codes.spec[-1] if tensor.leaf_axes().get("packed_codes") else None
+        spec = PartitionSpec(*batch, None if outputs in batch else outputs)
         free = jax.sharding.auto_axes(
             partial(_product_of_rows, kernels=kernels, options=options),
-            out_sharding=NamedSharding(sharding.mesh, spec),
+            out_sharding=NamedSharding(explicit[0].mesh, spec),
         )
         y: Array = free(x, tensor, bases)
         return y
@@ -154,16 +164,53 @@ def _product_of_rows(
     options: ProductOptions,
 ) -> Float[Array, "*b n"]:
     rows = x.reshape(-1, x.shape[-1])
-    (_, default), *own = kernels
-    if own:
-        y = jax.lax.platform_dependent(
-            rows, tensor, bases,
-            default=partial(_called, default, options),
-            **{str(name): partial(_called, kernel, options) for name, kernel in own},
-        )  # fmt: skip
+    run = partial(_whole_product, kernels=kernels, options=options)
+    if _may_be_cut(tensor):
+        y = _cut_product(run, rows, tensor, bases)
     else:
-        y = default(rows, tensor, bases, options).astype(x.dtype)
+        y = run(rows, tensor, bases)
     return y.reshape(*x.shape[:-1], tensor.shape[1])
+
+
+def _may_be_cut(tensor: Any) -> bool:
+    """Whether the matrix may lie on several devices: what one has says it itself."""
+    is_manual = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.device_count() > 1 and not is_manual and max(tensor.cuts()) > 1
+
+
+def _cut_product(
+    run: Callable[..., Array], rows: Float[Array, "r m"], tensor: Any, bases: Any
+) -> Float[Array, "r n"]:
+    """A product whose parts are multiplied where they lie."""
+    axes, (leaves, treedef) = tensor.leaf_axes(), jax.tree.flatten((tensor, bases))
+    known = [axes[name] for name, leaf in tensor.leaves().items() if leaf is not None]
+    # Bases are those of one block: each device has them.
+    others: list[Axes] = [(None,) * leaf.ndim for leaf in leaves[len(known) :]]
+
+    def of_leaves(rows: Array, *leaves: Array) -> Array:
+        own, bases = jax.tree.unflatten(treedef, leaves)
+        return run(rows, own.fitted(), bases)
+
+    return cut_product(of_leaves, rows, leaves, [*known, *others], tensor.cuts())
+
+
+def _whole_product(
+    rows: Float[Array, "r m"],
+    tensor: Any,
+    bases: Any,
+    *,
+    kernels: tuple[tuple[str | None, Kernel], ...],
+    options: ProductOptions,
+) -> Float[Array, "r n"]:
+    (_, default), *own = kernels
+    if not own:
+        return default(rows, tensor, bases, options).astype(rows.dtype)
+    y: Array = jax.lax.platform_dependent(
+        rows, tensor, bases,
+        default=partial(_called, default, options),
+        **{str(name): partial(_called, kernel, options) for name, kernel in own},
+    )  # fmt: skip
+    return y
 
 
 def _called(
