@@ -121,10 +121,10 @@ class GroupedTensor(QuantizedTensor):
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the matrix, or of the part that a device has, see the base."""
-        rows = getattr(self.packed_codes, "shape", None)
-        if rows is None or self.layout.code_axes == 1:
+        codes = getattr(self.packed_codes, "shape", ())
+        if len(codes) < 2 or self.layout.code_axes == 1:
             return self.layout.shape
-        return rows[-2], rows[-1] * 8 // self.layout.bits
+        return codes[-2], codes[-1] * 8 // self.layout.bits
 
     def leaf_axes(self) -> dict[str, Axes]:
         """Codes, and scales, zeros and levels of outputs lie as the matrix does."""
