@@ -36,6 +36,7 @@ def source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("source")
     rng = np.random.default_rng(0)
     weights = {name: np.float16(rng.normal(size=s)) for name, s in SHAPES.items()}
+    weights[f"{GATE_UP}_bias"] = np.ones((3, 32), np.float16)
     # Of one value: whether all of a stack are, is known before any is coded.
     weights[GATE_UP][1] = 0.5
     safetensors.numpy.save_file(weights, directory / "model.safetensors")

@@ -32,6 +32,7 @@ from kashin_jax.pipeline.sharing import find_groups
 
 __all__ = [
     "check_copy",
+    "is_bias",
     "is_float",
     "plan_checkpoint",
     "refuse_foreign",
@@ -107,6 +108,8 @@ def _candidates(source: Checkpoint, rules: Rules) -> list[Candidate]:
     for name in _without_copy(source):
         spec = source.spec(name)
         if len(spec.shape) < 2 or 0 in spec.shape or not is_float(spec.dtype):
+            continue
+        if is_bias(name):
             continue
         layer = expert_layer(name, spec.shape, source.config)
         if layer is None and len(spec.shape) == 2:
@@ -193,6 +196,14 @@ def _rows(source: Checkpoint, name: str, start: int) -> Shaped[np.ndarray, "..."
 def is_float(dtype: str) -> bool:
     """Whether NumPy's name of a type is that of a floating-point one."""
     return dtype.startswith(("float", "bfloat"))
+
+
+def is_bias(name: str) -> bool:
+    """Whether a stored tensor is added, however many axes it has, by its name.
+
+    Biases of experts have two, and GPT-2's mask, which is called one, has four.
+    """
+    return re.search(r"(^|[./_])bias$", name) is not None
 
 
 def _why_left(spec: TensorSpec, *, is_layer: bool) -> str | None:

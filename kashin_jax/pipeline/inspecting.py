@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from kashin_jax.io import Checkpoint, open_checkpoint
 from kashin_jax.models.registry import layer_names
-from kashin_jax.pipeline.checkpoint_plan import is_float
+from kashin_jax.pipeline.checkpoint_plan import is_bias, is_float
 from kashin_jax.pipeline.coverage import Coverage, Part, cover
 from kashin_jax.pipeline.report import REPORT_NAME, read_report
 from kashin_jax.pipeline.rules import is_head_or_embedding
@@ -96,7 +96,7 @@ def _coverage(checkpoint: Checkpoint) -> Coverage:
         spec = checkpoint.spec(name)
         if not is_float(spec.dtype):
             continue
-        if len(spec.shape) < 2:
+        if len(spec.shape) < 2 or is_bias(name):
             others.append(spec)
             continue
         path = layers[name].path if name in layers else name.replace(".", "/")

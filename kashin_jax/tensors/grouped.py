@@ -121,9 +121,10 @@ class GroupedTensor(QuantizedTensor):
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the matrix, or of the part that a device has, see the base."""
-        codes = getattr(self.packed_codes, "shape", ())
+        codes: tuple[int, ...] = getattr(self.packed_codes, "shape", ())
         if len(codes) < 2 or self.layout.code_axes == 1:
-            return self.layout.shape
+            whole: tuple[int, int] = self.layout.shape
+            return whole
         return codes[-2], codes[-1] * 8 // self.layout.bits
 
     def leaf_axes(self) -> dict[str, Axes]:

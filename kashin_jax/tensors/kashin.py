@@ -123,7 +123,7 @@ class KashinTensor(QuantizedTensor):
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the matrix, or of the part that a device has, see the base."""
-        grid = getattr(self.scale, "shape", ())
+        grid: tuple[int, ...] = getattr(self.scale, "shape", ())
         if len(grid) < 2:
             return self.layout.shape
         height, width = self.layout.block_shape
