@@ -5,11 +5,15 @@
 
 from kashin_jax.tensors.grouped import GroupedTensor
 from kashin_jax.tensors.kashin import KashinTensor
+from kashin_jax.tensors.kernels.cpu import cpu_grouped_product, cpu_kashin_product
 from kashin_jax.tensors.kernels.grouped import grouped_product
 from kashin_jax.tensors.kernels.kashin import kashin_product
+from kashin_jax.tensors.kernels.library import KernelReport, report
 from kashin_jax.tensors.products import matmul, register_kernel
 
-__all__ = ["grouped_product", "kashin_product", "matmul"]
+__all__ = ["KernelReport", "grouped_product", "kashin_product", "matmul", "report"]
 
 register_kernel(KashinTensor, kashin_product)
 register_kernel(GroupedTensor, grouped_product)
+register_kernel(KashinTensor, cpu_kashin_product, platform="cpu")
+register_kernel(GroupedTensor, cpu_grouped_product, platform="cpu")

@@ -22,7 +22,7 @@ from kashin_jax.tensors.kernels.planes import (
 from kashin_jax.tensors.levels import MOST_SELECTED, select, select_levels
 from kashin_jax.tensors.products import ProductOptions, dot
 
-__all__ = ["grouped_product"]
+__all__ = ["grouped_product", "zero_products"]
 
 
 def grouped_product(
@@ -82,16 +82,20 @@ def _by_planes(
     bits = tensor.layout.bits
     (y,) = add_planes(start, tensor.packed_codes, bits, rows, parts, product)
     zero = tensor.float_zero()
-    return y if zero is None else y - _of_zeros(x, zero, tensor.scale)
+    return y if zero is None else y - zero_products(x, zero, tensor.scale, height)
 
 
-def _of_zeros(
-    x: Float[Array, "r m"], zero: Float[Array, "g 1 c"], scale: Float[Array, "g 1 c"]
+def zero_products(
+    x: Float[Array, "r m"],
+    zero: Float[Array, "g 1 c"],
+    scale: Float[Array, "g 1 c"],
+    height: int,
 ) -> Float[Array, "r c"]:
-    """What the zero points of the groups add up to."""
+    """What the zero points of groups of so many rows, the last perhaps fewer, add."""
     lifted = (zero * scale.astype(jnp.float32))[:, 0]
-    sums = jnp.sum(by_tile(x.astype(jnp.float32), x.shape[1] // len(lifted)), axis=2)
-    return jnp.matmul(sums.T, lifted, precision="highest")
+    short = height * len(lifted) - x.shape[1]
+    groups = by_tile(jnp.pad(x.astype(jnp.float32), ((0, 0), (0, short))), height)
+    return jnp.matmul(jnp.sum(groups, axis=2).T, lifted, precision="highest")
 
 
 def _by_tiles(

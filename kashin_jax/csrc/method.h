@@ -1,0 +1,446 @@
+// x @ W for packed codes by look-ups, for any instruction set V and any width of codes.
+//
+// A nibble of regrouped codes indexes a table of 16 sums of x: four rows of W where a
+// field has one bit, two where it has two, one where it has three or four. A tile of
+// W, a strip of columns and some rows of one block, is multiplied in two steps:
+//
+//   regroup  codes as stored -> bytes, one for each column, with two nibbles of the
+//            field: those of the first rows in the low half, of the next in the high;
+//   look up  each nibble in the tables of each row of x, and add.
+//
+// Scales of blocks go into the sums of a tile. The file is included once for each
+// instruction set, after the pragma that turns it on: all names are local, and templates
+// of the standard library are not used, of which the linker keeps any one.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "problem.h"
+
+namespace kashin {
+namespace {
+
+constexpr int kSet = 8;        // rows of W regrouped together: two nibbles of one bit each
+constexpr int kTileRows = 64;  // of W at most: its tables stay in the nearest cache
+constexpr int kPass = 32;      // rows of x for which a tile is regrouped once
+constexpr int kTable = 16;     // sums in a table
+
+constexpr int rows_of_nibble(int bits) { return bits > 2 ? 1 : 4 / bits; }
+constexpr int vectors_of_set(int bits) { return kSet / (2 * rows_of_nibble(bits)); }
+// Where row i of a byte has its bits.
+constexpr int place_of(int bits, int i) {
+  const int q = rows_of_nibble(bits);
+  return i < q ? bits * i : 4 + bits * (i - q);
+}
+
+template <class T>
+T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+// Memory in whole cache lines.
+class Floats {
+ public:
+  explicit Floats(int64_t count)
+      : data_(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 127) / 64 * 64))) {}
+  ~Floats() { std::free(data_); }
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+  float* get() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// ------------------------------------------------------------------------ regrouping
+
+// Row i of the bytes of a field, and those after it, merged into `bytes`.
+template <class V, int kBits, int kShift, int kRow>
+typename V::Bytes merged(const typename V::Bytes* rows, const typename V::Controls& controls,
+                         int field, typename V::Bytes bytes) {
+  constexpr int place = place_of(kBits, kRow);
+  constexpr int mask = ((1 << kBits) - 1) << place;
+  const auto own = V::template place<place - kShift>(rows[kRow], controls, field, kRow);
+  bytes = V::template merge<mask>(own, bytes);
+  if constexpr (kRow + 1 < 2 * rows_of_nibble(kBits))
+    return merged<V, kBits, kShift, kRow + 1>(rows, controls, field, bytes);
+  else
+    return bytes;
+}
+
+template <class V, int kBits, int kShift>
+void regroup_field(const typename V::Bytes* rows, const typename V::Controls& controls,
+                   int field, typename V::Bytes* out) {
+  for (int j = 0; j < vectors_of_set(kBits); ++j) {
+    const auto* own = rows + j * 2 * rows_of_nibble(kBits);
+    out[j] = merged<V, kBits, kShift, 0>(own, controls, field, V::no_bytes());
+  }
+}
+
+// Codes of a strip from here on. Beyond the last code there is nothing to read.
+template <class V>
+const uint8_t* readable(const uint8_t* codes, const uint8_t* end, uint8_t* copy) {
+  if (end - codes >= V::kReach) return codes;
+  std::memset(copy, 0, V::kReach);
+  if (codes < end) std::memcpy(copy, codes, end - codes);
+  return copy;
+}
+
+// Widths of the fields of a code: of the upper one and where it begins, of the lower.
+template <int kUpper, int kUpperShift, int kLower>
+struct Widths {
+  static constexpr int upper = kUpper, shift = kUpperShift, lower = kLower;
+  static constexpr int bits[2] = {kUpper, kLower};
+};
+
+template <class V, class W>
+void regroup(const Stream& stream, const typename V::Controls& controls, int64_t first_bit,
+             int64_t row_bits, int rows, typename V::Bytes* upper, typename V::Bytes* lower) {
+  const uint8_t* end = stream.codes + stream.bytes;
+  for (int set = 0; set < rows; set += kSet) {
+    alignas(64) uint8_t copy[V::kReach];
+    typename V::Bytes spread[kSet];
+    for (int i = 0; i < kSet; ++i) {
+      if (set + i < rows) {
+        const int64_t bit = first_bit + (set + i) * row_bits;
+        const uint8_t* codes = readable<V>(stream.codes + bit / 8, end, copy);
+        spread[i] = V::spread(codes, controls, bit % 8);
+      } else {
+        spread[i] = V::no_bytes();
+      }
+    }
+    regroup_field<V, W::upper, W::shift>(spread, controls, 0, upper);
+    upper += vectors_of_set(W::upper);
+    if constexpr (W::lower > 0) {
+      regroup_field<V, W::lower, 0>(spread, controls, 1, lower);
+      lower += vectors_of_set(W::lower);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------- tables
+
+// The levels of each row of a nibble, by the value of the nibble.
+struct Levels {
+  alignas(64) float of[4][kTable];
+};
+
+Levels levels_of(const Field& field) {
+  Levels levels;
+  for (int i = 0; i < rows_of_nibble(field.bits); ++i)
+    for (int c = 0; c < kTable; ++c)
+      levels.of[i][c] = field.levels[(c >> (i * field.bits)) & ((1 << field.bits) - 1)];
+  return levels;
+}
+
+template <class V, int kBits>
+void fill_tables(const float* x, int count, const Levels& levels, float* tables) {
+  constexpr int q = rows_of_nibble(kBits);
+  for (int t = 0; t < count; ++t)
+    for (int c = 0; c < kTable; c += V::kLanes) {
+      auto sum = V::times(V::all(x[t * q]), V::load(levels.of[0] + c));
+      for (int i = 1; i < q; ++i)
+        sum = V::add_product(V::all(x[t * q + i]), V::load(levels.of[i] + c), sum);
+      V::store(tables + t * kTable + c, sum);
+    }
+}
+
+// -------------------------------------------------------------------------- look-ups
+
+// What look-ups of a tile are added to, and the factors of its columns. Column 4 l + k
+// of a strip is lane l of vector k.
+struct Sums {
+  float* totals;
+  int64_t row_stride;
+  const float* scale;  // of the strip, in the order of the totals
+};
+
+// Vectors [kFirst, kFirst + kCount) of the strip, for kRows rows of x.
+template <class V, int kRows, int kFirst, int kCount>
+void look_up_part(const typename V::Bytes* bytes, int count, const float* tables,
+                  int64_t table_stride, const Sums& sums) {
+  typename V::Values sum[kRows][kCount];
+  for (auto& row : sum)
+    for (auto& each : row) each = V::zero();
+  for (int j = 0; j < count; ++j) {
+    const auto own = bytes[j];
+    typename V::Bytes index[2][kCount];
+    V::template indices<kFirst, kCount>(own, index);
+    for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const auto table = V::table(tables + r * table_stride + (2 * j + half) * kTable);
+#pragma GCC unroll 4
+        for (int k = 0; k < kCount; ++k)
+          sum[r][k] = V::plus(sum[r][k], V::look_up(table, index[half][k]));
+      }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int k = 0; k < kCount; ++k) {
+      const int at = (kFirst + k) * V::kLanes;
+      float* to = sums.totals + r * sums.row_stride + at;
+      V::store(to, V::add_product(sum[r][k], V::load(sums.scale + at), V::load(to)));
+    }
+}
+
+template <class V, int kRows>
+void look_up(const typename V::Bytes* bytes, int count, const float* tables,
+             int64_t table_stride, const Sums& sums) {
+  // As many sums at a time as there are registers for.
+  constexpr int kCount = kRows * 4 <= V::kSums ? 4 : kRows * 2 <= V::kSums ? 2 : 1;
+  look_up_part<V, kRows, 0, kCount>(bytes, count, tables, table_stride, sums);
+  if constexpr (kCount <= 2)
+    look_up_part<V, kRows, 2, kCount>(bytes, count, tables, table_stride, sums);
+  if constexpr (kCount == 1) {
+    look_up_part<V, kRows, 1, kCount>(bytes, count, tables, table_stride, sums);
+    look_up_part<V, kRows, 3, kCount>(bytes, count, tables, table_stride, sums);
+  }
+}
+
+template <class V>
+void look_up_rows(const typename V::Bytes* bytes, int count, const float* tables,
+                  int64_t table_stride, int rows, Sums sums) {
+  for (int r = 0; r < rows;) {
+    const float* own = tables + r * table_stride;
+    const int left = rows - r;
+    const int done = left >= V::kMostRows ? V::kMostRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    if (done == 8) {
+      if constexpr (V::kMostRows >= 8) look_up<V, 8>(bytes, count, own, table_stride, sums);
+    } else if (done == 4) {
+      look_up<V, 4>(bytes, count, own, table_stride, sums);
+    } else if (done == 2) {
+      look_up<V, 2>(bytes, count, own, table_stride, sums);
+    } else {
+      look_up<V, 1>(bytes, count, own, table_stride, sums);
+    }
+    sums.totals += done * sums.row_stride;
+    r += done;
+  }
+}
+
+// ------------------------------------------------------------------------ transforms
+
+template <class V>
+void hadamard(float* a, int64_t n) {
+  int64_t done = 1;
+  if (n >= V::kLanes) {
+    for (int64_t i = 0; i < n; i += V::kLanes) V::store(a + i, V::hadamard(V::load(a + i)));
+    done = V::kLanes;
+  }
+  for (int64_t h = done; h < n; h *= 2)
+    for (int64_t i = 0; i < n; i += 2 * h)
+      for (int64_t j = i; j < i + h; ++j) {
+        const float low = a[j], high = a[j + h];
+        a[j] = low + high;
+        a[j + h] = low - high;
+      }
+  const float scale = 1.0f / std::sqrt(static_cast<float>(n));
+  for (int64_t i = 0; i < n; ++i) a[i] *= scale;
+}
+
+inline void times_signs(float* a, int64_t n, Signs signs) {
+  for (int64_t i = 0; i < n; ++i) a[i] *= static_cast<float>(signs[i]);
+}
+
+template <class V>
+void rotate(float* a, int64_t n, Signs signs) {
+  times_signs(a, n, signs);
+  hadamard<V>(a, n);
+}
+
+// ----------------------------------------------------------------- columns of a product
+
+template <class V>
+constexpr int kStrip = 4 * V::kLanes;  // columns
+
+// Room for some columns and rows of a product, and what all its tiles share.
+template <class V, int kFields>
+class Columns {
+ public:
+  Columns(const Problem& problem, int64_t first, int64_t last, int rows)
+      : p_(problem), first_(first), last_(last), rows_(rows),
+        strips_((last - first + kStrip<V> - 1) / kStrip<V>), width_(strips_ * kStrip<V>),
+        tables_(kFields * kPass * kTileRows * kTable),
+        totals_(kFields * rows * width_), y_(2 * width_) {
+    std::memset(totals_.get(), 0, sizeof(float) * kFields * rows * width_);
+  }
+
+  template <class W>
+  void add_stream(int s, int64_t row0) {
+    const Stream& stream = p_.stream[s];
+    const int64_t inputs = p_.inputs / p_.streams, height = p_.block_height / p_.streams;
+    const typename V::Controls controls(stream.bits, stream.fields);
+    const Levels upper = levels_of(stream.fields[0]);
+    const Levels lower = kFields > 1 ? levels_of(stream.fields[1]) : upper;
+    for (int64_t block = 0; block * height < inputs; ++block) {
+      const int64_t end = smaller((block + 1) * height, inputs);
+      for (int64_t row = block * height; row < end; row += kTileRows) {
+        const int rows = static_cast<int>(smaller<int64_t>(kTileRows, end - row));
+        prepare<W::upper>(0, upper, s, row0, row, rows);
+        if constexpr (kFields > 1) prepare<W::lower>(1, lower, s, row0, row, rows);
+        add_tiles<W>(stream, controls, block, row, rows);
+      }
+    }
+  }
+
+  // Writes the totals as rows of y.
+  void finish(int64_t row0) {
+    for (int r = 0; r < rows_; ++r) {
+      float* y[2] = {y_.get(), y_.get() + width_};
+      for (int f = 0; f < kFields; ++f) ordered(totals_.get() + (f * rows_ + r) * width_, y[f]);
+      if (p_.is_summed && kFields > 1) sum(y[0], y[1]);
+      const int results = p_.is_summed ? 1 : kFields;
+      for (int f = 0; f < results; ++f)
+        std::memcpy(p_.y[f] + (row0 + r) * p_.outputs + first_, y[f],
+                    sizeof(float) * (last_ - first_));
+    }
+  }
+
+ private:
+  using Bytes = typename V::Bytes;
+
+  // The tables of some rows of W, for every row of x.
+  template <int kBits>
+  void prepare(int f, const Levels& levels, int s, int64_t row0, int64_t row, int rows) {
+    const int64_t inputs = p_.inputs / p_.streams;
+    const int sets = (rows + kSet - 1) / kSet;
+    for (int r = 0; r < rows_; ++r) {
+      alignas(64) float x[kTileRows] = {};
+      const float* from = p_.x[f] + ((row0 + r) * p_.streams + s) * inputs + row;
+      std::memcpy(x, from, sizeof(float) * rows);
+      fill_tables<V, kBits>(x, sets * kSet / rows_of_nibble(kBits), levels,
+                            tables_.get() + (f * kPass + r) * kTileRows * kTable);
+    }
+  }
+
+  template <class W>
+  void add_tiles(const Stream& stream, const typename V::Controls& controls, int64_t block,
+                 int64_t row, int rows) {
+    constexpr int kSets = kTileRows / kSet;
+    const int sets = (rows + kSet - 1) / kSet;
+    // Strips that share cache lines of W are regrouped together.
+    const int together = smaller(kTogether, 512 / (stream.bits * kStrip<V>) + 1);
+    alignas(64) Bytes upper[kTogether][kSets * vectors_of_set(W::upper)];
+    alignas(64) Bytes lower[kTogether][kFields > 1 ? kSets * vectors_of_set(W::bits[kFields - 1]) : 1];
+    for (int64_t strip = 0; strip < strips_; strip += together) {
+      const int here = static_cast<int>(smaller<int64_t>(together, strips_ - strip));
+      for (int k = 0; k < here; ++k) {
+        const int64_t column = first_ + (strip + k) * kStrip<V>;
+        regroup<V, W>(stream, controls, (row * p_.outputs + column) * stream.bits,
+                      p_.outputs * stream.bits, rows, upper[k], lower[k]);
+      }
+      for (int k = 0; k < here; ++k) {
+        alignas(64) float scale[kStrip<V>];
+        scale_of(block, first_ + (strip + k) * kStrip<V>, scale);
+        add_field(0, upper[k], sets * vectors_of_set(W::upper), strip + k, scale);
+        if constexpr (kFields > 1)
+          add_field(1, lower[k], sets * vectors_of_set(W::bits[1]), strip + k, scale);
+      }
+    }
+  }
+
+  void add_field(int f, const Bytes* bytes, int count, int64_t strip, const float* scale) {
+    const Sums sums{totals_.get() + f * rows_ * width_ + strip * kStrip<V>, width_, scale};
+    const float* tables = tables_.get() + f * kPass * kTileRows * kTable;
+    look_up_rows<V>(bytes, count, tables, kTileRows * kTable, rows_, sums);
+  }
+
+  void scale_of(int64_t block, int64_t column, float* scale) const {
+    const int64_t across = p_.outputs / p_.block_width;
+    const float* own = p_.scale + block * across;
+    if (p_.block_width % kStrip<V> == 0) {
+      const auto all = V::all(own[column / p_.block_width]);
+      for (int c = 0; c < kStrip<V>; c += V::kLanes) V::store(scale + c, all);
+      return;
+    }
+    for (int c = 0; c < kStrip<V>; ++c) {
+      const int64_t at = smaller(column + c, p_.outputs - 1);
+      scale[c % 4 * V::kLanes + c / 4] = own[at / p_.block_width];
+    }
+  }
+
+  // From the order of the look-ups to that of the columns.
+  void ordered(const float* totals, float* y) const {
+    for (int64_t strip = 0; strip < width_; strip += kStrip<V>)
+      for (int lane = 0; lane < V::kLanes; ++lane)
+        for (int k = 0; k < 4; ++k)
+          y[strip + 4 * lane + k] = totals[strip + k * V::kLanes + lane];
+  }
+
+  // u <- (u + v Q2^T) R2^T, block by block.
+  void sum(float* u, float* v) const {
+    const int64_t n = p_.block_width, size = last_ - first_;
+    if (p_.right_basis != nullptr)
+      for (int64_t c = 0; c < size; c += n) {
+        hadamard<V>(v + c, n);
+        times_signs(v + c, n, p_.right_basis);
+      }
+    for (int64_t c = 0; c < size; ++c) u[c] += v[c];
+    if (p_.right_rotation != nullptr)
+      for (int64_t c = 0; c < size; c += n) {
+        hadamard<V>(u + c, n);
+        times_signs(u + c, n, p_.right_rotation);
+      }
+  }
+
+  static constexpr int kTogether = 4;
+  const Problem& p_;
+  const int64_t first_, last_;
+  const int rows_;
+  const int64_t strips_, width_;
+  Floats tables_, totals_, y_;
+};
+
+// ---------------------------------------------------------------------------- widths
+
+template <class... All>
+struct Choices {
+  // Calls `use` with the widths of a code's fields; false if they are not among `All`.
+  template <class Use>
+  static bool with(const Field* fields, Use use) {
+    return (with_one<All>(fields, use) || ...);
+  }
+
+ private:
+  template <class W, class Use>
+  static bool with_one(const Field* fields, Use use) {
+    const bool is_it = fields[0].bits == W::upper && fields[0].shift == W::shift &&
+                       fields[1].bits == W::lower;
+    if (is_it) use(W{});
+    return is_it;
+  }
+};
+
+// u above v where they are coded apart; whole codes twice where they stand for pairs.
+using TwoFields = Choices<Widths<1, 1, 1>, Widths<2, 1, 1>, Widths<3, 1, 1>, Widths<1, 2, 2>,
+                          Widths<2, 2, 2>, Widths<3, 2, 2>, Widths<1, 3, 3>, Widths<2, 3, 3>,
+                          Widths<1, 0, 1>, Widths<2, 0, 2>, Widths<3, 0, 3>, Widths<4, 0, 4>>;
+// Grids and scalar codebooks.
+using OneField = Choices<Widths<1, 0, 0>, Widths<2, 0, 0>, Widths<3, 0, 0>, Widths<4, 0, 0>>;
+
+template <class V, int kFields, class Known>
+bool product_of(const Problem& p, int64_t first, int64_t last) {
+  bool is_known = true;
+  for (int64_t row0 = 0; row0 < p.rows && is_known; row0 += kPass) {
+    const int rows = static_cast<int>(smaller<int64_t>(kPass, p.rows - row0));
+    Columns<V, kFields> columns(p, first, last, rows);
+    for (int s = 0; s < p.streams && is_known; ++s)
+      is_known = Known::with(p.stream[s].fields, [&](auto widths) {
+        columns.template add_stream<decltype(widths)>(s, row0);
+      });
+    if (is_known) columns.finish(row0);
+  }
+  return is_known;
+}
+
+template <class V>
+bool product(const Problem& p, int64_t first, int64_t last) {
+  return p.fields == 2 ? product_of<V, 2, TwoFields>(p, first, last)
+                       : product_of<V, 1, OneField>(p, first, last);
+}
+
+}  // namespace
+}  // namespace kashin

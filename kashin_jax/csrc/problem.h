@@ -1,0 +1,57 @@
+// What a product is asked for: shared by the handler and every instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace kashin {
+
+// Bits of a code that choose a level: of u, of v, or of a grid.
+struct Field {
+  int bits = 0;
+  int shift = 0;
+  const float* levels = nullptr;  // 2^bits of them
+};
+
+// Codes of one width, row after row without gaps, least significant bit first. Half
+// widths have two streams, of the rows of even and of odd index.
+struct Stream {
+  const uint8_t* codes = nullptr;
+  int64_t bytes = 0;
+  int bits = 0;
+  Field fields[2];
+};
+
+// Signs of a randomized Hadamard basis of a power of two, or null for the identity.
+using Signs = const int8_t*;
+
+// y = x U + ((x Q1) V) Q2^T, less the transforms on the side of the inputs, which have
+// been applied: `x` holds what each factor is multiplied by.
+struct Problem {
+  int64_t rows = 0, inputs = 0, outputs = 0;
+  int64_t block_height = 0, block_width = 0;  // of W, for one scale; the last may be short
+  int fields = 0, streams = 0;
+  Stream stream[2];
+  const float* scale = nullptr;  // [blocks along inputs, blocks along outputs]
+  // By field: [rows, streams, inputs / streams].
+  const float* x[2] = {nullptr, nullptr};
+  // One result, u and v summed after `right`, or two apart.
+  bool is_summed = false;
+  Signs right_basis = nullptr, right_rotation = nullptr;
+  float* y[2] = {nullptr, nullptr};
+};
+
+// What an instruction set offers.
+struct Kernels {
+  // Columns [first, last) of the product; false if it has no such widths of fields.
+  bool (*product)(const Problem& problem, int64_t first, int64_t last);
+  // a <- (a * signs) H / sqrt(n), for n a power of two.
+  void (*rotate)(float* a, int64_t n, Signs signs);
+};
+
+extern const Kernels kPlain;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace kashin
