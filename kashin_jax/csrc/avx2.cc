@@ -22,7 +22,7 @@ namespace kashin {
 namespace {
 
 struct Avx2 {
-  static constexpr int kLanes = 8, kReach = 32, kSums = 8, kMostRows = 4;
+  static constexpr int kLanes = 8, kReach = 32, kSums = 8;
   using Values = __m256;
   using Bytes = __m256i;  // of 32 columns
   struct Table {

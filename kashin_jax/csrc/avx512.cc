@@ -24,7 +24,7 @@ namespace kashin {
 namespace {
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kReach = 64, kSums = 16, kMostRows = 8;
+  static constexpr int kLanes = 16, kReach = 64, kSums = 16;
   using Values = __m512;
   using Bytes = __m512i;  // of 64 columns
   using Table = __m512;

@@ -5,7 +5,7 @@ namespace kashin {
 namespace {
 
 struct Plain {
-  static constexpr int kLanes = 4, kReach = 16, kSums = 4, kMostRows = 4;
+  static constexpr int kLanes = 4, kReach = 16, kSums = 4;
   struct Values {
     float of[kLanes];
   };
