@@ -12,7 +12,7 @@ PYTEST := -m pytest -n auto --dist=loadfile --no-loadscope-reorder --durations=2
 SLOW := -m 'slow and not oracle' --nbmake notebooks tests
 
 .PHONY: run test lint default slow second test-slow coverage setup oracle bench \
-  results docs notebooks clean
+  results docs notebooks sanitize wheel clean
 
 run: setup            ## set up, then quantize the embedded OPT and print its table
 	$(BIN)/python -m experiments.opt_ppl $(FLAGS)
@@ -58,11 +58,23 @@ coverage: setup       ## line coverage of the default suite, and of both suites
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard kashin_jax/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[experiments,test]'
 	touch $@
+
+# Address and undefined-behaviour sanitizers, of GCC: every read of the CPU kernel.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1
+sanitize: setup       ## the tests of the CPU kernel, compiled to check what it reads
+	library=$$($(BIN)/python tests/cpu_kernel_build.py /tmp $(SANITIZE)) && \
+	KASHIN_JAX_KERNEL_LIBRARY=$$library ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -n0 -q tests/test_cpu_kernel.py
+
+wheel: setup          ## dist/: a wheel with the CPU kernel for this platform, and one without
+	$(BIN)/python -m build --wheel
+	KASHIN_JAX_KERNELS=off $(BIN)/python -m build --wheel
 
 oracle: setup         ## compare with Hugging Face's Flax models, installed apart
 	test -d $(ORACLE) || $(BIN)/python -m pip install --quiet --no-deps --target=$(ORACLE) \

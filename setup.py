@@ -4,8 +4,8 @@
 """
 
 import os
-import shlex
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -14,7 +14,6 @@ SOURCES = "kashin_jax/csrc"
 
 def cpu_kernel() -> Extension:
     """A shared library that is loaded with ctypes: nothing of Python is in it."""
-    own = shlex.split(os.environ.get("KASHIN_JAX_CXXFLAGS", ""))
     return Extension(
         "kashin_jax._cpu_kernel",
         sources=sorted(glob(f"{SOURCES}/*.cc")),
@@ -22,8 +21,7 @@ def cpu_kernel() -> Extension:
         # Headers of the oldest jaxlib that is supported: a library built with those of
         # a newer one keeps an older JAX from starting.
         include_dirs=[SOURCES, f"{SOURCES}/third_party"],
-        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized", *own],
-        extra_link_args=own,
+        extra_compile_args=Path(SOURCES, "flags.txt").read_text().split(),
         language="c++",
         # Without a compiler, or with a broken one, XLA multiplies as it always did.
         optional=True,

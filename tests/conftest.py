@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from cpu_kernel_build import build
 
 MONTH = 30 * 24 * 3600  # seconds
 
@@ -27,6 +28,11 @@ def pytest_configure(config):
     # Of the programs and notebooks that tests start, too.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # All tests multiply by the kernel of this tree, whatever is installed: ten seconds
+    # of compiling, once for every change of it.
+    if "KASHIN_JAX_KERNEL_LIBRARY" not in os.environ:
+        if library := build(programs):
+            os.environ["KASHIN_JAX_KERNEL_LIBRARY"] = str(library)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at marks

@@ -51,11 +51,14 @@ def test_neither_archive_holds_a_text_or_a_model(built):
         wheel = file.namelist()
     assert "kashin_jax/py.typed" in archive and "kashin_jax/py.typed" in wheel
     metadata = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml"}
-    beside = {"setup.cfg"} | metadata
+    beside = {"setup.cfg", "setup.py"} | metadata
+    sources = (".cc", ".h", "flags.txt", "xla/LICENSE")
     for name in (*archive, *wheel):
         first, *rest = PurePosixPath(name).parts
-        if first == "kashin_jax":
-            assert rest[-1].endswith((".py", "py.typed")), name
+        if rest and rest[0] == "csrc":
+            assert name in archive and name.endswith(sources), name
+        elif first == "kashin_jax":
+            assert rest[-1].endswith((".py", "py.typed", ".so")), name
         else:
             assert name in beside or first.endswith((".egg-info", ".dist-info")), name
 

@@ -22,7 +22,7 @@ from kashin_jax.tensors.kashin import KashinTensor
 from kashin_jax.tensors.kernels.grouped import grouped_product, zero_products
 from kashin_jax.tensors.kernels.kashin import kashin_product
 from kashin_jax.tensors.kernels.library import TARGET, decline, instruction_set
-from kashin_jax.tensors.kernels.planes import by_blocks
+from kashin_jax.tensors.kernels.planes import by_blocks, varying_as
 from kashin_jax.tensors.levels import factor_levels
 from kashin_jax.tensors.products import MANY_ROWS, MAX_TILE, Kernel, ProductOptions
 
@@ -318,11 +318,13 @@ def _handler(layout: _Layout, x: Array, codes: _Codes) -> Float[Array, "k r n"]:
     call = jax.ffi.ffi_call(
         TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential"
     )
+    # Inside `shard_map` all inputs have to vary over the same axes.
+    inputs = [varying_as(jnp.asarray(a), x, codes) for a in (x, *codes[:-1], *codes.signs)]
     y: Array = call(
-        x, *codes[:-1], *codes.signs,
+        *inputs,
         bits=np.int64(layout.bits),
         v_bits=np.int64(layout.v_bits),
         block_height=np.int64(layout.block_height),
         instruction_set=np.int64(instruction_set() or 0),
-    )  # fmt: skip
-    return y
+    )
+    return varying_as(y, x, codes)

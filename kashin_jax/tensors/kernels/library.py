@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 
 __all__ = [
+    "PATH_VARIABLE",
     "VARIABLE",
     "KernelReport",
     "decline",
@@ -24,6 +25,9 @@ __all__ = [
 
 VARIABLE = "KASHIN_JAX_KERNELS"
 """Environment variable: `off`, or the instruction set to use; otherwise the best."""
+
+PATH_VARIABLE = "KASHIN_JAX_KERNEL_LIBRARY"
+"""Environment variable: another library than the installed one, for tests."""
 
 TARGET = "kashin_jax_product"
 # As the handler numbers them. `plain` is for tests alone: XLA is faster.
@@ -104,6 +108,8 @@ def instruction_set() -> int | None:
 
 def library_path() -> Path | None:
     """The library that was built when the package was installed, if one was."""
+    if given := os.environ.get(PATH_VARIABLE):
+        return Path(given)
     package = Path(__file__).resolve().parents[2]
     return next(iter(sorted(package.glob("_cpu_kernel*.so"))), None)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 
 __all__ = [
     "PlaneProduct",
@@ -147,8 +147,8 @@ def widened(x: Float[Array, "r m"]) -> Float[Array, "r m"]:
 
 
 def varying_as(
-    start: Float[Array, "r n"], *others: PyTree[Array]
-) -> Float[Array, "r n"]:
+    start: Shaped[Array, "*shape"], *others: PyTree[Array]
+) -> Shaped[Array, "*shape"]:
     """A first sum that varies over the axes of `shard_map` that its terms vary over.
 
     Loops want sums of one type, and inside `shard_map` fresh zeros are equal on all

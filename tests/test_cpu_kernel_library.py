@@ -1,0 +1,69 @@
+"""Where the CPU kernel cannot be used, XLA multiplies and says so once."""
+
+import logging
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from packed_matrices import random_words
+
+from kashin_jax import JointKashin
+from kashin_jax.tensors import kernels
+from kashin_jax.tensors.kernels import cpu, library
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    """Every test loads the library for itself."""
+    monkeypatch.setattr(library, "_declined", {})
+    library.instruction_set.cache_clear()
+    yield
+    monkeypatch.undo()
+    library.instruction_set.cache_clear()
+
+
+def product():
+    tensor = random_words(JointKashin(), (64, 64))
+    x = jnp.ones((2, 64))
+    y = cpu.cpu_kashin_product(x, tensor, tensor.derive_bases(), cpu.ProductOptions())
+    np.testing.assert_allclose(y, x @ tensor.decode(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"KASHIN_JAX_KERNELS": "off"}, "KASHIN_JAX_KERNELS=off"),
+        ({"KASHIN_JAX_KERNEL_LIBRARY": "no/library.so"}, "cannot be loaded"),
+    ],
+)
+def test_xla_multiplies_and_says_why(variables, reason, monkeypatch, caplog):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.INFO, logger="kashin_jax"):
+        product()
+        product()
+    (why, left) = [record.getMessage() for record in caplog.records]
+    assert reason in why and "left to XLA" in left
+    assert kernels.report() == (None, {"there is no CPU kernel": 2})
+
+
+def test_without_a_library_xla_multiplies(monkeypatch, caplog):
+    monkeypatch.setattr(library, "library_path", lambda: None)
+    with caplog.at_level(logging.INFO, logger="kashin_jax"):
+        product()
+    assert "was not built" in caplog.text
+
+
+def test_a_library_for_another_ffi_is_not_registered(monkeypatch):
+    """One built with newer headers keeps the CPU, and all of JAX, from starting."""
+    assert library._is_understood(3)
+    assert not library._is_understood(99)
+    assert not library._is_understood(1003)
+    monkeypatch.setattr(library.jax.ffi, "include_dir", lambda: "nowhere")
+    assert not library._is_understood(3)
+
+
+def test_names_of_instruction_sets_are_checked(monkeypatch):
+    monkeypatch.setenv("KASHIN_JAX_KERNELS", "sse9")
+    with pytest.raises(ValueError, match=r"KASHIN_JAX_KERNELS='sse9'.*plain, avx2"):
+        library.instruction_set()
