@@ -59,6 +59,12 @@ JOINT = [
     (joint(4.5), (64, 128), 2, "float32"),
     (joint(5), (128, 192), 64, "float32"),
     (joint(5, block_shape=(7, 3)), (21, 33), 3, "float32"),
+    # Blocks are decoded.
+    (joint(4), (128, 320), 35, "float32"),
+    (joint(4, basis=LEFT_ONLY), (64, 64), 70, "float32"),
+    (joint(3, basis=RIGHT_ONLY), (64, 128), 70, "float32"),
+    (joint(2.5, block_shape=(16, 256)), (32, 512), 70, "float32"),
+    (joint(4.5), (128, 64), 33, "bfloat16"),
 ]
 OTHERS = [
     (GreedyKashin(bits=2, block_shape=(64, 64)), (64, 64), 3, "float32"),
@@ -70,6 +76,9 @@ OTHERS = [
     (NF4(), (128, 64), 8, "float32"),
     (KMeans(bits=3), (96, 33), 4, "float32"),
     (Rotated(RTN(bits=4, group_size=16)), (64, 48), 3, "float32"),
+    (GreedyKashin(bits=3, block_shape=(64, 64)), (64, 128), 40, "float32"),
+    (RTN(bits=3, group_size=12), (44, 21), 40, "float32"),
+    (KMeans(bits=2), (130, 33), 70, "float32"),
 ]
 
 
@@ -115,6 +124,9 @@ def test_joint_codes(case, instruction_set):
 def test_general_pairs_and_grids(case, instruction_set):
     config, shape, rows, dtype = case
     tensor = random_tensor(config, shape)
+    if getattr(tensor, "levels", None) is not None:
+        # Of either sign, as levels are: sums of positive ones may cancel altogether.
+        tensor = tensor.replace(levels=tensor.levels - 1)
     x = activations(rows, shape[0], dtype)
     bases = tensor.derive_bases()
     is_kashin = isinstance(config, GreedyKashin)
@@ -138,7 +150,8 @@ def test_products_by_operator_call_the_kernel(packed):
     assert is_called(lambda x, q: x @ q, x, packed)
     # What is given explicitly is about XLA's ways.
     assert not is_called(lambda x, q: matmul(x, q, max_tile=512), x, packed)
-    assert not is_called(lambda x, q: x @ q, activations(65, 128, "float32"), packed)
+    short = prepare(random_words(joint(4, block_shape=(64, 8)), (128, 64)))
+    assert not is_called(lambda x, q: x @ q, activations(65, 128, "float32"), short)
     declined = kernels.report().declined
     assert any("more than 64 rows" in reason for reason in declined)
     assert kernels.report().instruction_set in SETS.values()
@@ -192,7 +205,7 @@ def test_a_program_for_other_platforms_has_no_kernel(packed):
 GOOD = {
     "x": (1, 2, 16), "codes": 16 * 8 // 2, "coarse": 0, "scale": (2, 1), "u": 4, "v": 4,
     "signs": (8, 8, 8, 8), "y": (1, 2, 8), "bits": 4, "v_bits": 2, "block_height": 8,
-    "instruction_set": 0,
+    "instruction_set": 0, "is_decoded": 0,
 }  # fmt: skip
 
 
@@ -204,7 +217,7 @@ def call(**changes):
         jnp.ones(given["u"]), jnp.ones(given["v"]),
         *(jnp.ones(size, jnp.int8) for size in given["signs"]),
     ]  # fmt: skip
-    names = ("bits", "v_bits", "block_height", "instruction_set")
+    names = ("bits", "v_bits", "block_height", "instruction_set", "is_decoded")
     result = jax.ShapeDtypeStruct(given["y"], jnp.float32)
     attributes = {name: np.int64(given[name]) for name in names}
     return jax.ffi.ffi_call(library.TARGET, result)(*inputs, **attributes)
@@ -244,6 +257,7 @@ def test_calls_that_fit_are_answered():
         ({"x": (1, 3, 16)}, "do not fit each other"),
         ({"x": (2, 16)}, "axes"),
         ({"instruction_set": 7}, "instruction set"),
+        ({"is_decoded": 1}, "not decoded"),
         ({"v_bits": 1, "u": 8}, ""),
     ],
 )

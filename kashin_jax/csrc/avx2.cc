@@ -22,7 +22,7 @@ namespace kashin {
 namespace {
 
 struct Avx2 {
-  static constexpr int kLanes = 8, kReach = 32, kSums = 8;
+  static constexpr int kLanes = 8, kReach = 32, kSums = 8, kDenseRows = 3;
   using Values = __m256;
   using Bytes = __m256i;  // of 32 columns
   struct Table {
@@ -55,6 +55,7 @@ struct Avx2 {
   static Values load(const float* a) { return _mm256_loadu_ps(a); }
   static void store(float* to, Values a) { _mm256_storeu_ps(to, a); }
   static Values plus(Values a, Values b) { return _mm256_add_ps(a, b); }
+  static Values minus(Values a, Values b) { return _mm256_sub_ps(a, b); }
   static Values times(Values a, Values b) { return _mm256_mul_ps(a, b); }
   static Values add_product(Values a, Values b, Values c) { return _mm256_fmadd_ps(a, b, c); }
 
@@ -86,13 +87,8 @@ struct Avx2 {
     return _mm256_or_si256(_mm256_and_si256(mask, a), b);
   }
 
-  template <int kFirst, int kCount>
-  static void indices(Bytes own, Bytes (*index)[kCount]) {
-    for (int half = 0; half < 2; ++half)
-#pragma GCC unroll 4
-      for (int k = 0; k < kCount; ++k)
-        index[half][k] = _mm256_srli_epi32(own, 4 * (2 * (kFirst + k) + half));
-  }
+  // Numbers from some bit of each lane on; look-ups use the lowest four.
+  static Bytes index(Bytes own, int shift) { return _mm256_srli_epi32(own, shift); }
 
   static Table table(const float* sums) { return {load(sums), load(sums + 8)}; }
   static Values look_up(Table table, Bytes index) {

@@ -24,7 +24,7 @@ namespace kashin {
 namespace {
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kReach = 64, kSums = 16;
+  static constexpr int kLanes = 16, kReach = 64, kSums = 16, kDenseRows = 6;
   using Values = __m512;
   using Bytes = __m512i;  // of 64 columns
   using Table = __m512;
@@ -53,6 +53,7 @@ struct Avx512 {
   static Values load(const float* a) { return _mm512_loadu_ps(a); }
   static void store(float* to, Values a) { _mm512_storeu_ps(to, a); }
   static Values plus(Values a, Values b) { return _mm512_add_ps(a, b); }
+  static Values minus(Values a, Values b) { return _mm512_sub_ps(a, b); }
   static Values times(Values a, Values b) { return _mm512_mul_ps(a, b); }
   static Values add_product(Values a, Values b, Values c) { return _mm512_fmadd_ps(a, b, c); }
 
@@ -74,13 +75,8 @@ struct Avx512 {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(kMask)), a, b, 0xCA);
   }
 
-  template <int kFirst, int kCount>
-  static void indices(Bytes own, Bytes (*index)[kCount]) {
-    for (int half = 0; half < 2; ++half)
-#pragma GCC unroll 4
-      for (int k = 0; k < kCount; ++k)
-        index[half][k] = _mm512_srli_epi32(own, 4 * (2 * (kFirst + k) + half));
-  }
+  // Numbers from some bit of each lane on; look-ups use the lowest four.
+  static Bytes index(Bytes own, int shift) { return _mm512_srli_epi32(own, shift); }
 
   static Table table(const float* sums) { return _mm512_load_ps(sums); }
   static Values look_up(Table table, Bytes index) { return _mm512_permutexvar_ps(index, table); }

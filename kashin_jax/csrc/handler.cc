@@ -49,6 +49,7 @@ struct Layout {
   int64_t v_bits;        // low bits that decide v; 0 without v, -1 where codes are pairs
   int64_t block_height;  // inputs that share scales
   int64_t instruction_set;
+  int64_t is_decoded;    // whether blocks are decoded, for many rows of x
 };
 
 ffi::Error invalid(const std::string& message) {
@@ -97,7 +98,7 @@ class Inputs {
     p.x[0] = given[0], p.x[1] = given[1];
     const bool is_given = rotation == nullptr && basis == nullptr && p.streams == 1;
     if (is_given) return;
-    for (int f = 0; f < p.fields; ++f) {
+    for (int f = 0; f < (p.is_decoded ? 1 : p.fields); ++f) {
       data_[f].assign(given[f], given[f] + size);
       for (int64_t i = 0; i < size; i += p.block_height) {
         if (rotation != nullptr) kernels.rotate(data_[f].data() + i, p.block_height, rotation);
@@ -155,7 +156,7 @@ class Tasks {
 };
 
 int64_t task_columns(const Problem& p) {
-  const bool is_whole = p.is_summed && (p.right_basis != nullptr || p.right_rotation != nullptr);
+  const bool is_whole = p.is_summed && (p.is_decoded || p.right_basis != nullptr || p.right_rotation != nullptr);
   return is_whole ? std::max(kTaskColumns, p.block_width) : kTaskColumns;
 }
 
@@ -201,6 +202,13 @@ ffi::Error set_sizes(Problem& p, const Buffers& b, const F32& y, const Layout& l
   return ffi::Error::Success();
 }
 
+// Whether a block fits what is decoded at a time, if its rows and columns are mixed.
+bool can_decode(const Problem& p, int64_t stacked) {
+  const bool fits = p.block_height <= 64 && p.block_width >= 64 && p.block_width <= 256 &&
+                    is_power_of_two(p.block_width) && p.inputs % p.block_height == 0;
+  return p.fields == 1 || (fits && stacked == 1 && p.is_summed);
+}
+
 ffi::Error set_streams(Problem& p, const Buffers& b, const Layout& layout) {
   int64_t before = 0;
   for (int s = 0; s < p.streams; ++s) {
@@ -236,6 +244,11 @@ ffi::Error run(ffi::ThreadPool pool, const Buffers& b, const F32& y, const Layou
   p.scale = b.scale.typed_data();
   p.y[0] = y.typed_data();
   p.y[1] = y.typed_data() + (p.is_summed ? 0 : p.rows * p.outputs);
+  p.is_decoded = layout.is_decoded != 0;
+  if (p.is_decoded) {
+    if (!can_decode(p, b.x.dimensions()[0])) return invalid("blocks of such sizes are not decoded");
+    std::swap(p.left_basis, basis);
+  }
   const Inputs inputs(p, b.x, b.x.dimensions()[0], rotation, basis, *kernels);
   if (!share(pool, p, *kernels)) return invalid("no look-ups for these widths");
   return ffi::Error::Success();
@@ -244,10 +257,11 @@ ffi::Error run(ffi::ThreadPool pool, const Buffers& b, const F32& y, const Layou
 ffi::Error product(ffi::ThreadPool pool, F32 x, U8 codes, U8 coarse, F32 scale, F32 u_levels,
                    F32 v_levels, S8 left_rotation, S8 left_basis, S8 right_basis,
                    S8 right_rotation, ffi::ResultBuffer<ffi::F32> y, int64_t bits,
-                   int64_t v_bits, int64_t block_height, int64_t instruction_set) {
+                   int64_t v_bits, int64_t block_height, int64_t instruction_set,
+                   int64_t is_decoded) {
   const Buffers buffers{x, codes, coarse, scale, u_levels, v_levels,
                         left_rotation, left_basis, right_basis, right_rotation};
-  return run(pool, buffers, *y, {bits, v_bits, block_height, instruction_set});
+  return run(pool, buffers, *y, {bits, v_bits, block_height, instruction_set, is_decoded});
 }
 
 }  // namespace
@@ -274,7 +288,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kashin_product, kashin::product,
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("v_bits")
                                   .Attr<int64_t>("block_height")
-                                  .Attr<int64_t>("instruction_set"));
+                                  .Attr<int64_t>("instruction_set")
+                                  .Attr<int64_t>("is_decoded"));
 
 // Of the headers that this was built with: a runtime of an older one refuses to start.
 KASHIN_EXPORTED int kashin_ffi_version() {

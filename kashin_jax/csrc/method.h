@@ -27,6 +27,7 @@ constexpr int kSet = 8;        // rows of W regrouped together: two nibbles of o
 constexpr int kTileRows = 64;  // of W at most: its tables stay in the nearest cache
 constexpr int kPass = 32;      // rows of x for which a tile is regrouped once
 constexpr int kTogether = 4;   // strips regrouped together at most
+constexpr int kDecodedPass = 512;  // rows of x for which a tile is decoded once
 constexpr int kTable = 16;     // sums in a table
 
 constexpr int rows_of_nibble(int bits) { return bits > 2 ? 1 : 4 / bits; }
@@ -217,9 +218,13 @@ void look_up_part(const typename V::Bytes* bytes, int count, const float* tables
   for (int j = 0; j < count; ++j) {
     const auto own = bytes[j];
     typename V::Bytes index[2][kCount];
-    V::template indices<kFirst, kCount>(own, index);
+#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
+      for (int k = 0; k < kCount; ++k) index[half][k] = V::index(own, 8 * (kFirst + k) + 4 * half);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const auto table = V::table(tables + ((2 * j + half) * kRows + r) * kTable);
 #pragma GCC unroll 4
@@ -301,6 +306,96 @@ void rotate(float* a, int64_t n, Signs signs) {
   hadamard<V>(a, n);
 }
 
+// ------------------------------------------------------------------- many rows of x
+//
+// A tile of W is decoded and multiplied as dense ones are. Its columns stay in the order
+// of look-ups, in which a Hadamard transform is the same: only bits of indices move.
+
+constexpr int kMostWide = 256;  // columns of a block that is decoded
+
+template <class V, int kBits>
+void decode_strip(const typename V::Bytes* bytes, int rows, const Levels& levels, float* w,
+                  int64_t stride) {
+  constexpr int q = rows_of_nibble(kBits);
+  const auto table = V::table(levels.of[0]);
+  for (int j = 0; 2 * q * j < rows; ++j)
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * q; ++i)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k)
+        V::store(w + (2 * q * j + i) * stride + k * V::kLanes,
+                 V::look_up(table, V::index(bytes[j], 8 * k + place_of(kBits, i))));
+}
+
+// Rows a, a + step, ... of a tile: three steps of a transform along its rows at once.
+template <class V>
+void hadamard8(float* a, int64_t step, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += V::kLanes) {
+    typename V::Values z[8];
+    for (int i = 0; i < 8; ++i) z[i] = V::load(a + i * step + c);
+#pragma GCC unroll 3
+    for (int h = 1; h < 8; h *= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i)
+        if ((i & h) == 0) {
+          const auto low = z[i], high = z[i + h];
+          z[i] = V::plus(low, high);
+          z[i + h] = V::minus(low, high);
+        }
+    for (int i = 0; i < 8; ++i) V::store(a + i * step + c, z[i]);
+  }
+}
+
+// The transform of every column of a tile of some rows, a power of two.
+template <class V>
+void hadamard_columns(float* a, int64_t rows, int64_t stride, int64_t columns) {
+  int64_t h = 1;
+  for (; 8 * h <= rows; h *= 8)
+    for (int64_t i = 0; i < rows; i += 8 * h)
+      for (int64_t j = i; j < i + h; ++j) hadamard8<V>(a + j * stride, h * stride, columns);
+  for (; h < rows; h *= 2)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t c = 0; c < columns && (i & h) == 0; c += V::kLanes) {
+        const auto low = V::load(a + i * stride + c), high = V::load(a + (i + h) * stride + c);
+        V::store(a + i * stride + c, V::plus(low, high));
+        V::store(a + (i + h) * stride + c, V::minus(low, high));
+      }
+}
+
+// totals += x w, for kRows rows of x and a strip of w.
+template <class V, int kRows>
+void multiply_rows(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int depth,
+                   float* totals, int64_t total_stride) {
+  typename V::Values sum[kRows][4];
+  for (int r = 0; r < kRows; ++r)
+    for (int k = 0; k < 4; ++k) sum[r][k] = V::load(totals + r * total_stride + k * V::kLanes);
+  for (int i = 0; i < depth; ++i) {
+    typename V::Values own[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) own[k] = V::load(w + i * w_stride + k * V::kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const auto all = V::all(x[r * x_stride + i]);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[r][k] = V::add_product(all, own[k], sum[r][k]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int k = 0; k < 4; ++k) V::store(totals + r * total_stride + k * V::kLanes, sum[r][k]);
+}
+
+template <class V>
+void multiply(const float* x, int64_t x_stride, int rows, const float* w, int64_t w_stride,
+              int depth, float* totals, int64_t total_stride) {
+  int r = 0;
+  for (; r + V::kDenseRows <= rows; r += V::kDenseRows)
+    multiply_rows<V, V::kDenseRows>(x + r * x_stride, x_stride, w, w_stride, depth,
+                                    totals + r * total_stride, total_stride);
+  for (; r < rows; ++r)
+    multiply_rows<V, 1>(x + r * x_stride, x_stride, w, w_stride, depth,
+                        totals + r * total_stride, total_stride);
+}
+
 // ----------------------------------------------------------------- columns of a product
 
 template <class V>
@@ -338,12 +433,36 @@ class Columns {
     }
   }
 
+  // Decodes and multiplies block after block: `use(s, f)` calls f with the widths of a
+  // stream's fields. False if there are none.
+  template <class Known>
+  bool add_decoded(int64_t row0) {
+    const int64_t inputs = p_.inputs / p_.streams, height = p_.block_height / p_.streams;
+    const int64_t stride = is_transformed() ? p_.block_width : kStrip<V>;
+    Floats u(kTileRows * kMostWide), v(kFields > 1 ? kTileRows * kMostWide : 0);
+    for (int64_t block = 0; block * height < inputs; ++block)
+      for (int64_t row = block * height; row < smaller((block + 1) * height, inputs);
+           row += kTileRows) {
+        const int rows = static_cast<int>(
+            smaller<int64_t>(kTileRows, smaller((block + 1) * height, inputs) - row));
+        for (int64_t column = first_; column < last_; column += stride) {
+          for (int s = 0; s < p_.streams; ++s)
+            if (!decode<Known>(s, row, rows, column, stride, u.get(), v.get())) return false;
+          finish_tile(block, rows * p_.streams, column, stride, u.get(), v.get());
+          multiply_tile(row0, row, rows, column, stride, u.get());
+        }
+      }
+    return true;
+  }
+
   // Writes the totals as rows of y.
   void finish(int64_t row0) {
     for (int r = 0; r < rows_; ++r) {
       float* y[2] = {y_.get(), y_.get() + width_};
-      for (int f = 0; f < kFields; ++f) ordered(totals_.get() + (f * rows_ + r) * width_, y[f]);
-      if (p_.is_summed && kFields > 1) sum(y[0], y[1]);
+      const int fields = p_.is_decoded ? 1 : kFields;
+      for (int f = 0; f < fields; ++f) ordered(totals_.get() + (f * rows_ + r) * width_, y[f]);
+      if (fields > 1 && p_.is_summed) sum(y[0], y[1]);
+      if (p_.is_summed) rotate_back(y[0]);
       const int results = p_.is_summed ? 1 : kFields;
       for (int f = 0; f < results; ++f)
         std::memcpy(p_.y[f] + (row0 + r) * p_.outputs + first_, y[f],
@@ -398,6 +517,73 @@ class Columns {
     }
   }
 
+  bool is_transformed() const { return p_.left_basis != nullptr || p_.right_basis != nullptr; }
+
+  // U and V of some rows of a stream, side by side with those of the other.
+  template <class Known>
+  bool decode(int s, int64_t row, int rows, int64_t column, int64_t stride, float* u, float* v) {
+    const Stream& stream = p_.stream[s];
+    const int strip_bits = kStrip<V> * stream.bits;
+    return Known::with(stream.fields, [&](auto widths) {
+      using W = decltype(widths);
+      const typename V::Controls controls(stream.bits, stream.fields);
+      const Levels upper = levels_of(stream.fields[0]);
+      Regrouped<V, W> bytes;
+      for (int64_t c = 0; c < stride; c += kStrip<V>) {
+        const Place place{stream.codes, stream.codes + stream.bytes,
+                          (row * p_.outputs + column + c) * stream.bits,
+                          p_.outputs * stream.bits, rows, 1, strip_bits};
+        place.fetch_below();
+        if (place.template is_simple<V>())
+          regroup<V, W, true>(place, controls, bytes);
+        else
+          regroup<V, W, false>(place, controls, bytes);
+        decode_strip<V, W::upper>(bytes.upper[0], rows, upper, u + s * rows * stride + c, stride);
+        if constexpr (kFields > 1)
+          decode_strip<V, W::lower>(bytes.lower[0], rows, levels_of(stream.fields[1]),
+                                    v + s * rows * stride + c, stride);
+      }
+    });
+  }
+
+  // u <- scale (u + Q1 v Q2^T).
+  void finish_tile(int64_t block, int rows, int64_t column, int64_t stride, float* u, float* v) {
+    if constexpr (kFields > 1) {
+      if (p_.right_basis != nullptr)
+        for (int i = 0; i < rows; ++i) hadamard<V>(v + i * stride, stride);
+      if (p_.left_basis != nullptr) hadamard_columns<V>(v, rows, stride, stride);
+    }
+    const float root = p_.left_basis == nullptr ? 1.0f : 1.0f / std::sqrt(static_cast<float>(rows));
+    for (int64_t c = 0; c < stride; c += kStrip<V>) {
+      alignas(64) float scale[kStrip<V>], signs[kStrip<V>];
+      scale_of(block, column + c, scale);
+      for (int i = 0; i < kStrip<V>; ++i)
+        signs[i % 4 * V::kLanes + i / 4] =
+            root * (p_.right_basis == nullptr ? 1.0f : p_.right_basis[c + i]);
+      for (int i = 0; i < rows; ++i) {
+        // Rows of a stream lie together; those of a block take turns.
+        const int own = i % (rows / p_.streams) * p_.streams + i / (rows / p_.streams);
+        const auto sign = V::all(p_.left_basis == nullptr ? 1.0f : p_.left_basis[own]);
+        for (int k = 0; k < kStrip<V>; k += V::kLanes) {
+          auto w = V::load(u + i * stride + c + k);
+          if constexpr (kFields > 1)
+            w = V::add_product(V::times(sign, V::load(signs + k)), V::load(v + i * stride + c + k), w);
+          V::store(u + i * stride + c + k, V::times(w, V::load(scale + k)));
+        }
+      }
+    }
+  }
+
+  void multiply_tile(int64_t row0, int64_t row, int rows, int64_t column, int64_t stride,
+                     const float* w) {
+    const int64_t inputs = p_.inputs / p_.streams;
+    for (int s = 0; s < p_.streams; ++s)
+      for (int64_t c = 0; c < stride; c += kStrip<V>)
+        multiply<V>(p_.x[0] + (row0 * p_.streams + s) * inputs + row, p_.inputs, rows_,
+                    w + s * rows * stride + c, stride, rows,
+                    totals_.get() + column - first_ + c, width_);
+  }
+
   void add_field(int f, const Bytes* bytes, int count, int64_t strip, const float* scale) {
     const Sums sums{totals_.get() + f * rows_ * width_ + strip * kStrip<V>, width_, scale};
     const float* tables = tables_.get() + f * kPass * kTileRows * kTable;
@@ -425,7 +611,7 @@ class Columns {
           y[strip + 4 * lane + k] = totals[strip + k * V::kLanes + lane];
   }
 
-  // u <- (u + v Q2^T) R2^T, block by block.
+  // u <- u + v Q2^T, block by block.
   void sum(float* u, float* v) const {
     const int64_t n = p_.block_width, size = last_ - first_;
     if (p_.right_basis != nullptr)
@@ -434,6 +620,10 @@ class Columns {
         times_signs(v + c, n, p_.right_basis);
       }
     for (int64_t c = 0; c < size; ++c) u[c] += v[c];
+  }
+
+  void rotate_back(float* u) const {
+    const int64_t n = p_.block_width, size = last_ - first_;
     if (p_.right_rotation != nullptr)
       for (int64_t c = 0; c < size; c += n) {
         hadamard<V>(u + c, n);
@@ -480,10 +670,12 @@ using OneField = Choices<Widths<1, 0, 0>, Widths<2, 0, 0>, Widths<3, 0, 0>, Widt
 template <class V, int kFields, class Known>
 bool product_of(const Problem& p, int64_t first, int64_t last) {
   bool is_known = true;
-  for (int64_t row0 = 0; row0 < p.rows && is_known; row0 += kPass) {
-    const int rows = static_cast<int>(smaller<int64_t>(kPass, p.rows - row0));
+  const int pass = p.is_decoded ? kDecodedPass : kPass;
+  for (int64_t row0 = 0; row0 < p.rows && is_known; row0 += pass) {
+    const int rows = static_cast<int>(smaller<int64_t>(pass, p.rows - row0));
     Columns<V, kFields> columns(p, first, last, rows);
-    for (int s = 0; s < p.streams && is_known; ++s)
+    if (p.is_decoded) is_known = columns.template add_decoded<Known>(row0);
+    for (int s = p.is_decoded ? p.streams : 0; s < p.streams && is_known; ++s)
       is_known = Known::with(p.stream[s].fields, [&](auto widths) {
         columns.template add_stream<decltype(widths)>(s, row0);
       });

@@ -5,7 +5,7 @@ namespace kashin {
 namespace {
 
 struct Plain {
-  static constexpr int kLanes = 4, kReach = 16, kSums = 4;
+  static constexpr int kLanes = 4, kReach = 16, kSums = 4, kDenseRows = 2;
   struct Values {
     float of[kLanes];
   };
@@ -24,6 +24,7 @@ struct Plain {
   static Values load(const float* a) { return {{a[0], a[1], a[2], a[3]}}; }
   static void store(float* to, Values a) { std::memcpy(to, a.of, sizeof a.of); }
   static Values plus(Values a, Values b) { return add_product(a, all(1.0f), b); }
+  static Values minus(Values a, Values b) { return add_product(b, all(-1.0f), a); }
   static Values times(Values a, Values b) { return add_product(a, b, zero()); }
   static Values add_product(Values a, Values b, Values c) {
     for (int i = 0; i < kLanes; ++i) c.of[i] += a.of[i] * b.of[i];
@@ -55,12 +56,10 @@ struct Plain {
     return b;
   }
 
-  template <int kFirst, int kCount>
-  static void indices(Bytes own, Bytes (*index)[kCount]) {
-    for (int half = 0; half < 2; ++half)
-      for (int k = 0; k < kCount; ++k)
-        for (int i = 0; i < kLanes; ++i)
-          index[half][k].of[i] = own.of[4 * i + kFirst + k] >> (4 * half) & 15;
+  // Numbers from some bit of every four bytes on; look-ups use the lowest four.
+  static Bytes index(Bytes own, int shift) {
+    for (int i = 0; i < kLanes; ++i) own.of[i] = own.of[4 * i + shift / 8] >> (shift % 8) & 15;
+    return own;
   }
 
   static Table table(const float* sums) { return sums; }

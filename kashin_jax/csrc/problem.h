@@ -37,6 +37,10 @@ struct Problem {
   // One result, u and v summed after `right`, or two apart.
   bool is_summed = false;
   Signs right_basis = nullptr, right_rotation = nullptr;
+  // For many rows blocks of W are decoded, transforms and all: x is that of u, and Q1 is
+  // applied to V. Blocks are at most 64 high and a power of two wide, from 64 to 256.
+  bool is_decoded = false;
+  Signs left_basis = nullptr;
   float* y[2] = {nullptr, nullptr};
 };
 

@@ -29,7 +29,10 @@ from kashin_jax.tensors.products import MANY_ROWS, MAX_TILE, Kernel, ProductOpti
 __all__ = ["MOST_ROWS", "cpu_grouped_product", "cpu_kashin_product"]
 
 MOST_ROWS = 64
-"""Rows of x up to which the kernel multiplies."""
+"""Rows of x up to which the kernel multiplies by look-ups, whatever the blocks are."""
+
+DECODED_ROWS = 32
+"""Rows of x from which on it decodes blocks instead, if they are of common sizes."""
 
 # Longest blocks whose Hadamard transforms the kernel applies: its threads share columns
 # by whole blocks.
@@ -70,6 +73,7 @@ class _Layout(NamedTuple):
     bits: int
     v_bits: int
     block_height: int
+    can_decode: bool
 
 
 def cpu_kashin_product(
@@ -79,7 +83,11 @@ def cpu_kashin_product(
     options: ProductOptions,
 ) -> Float[Array, "r n"]:
     """X U + ((X Q1) V) Q2^T by look-ups; by XLA where the kernel has none."""
-    reason = _general_reason(rows, options) or _kashin_reason(tensor)
+    reason = (
+        _general_reason(rows, options)
+        or _kashin_reason(tensor)
+        or _many_rows_reason(rows, _can_decode(tensor, bases))
+    )
     if reason is not None:
         decline(reason)
         return kashin_product(rows, tensor, bases, options)
@@ -112,11 +120,24 @@ def _general_reason(rows: Float[Array, "r m"], options: ProductOptions) -> str |
         return "`max_tile` or `many_rows` was given, which are XLA's"
     if rows.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"x has type {rows.dtype}"
-    if rows.shape[0] > MOST_ROWS:
-        return f"x has more than {MOST_ROWS} rows"
     if not _is_local(rows):
         return "there are several CPU devices, among which XLA may divide it"
     return None
+
+
+def _many_rows_reason(rows: Float[Array, "r m"], can_decode: bool) -> str | None:
+    if rows.shape[0] <= MOST_ROWS or can_decode:
+        return None
+    return f"x has more than {MOST_ROWS} rows, and blocks of this kind are not decoded"
+
+
+def _can_decode(tensor: KashinTensor, bases: Bases) -> bool:
+    """Whether the kernel can decode blocks with their transforms."""
+    (height, width), (basis, rotation) = tensor.layout.block_shape, bases
+    assert basis is not None, "a Kashin tensor has one"
+    sides = [_sides(name, basis, rotation) for name in ("left", "right")]
+    is_known = all(side.signs is not None for side in sides)
+    return is_known and height <= 64 and width in (64, 128, 256)
 
 
 def _is_local(rows: Array) -> bool:
@@ -206,7 +227,14 @@ def _kashin_by_kernel(
         (*left_signs, *(right.signs or (_NO_SIGNS, _NO_SIGNS))),
     )
     v_bits = _PAIRS if layout.v_bits is None else layout.v_bits
-    own = _Layout(1 if is_summed else 2, layout.shape[1], layout.fine_bits, v_bits, height)
+    own = _Layout(
+        results=1 if is_summed else 2,
+        outputs=layout.shape[1],
+        bits=layout.fine_bits,
+        v_bits=v_bits,
+        block_height=height,
+        can_decode=_can_decode(tensor, bases),
+    )
     y = _call(own)(x, codes)
     out = y[0]
     if not is_summed:
@@ -234,7 +262,8 @@ def _grouped_by_kernel(
         np.zeros(0, np.float32), (_NO_SIGNS,) * 4,
     )  # fmt: skip
     height = min(tensor.layout.group_size or m, m)
-    y = _call(_Layout(1, n, tensor.layout.bits, _NO_V, height))(x[None], codes)[0]
+    own = _Layout(1, n, tensor.layout.bits, _NO_V, height, can_decode=True)
+    y = _call(own)(x[None], codes)[0]
     zero = tensor.float_zero()
     if zero is not None:
         y = y - zero_products(x, zero, tensor.scale, height)
@@ -326,5 +355,6 @@ def _handler(layout: _Layout, x: Array, codes: _Codes) -> Float[Array, "k r n"]:
         v_bits=np.int64(layout.v_bits),
         block_height=np.int64(layout.block_height),
         instruction_set=np.int64(instruction_set() or 0),
+        is_decoded=np.int64(layout.can_decode and x.shape[1] > DECODED_ROWS),
     )
     return varying_as(y, x, codes)
