@@ -60,10 +60,10 @@ JOINT = [
     (joint(5), (128, 192), 64, "float32"),
     (joint(5, block_shape=(7, 3)), (21, 33), 3, "float32"),
     # Blocks are decoded.
-    (joint(4), (128, 320), 35, "float32"),
+    (joint(4), (128, 320), 65, "float32"),
     (joint(4, basis=LEFT_ONLY), (64, 64), 70, "float32"),
-    (joint(3, basis=RIGHT_ONLY), (64, 128), 70, "float32"),
-    (joint(2.5, block_shape=(16, 256)), (32, 512), 70, "float32"),
+    (joint(3, basis=RIGHT_ONLY), (64, 128), 150, "float32"),
+    (joint(2.5, block_shape=(16, 256)), (32, 512), 150, "float32"),
     (joint(4.5), (128, 64), 33, "bfloat16"),
 ]
 OTHERS = [

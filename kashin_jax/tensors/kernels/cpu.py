@@ -3,6 +3,7 @@
 Few rows of x at a time. Whatever the kernel does not take, XLA multiplies.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,9 +32,10 @@ __all__ = ["MOST_ROWS", "cpu_grouped_product", "cpu_kashin_product"]
 MOST_ROWS = 64
 """Rows of x up to which the kernel multiplies by look-ups, whatever the blocks are."""
 
-DECODED_ROWS = 32
-"""Rows of x from which on it decodes blocks instead, if they are of common sizes."""
-
+# Milliseconds of four 4096 x 4096 matrices on two cores with AVX-512: of each row of x
+# and look-up of a weight, of each row times decoded blocks, and of decoding those of
+# joint codes. Grids have no transforms: a third.
+_LOOK_UP, _MULTIPLY, _DECODE = 1.1, 0.625, 25.0
 # Longest blocks whose Hadamard transforms the kernel applies: its threads share columns
 # by whole blocks.
 _MOST_FUSED = 512
@@ -66,14 +68,23 @@ class _Codes(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Static choices of a call: attributes of the handler, and the size of its result."""
+    """Static choices of a call.
+
+    Attributes:
+      results: 1, or 2 where XLA adds up what comes from u and from v.
+      outputs: Of the matrix.
+      bits: Of a code, of rows of even index where they differ.
+      v_bits: As the handler takes them.
+      block_height: Inputs that share scales.
+      decoded_rows: Rows of x from which on blocks are decoded.
+    """
 
     results: int
     outputs: int
     bits: int
     v_bits: int
     block_height: int
-    can_decode: bool
+    decoded_rows: float
 
 
 def cpu_kashin_product(
@@ -138,6 +149,29 @@ def _can_decode(tensor: KashinTensor, bases: Bases) -> bool:
     sides = [_sides(name, basis, rotation) for name in ("left", "right")]
     is_known = all(side.signs is not None for side in sides)
     return is_known and height <= 64 and width in (64, 128, 256)
+
+
+def _decoded_rows(tensor: KashinTensor, bases: Bases) -> float:
+    layout = tensor.layout
+    if not _can_decode(tensor, bases):
+        return math.inf
+    v_bits = layout.v_bits
+    whole = layout.fine_bits
+    fields = [whole, whole] if v_bits is None else [whole - v_bits, v_bits]
+    return _break_even(fields, _DECODE)
+
+
+def _break_even(fields: list[int], decode: float) -> float:
+    """Rows of x for which looking up takes as long as decoding blocks does.
+
+    Args:
+      fields: Bits of what is looked up: a table serves four rows of W where it is one,
+        two where it is two, else one.
+      decode: Milliseconds.
+    """
+    look_ups = sum(1 / max(1, 4 // bits) for bits in fields)
+    saved = _LOOK_UP * look_ups - _MULTIPLY
+    return decode / saved if saved > 0 else math.inf
 
 
 def _is_local(rows: Array) -> bool:
@@ -233,7 +267,7 @@ def _kashin_by_kernel(
         bits=layout.fine_bits,
         v_bits=v_bits,
         block_height=height,
-        can_decode=_can_decode(tensor, bases),
+        decoded_rows=_decoded_rows(tensor, bases),
     )
     y = _call(own)(x, codes)
     out = y[0]
@@ -262,7 +296,8 @@ def _grouped_by_kernel(
         np.zeros(0, np.float32), (_NO_SIGNS,) * 4,
     )  # fmt: skip
     height = min(tensor.layout.group_size or m, m)
-    own = _Layout(1, n, tensor.layout.bits, _NO_V, height, can_decode=True)
+    bits = tensor.layout.bits
+    own = _Layout(1, n, bits, _NO_V, height, _break_even([bits], _DECODE / 3))
     y = _call(own)(x[None], codes)[0]
     zero = tensor.float_zero()
     if zero is not None:
@@ -355,6 +390,6 @@ def _handler(layout: _Layout, x: Array, codes: _Codes) -> Float[Array, "k r n"]:
         v_bits=np.int64(layout.v_bits),
         block_height=np.int64(layout.block_height),
         instruction_set=np.int64(instruction_set() or 0),
-        is_decoded=np.int64(layout.can_decode and x.shape[1] > DECODED_ROWS),
+        is_decoded=np.int64(x.shape[1] >= layout.decoded_rows),
     )
     return varying_as(y, x, codes)
