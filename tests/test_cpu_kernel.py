@@ -43,6 +43,9 @@ def joint(bits, **options):
 # (configuration, shape of the matrix, rows of x, type of x): widths x bases x blocks.
 JOINT = [
     (joint(4), (128, 320), 1, "float32"),
+    (joint(4), (128, 256), 1, "float32"),
+    (joint(2), (64, 512), 3, "float32"),
+    (joint(2, block_shape=(16, 8)), (32, 256), 3, "float32"),
     (joint(4, basis=LEFT_ONLY), (128, 64), 3, "bfloat16"),
     (joint(4, basis=RIGHT_ONLY), (64, 128), 2, "float32"),
     (joint(4, basis=BasisSpec("haar", "dct")), (64, 64), 7, "float32"),
@@ -67,13 +70,13 @@ JOINT = [
     (joint(4.5), (128, 64), 33, "bfloat16"),
 ]
 OTHERS = [
-    (GreedyKashin(bits=2, block_shape=(64, 64)), (64, 64), 3, "float32"),
+    (GreedyKashin(bits=2, block_shape=(64, 64)), (64, 256), 3, "float32"),
     (GreedyKashin(bits=3), (96, 40), 1, "float32"),
     (GreedyKashin(bits=4, block_shape=(32, 32)), (64, 96), 8, "float32"),
     (RTN(bits=2, group_size=12), (44, 21), 2, "float32"),
     (RTN(bits=3, group_size=64), (128, 80), 1, "bfloat16"),
     (HQQ(bits=4, group_size=64), (128, 65), 5, "float32"),
-    (NF4(), (128, 64), 8, "float32"),
+    (NF4(), (128, 128), 8, "float32"),
     (KMeans(bits=3), (96, 33), 4, "float32"),
     (Rotated(RTN(bits=4, group_size=16)), (64, 48), 3, "float32"),
     (GreedyKashin(bits=3, block_shape=(64, 64)), (64, 128), 40, "float32"),

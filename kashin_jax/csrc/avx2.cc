@@ -75,16 +75,33 @@ struct Avx2 {
 
   template <int kUp>
   static Bytes place(Bytes codes, const Controls&, int, int) {
-    if constexpr (kUp >= 0)
-      return _mm256_slli_epi16(codes, kUp);
-    else
-      return _mm256_srli_epi16(codes, -kUp);
+    return up<kUp>(codes);
   }
 
   template <int kMask>
   static Bytes merge(Bytes a, Bytes b) {
     const Bytes mask = _mm256_set1_epi8(static_cast<char>(kMask));
     return _mm256_or_si256(_mm256_and_si256(mask, a), b);
+  }
+
+  static Bytes bytes(const uint8_t* codes) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  }
+
+  // Bits moved up or down, those of neighbours coming in.
+  template <int kUp>
+  static Bytes up(Bytes a) {
+    if constexpr (kUp >= 0)
+      return _mm256_slli_epi16(a, kUp);
+    else
+      return _mm256_srli_epi16(a, -kUp);
+  }
+
+  // Bits of a where each byte of the mask has them, else of b.
+  template <int kMask>
+  static Bytes choose(Bytes a, Bytes b) {
+    const Bytes mask = _mm256_set1_epi8(static_cast<char>(kMask));
+    return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
   }
 
   // Numbers from some bit of each lane on; look-ups use the lowest four.

@@ -75,6 +75,23 @@ struct Avx512 {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(kMask)), a, b, 0xCA);
   }
 
+  static Bytes bytes(const uint8_t* codes) { return _mm512_loadu_si512(codes); }
+
+  // Bits moved up or down, those of neighbours coming in.
+  template <int kUp>
+  static Bytes up(Bytes a) {
+    if constexpr (kUp >= 0)
+      return _mm512_slli_epi32(a, kUp);
+    else
+      return _mm512_srli_epi32(a, -kUp);
+  }
+
+  // Bits of a where each byte of the mask has them, else of b.
+  template <int kMask>
+  static Bytes choose(Bytes a, Bytes b) {
+    return merge<kMask>(a, b);
+  }
+
   // Numbers from some bit of each lane on; look-ups use the lowest four.
   static Bytes index(Bytes own, int shift) { return _mm512_srli_epi32(own, shift); }
 

@@ -98,6 +98,10 @@ struct Widths {
   // With a table for each row of W, those of fewer rows fit the nearest cache.
   static constexpr int tile_rows = kUpper > 2 ? kTileRows / 2 : kTileRows;
   static constexpr int bits[2] = {kUpper, kLower};
+  // Of a code, and the codes in a byte where these and their fields fill it evenly.
+  static constexpr int code = kUpperShift > 0 ? kUpper + kLower : kUpper;
+  static constexpr bool is_even = (code == 2 || code == 4) && (kUpperShift == 0 || kUpper == kLower);
+  static constexpr int codes_of_byte = is_even ? 8 / code : 1;
 };
 
 // Where the codes of some strips are, side by side.
@@ -115,12 +119,12 @@ struct Place {
            end - codes - last / 8 >= V::kReach;
   }
 
-  // Asks for the codes below: rows are far from each other, and no hardware follows 64.
-  // Inlined, since GCC drops calls of what does nothing but prefetch.
-  __attribute__((always_inline)) void fetch_below() const {
+  // Asks for a part of the codes below: rows are far from each other, and no hardware
+  // follows 64. Inlined, since GCC drops calls of what does nothing but prefetch.
+  __attribute__((always_inline)) void fetch_below(int part, int parts) const {
     const int64_t stride = row_bits / 8;
-    const uint8_t* row = codes + first_bit / 8 + rows * stride;
-    for (int i = 0; i < rows; ++i, row += stride)
+    const uint8_t* row = codes + first_bit / 8 + (rows + rows * part / parts) * stride;
+    for (int i = rows * part / parts; i < rows * (part + 1) / parts; ++i, row += stride)
       for (int at = 0; at < strips * strip_bits / 8; at += 64) __builtin_prefetch(row + at, 0, 2);
   }
 };
@@ -167,6 +171,50 @@ void regroup(const Place& place, const typename V::Controls& controls, Regrouped
         regroup_field<V, W::lower, 0>(spread, controls, 1,
                                       out.lower[strip] + set * vectors_of_set(W::lower));
     }
+}
+
+// Two or four codes in a byte are not unpacked at all: the bits that say which code of a
+// byte, and which field, change places with those that say which row. A tile then has as
+// many strips side by side, of every second or fourth column.
+
+// Bit `kBit` of the position in a byte changes places with the row a or b.
+template <class V, int kBit>
+inline __attribute__((always_inline)) void exchange(typename V::Bytes& a, typename V::Bytes& b) {
+  constexpr int low = kBit == 0 ? 0x55 : kBit == 1 ? 0x33 : 0x0F;
+  const auto both = V::template choose<low>(a, V::template up<1 << kBit>(b));
+  b = V::template choose<low>(V::template up<-(1 << kBit)>(a), b);
+  a = both;
+}
+
+// Rows of a byte of the field, changed for the codes and fields of a byte.
+template <class V, int kRows>
+inline __attribute__((always_inline)) void transpose(typename V::Bytes* rows) {
+  for (int i = 0; i < kRows / 2; ++i) exchange<V, 2>(rows[i], rows[i + kRows / 2]);
+  if constexpr (kRows >= 4)
+    for (int i = 0; i < kRows; ++i)
+      if ((i & kRows / 4) == 0) exchange<V, 1>(rows[i], rows[i + kRows / 4]);
+  if constexpr (kRows == 8)
+    for (int i = 0; i < kRows; i += 2) exchange<V, 0>(rows[i], rows[i + 1]);
+}
+
+template <class V, class W>
+void regroup_even(const Place& place, Regrouped<V, W>& out) {
+  constexpr int kRows = 2 * rows_of_nibble(W::upper);
+  constexpr int kStrips = W::codes_of_byte;
+  const uint8_t* codes = place.codes + place.first_bit / 8;
+  const int64_t stride = place.row_bits / 8;
+  for (int row = 0, j = 0; row < place.rows; row += kRows, ++j) {
+    typename V::Bytes own[kRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) own[i] = V::bytes(codes + (row + i) * stride);
+    transpose<V, kRows>(own);
+#pragma GCC unroll 4
+    for (int strip = 0; strip < kStrips; ++strip) {
+      constexpr bool is_split = W::shift > 0;
+      out.upper[strip][j] = own[is_split ? 2 * strip + 1 : strip];
+      if constexpr (W::lower > 0) out.lower[strip][j] = own[is_split ? 2 * strip : strip];
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------- tables
@@ -409,6 +457,7 @@ class Columns {
       : p_(problem), first_(first), last_(last), rows_(rows),
         across_(problem.outputs / problem.block_width),
         is_uniform_(problem.block_width % kStrip<V> == 0),
+        spread_(spread_of(problem, last - first)),
         strips_((last - first + kStrip<V> - 1) / kStrip<V>), width_(strips_ * kStrip<V>),
         tables_(kFields * kPass * kTileRows * kTable),
         totals_(kFields * rows * width_), y_(2 * width_) {
@@ -495,22 +544,28 @@ class Columns {
     const int sets = (rows + kSet - 1) / kSet;
     const int strip_bits = kStrip<V> * stream.bits;
     // Strips that share cache lines of W are regrouped together.
-    const int together = smaller(kTogether, (512 + strip_bits - 1) / strip_bits);
+    const int lines = smaller(kTogether, (512 + strip_bits - 1) / strip_bits);
+    const int together = spread_ > 1 ? spread_ : lines;
     Regrouped<V, W> bytes;
     for (int64_t strip = 0; strip < strips_; strip += together) {
       const int here = static_cast<int>(smaller<int64_t>(together, strips_ - strip));
       const int64_t first_bit = (row * p_.outputs + first_ + strip * kStrip<V>) * stream.bits;
       const Place place{stream.codes, stream.codes + stream.bytes, first_bit,
                         p_.outputs * stream.bits, rows, here, strip_bits};
-      place.fetch_below();
-      if (place.template is_simple<V>())
+      if (spread_ > 1 && rows % kSet == 0) {
+        if constexpr (W::is_even) regroup_even<V, W>(place, bytes);
+      } else if (place.template is_simple<V>()) {
         regroup<V, W, true>(place, controls, bytes);
-      else
+      } else {
         regroup<V, W, false>(place, controls, bytes);
+      }
       for (int k = 0; k < here; ++k) {
         alignas(64) float scale[kStrip<V>];
-        scale_of(block, first_ + (strip + k) * kStrip<V>, scale);
+        scale_of(block, first_ + strip * kStrip<V>, k, scale);
+        // A few lines at a time: the memory works on them while sums are looked up.
+        place.fetch_below(kFields * k, kFields * here);
         add_field(0, bytes.upper[k], sets * vectors_of_set(W::upper), strip + k, scale);
+        if constexpr (kFields > 1) place.fetch_below(kFields * k + 1, kFields * here);
         if constexpr (kFields > 1)
           add_field(1, bytes.lower[k], sets * vectors_of_set(W::lower), strip + k, scale);
       }
@@ -533,7 +588,7 @@ class Columns {
         const Place place{stream.codes, stream.codes + stream.bytes,
                           (row * p_.outputs + column + c) * stream.bits,
                           p_.outputs * stream.bits, rows, 1, strip_bits};
-        place.fetch_below();
+        place.fetch_below(0, 1);
         if (place.template is_simple<V>())
           regroup<V, W, true>(place, controls, bytes);
         else
@@ -556,7 +611,7 @@ class Columns {
     const float root = p_.left_basis == nullptr ? 1.0f : 1.0f / std::sqrt(static_cast<float>(rows));
     for (int64_t c = 0; c < stride; c += kStrip<V>) {
       alignas(64) float scale[kStrip<V>], signs[kStrip<V>];
-      scale_of(block, column + c, scale);
+      scale_of(block, column + c, 0, scale);
       for (int i = 0; i < kStrip<V>; ++i)
         signs[i % 4 * V::kLanes + i / 4] =
             root * (p_.right_basis == nullptr ? 1.0f : p_.right_basis[c + i]);
@@ -590,25 +645,56 @@ class Columns {
     look_up_rows<V>(bytes, count, tables, rows_, sums);
   }
 
-  void scale_of(int64_t block, int64_t column, float* scale) const {
+  // Strips side by side where a byte has several codes, all rows begin with a byte, and
+  // nothing is left over at the right.
+  static int spread_of(const Problem& p, int64_t columns) {
+    const Stream& s = p.stream[0];
+    const bool is_even = (s.bits == 2 || s.bits == 4) &&
+                         (s.fields[0].shift == 0 || 2 * s.fields[0].shift == s.bits);
+    const int spread = is_even ? 8 / s.bits : 1;
+    const bool fits = p.streams == 1 && !p.is_decoded && p.outputs * s.bits % 8 == 0 &&
+                      columns % (spread * kStrip<V>) == 0 &&
+                      p.block_height % kSet == 0 && p.inputs % kSet == 0;
+    return fits ? spread : 1;
+  }
+
+  // The column of a lane of a strip's vector k, counted from the first of those beside.
+  int64_t column_of(int strip, int lane, int k) const {
+    return spread_ == 1 ? strip * kStrip<V> + 4 * lane + k : (4 * lane + k) * spread_ + strip;
+  }
+
+  // Scales of a strip: that many after `column`, which begins all of those side by side.
+  void scale_of(int64_t block, int64_t column, int strip, float* scale) const {
     const float* own = p_.scale + block * across_;
-    if (is_uniform_) {
-      const auto all = V::all(own[static_cast<uint32_t>(column) / static_cast<uint32_t>(p_.block_width)]);
+    const auto width = static_cast<uint32_t>(p_.block_width);
+    const int64_t first = column + (spread_ == 1 ? strip * kStrip<V> : 0);
+    if (is_uniform_ && spread_ == 1) {
+      const auto all = V::all(own[static_cast<uint32_t>(first) / width]);
       for (int c = 0; c < kStrip<V>; c += V::kLanes) V::store(scale + c, all);
-      return;
-    }
-    for (int c = 0; c < kStrip<V>; ++c) {
-      const int64_t at = smaller(column + c, p_.outputs - 1);
-      scale[c % 4 * V::kLanes + c / 4] = own[at / p_.block_width];
+    } else if (is_uniform_) {
+      // Lanes next to each other share blocks.
+      const uint32_t lanes = smaller<int64_t>(width / (4 * spread_), V::kLanes);
+      own += static_cast<uint32_t>(first) / width;
+      for (uint32_t lane = 0; lane < V::kLanes; ++own)
+        for (uint32_t end = lane + lanes; lane < end; ++lane)
+          for (int k = 0; k < 4; ++k) scale[k * V::kLanes + lane] = *own;
+    } else {
+      for (int lane = 0; lane < V::kLanes; ++lane)
+        for (int k = 0; k < 4; ++k) {
+          const int64_t at = smaller(column + column_of(strip, lane, k), p_.outputs - 1);
+          scale[k * V::kLanes + lane] = own[static_cast<uint32_t>(at) / width];
+        }
     }
   }
 
   // From the order of the look-ups to that of the columns.
   void ordered(const float* totals, float* y) const {
-    for (int64_t strip = 0; strip < width_; strip += kStrip<V>)
-      for (int lane = 0; lane < V::kLanes; ++lane)
+    for (int64_t strip = 0; strip < strips_; strip += spread_)
+      for (int s = 0; s < spread_; ++s)
         for (int k = 0; k < 4; ++k)
-          y[strip + 4 * lane + k] = totals[strip + k * V::kLanes + lane];
+          for (int lane = 0; lane < V::kLanes; ++lane)
+            y[strip * kStrip<V> + (4 * lane + k) * spread_ + s] =
+                totals[(strip + s) * kStrip<V> + k * V::kLanes + lane];
   }
 
   // u <- u + v Q2^T, block by block.
@@ -636,6 +722,7 @@ class Columns {
   const int rows_;
   const int64_t across_;
   const bool is_uniform_;  // a strip has one scale
+  const int spread_;       // strips side by side, each of every second or fourth column
   const int64_t strips_, width_;
   Floats tables_, totals_, y_;
 };

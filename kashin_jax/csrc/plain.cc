@@ -56,6 +56,26 @@ struct Plain {
     return b;
   }
 
+  static Bytes bytes(const uint8_t* codes) {
+    Bytes own;
+    std::memcpy(own.of, codes, sizeof own.of);
+    return own;
+  }
+
+  // Bits moved up or down.
+  template <int kUp>
+  static Bytes up(Bytes a) {
+    return place<kUp>(a, Controls(1, nullptr), 0, 0);
+  }
+
+  // Bits of a where each byte of the mask has them, else of b.
+  template <int kMask>
+  static Bytes choose(Bytes a, Bytes b) {
+    for (int i = 0; i < 4 * kLanes; ++i)
+      b.of[i] = static_cast<uint8_t>((a.of[i] & kMask) | (b.of[i] & ~kMask));
+    return b;
+  }
+
   // Numbers from some bit of every four bytes on; look-ups use the lowest four.
   static Bytes index(Bytes own, int shift) {
     for (int i = 0; i < kLanes; ++i) own.of[i] = own.of[4 * i + shift / 8] >> (shift % 8) & 15;
