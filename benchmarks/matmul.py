@@ -10,6 +10,10 @@ changes no time. The dense product that the others are compared with is the fast
 `x @ K` and `x @ W.T`, in float32. Bandwidth is what a dense product with one row of x
 reads, or a copy reads and writes, whichever is more.
 
+Methods named alone are XLA's programs. `METHOD by kernel` is the CPU kernel of
+docs/kernels.md, where there is one: it takes turns with the dense products, and its
+record has the ratio of the least times, that of the medians and the machine's load.
+
 Prints a table and adds a record per row to bench_matmul.jsonl in `--out` as it goes;
 the same command goes on where an earlier one stopped. Half an hour on two CPU cores.
 """
@@ -26,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from benchmarks.alternating import time_in_turn
 from benchmarks.blocks import BLOCKS, chain, random_layers
 from benchmarks.methods import TIMED, method_config
 from experiments.common.flags import (
@@ -50,7 +55,8 @@ from kashin_jax.bases import KroneckerBasis
 from kashin_jax.bases.identity import IdentityBasis
 from kashin_jax.methods import Method
 from kashin_jax.tensors import Bases, KashinTensor, Prepared
-from kashin_jax.tensors.products import MANY_ROWS
+from kashin_jax.tensors.kernels import report
+from kashin_jax.tensors.products import MANY_ROWS, ProductOptions, kernels_of
 
 __all__ = ["main"]
 
@@ -87,6 +93,8 @@ class MatmulConfig:
         ("1", "8", "64", "512"), "Rows of activations, as a list."
     )
     breakdown: bool = flag(True, "Whether to time decode, transform and product.")
+    xla: bool = flag(True, "Whether to time the programs of XLA.")
+    kernel: bool = flag(True, "Whether to time the CPU kernel.")
     repeats: int = flag(5, "Timed runs.", (lambda x: x >= 1, "at least 1"))
     seconds: float = flag(
         4.0,
@@ -108,10 +116,20 @@ def run(config: MatmulConfig) -> int:
     rows = parse_numbers("rows", config.rows, 1, 2**16)
     known = {_key(record) for record in read_jsonl(path)}
     for block in chosen_names("blocks", config.blocks, BLOCKS):
+        if config.kernel and report().instruction_set is not None:
+            for name, bits in itertools.product(names, widths):
+                quantizer = method_config(name, bits)
+                own = f"{name} by kernel"
+                missing = [r for r in rows if _cell(block, own, bits, r) not in known]
+                if quantizer is not None and missing:
+                    head = {"block": block, "method": own, "bits": bits}
+                    for found in _by_kernel(block, quantizer, missing, config):
+                        merge_records(out, ARTIFACT, [head | found])
         cells = [
             (name, bits, quantizer, missing)
             for name, bits in itertools.product(names, widths)
-            if (quantizer := method_config(name, bits)) is not None
+            if config.xla
+            and (quantizer := method_config(name, bits)) is not None
             and (
                 missing := [r for r in rows if _cell(block, name, bits, r) not in known]
             )
@@ -238,7 +256,43 @@ def _packed(
 def _product(
     x: Float[Array, "r m"], layer: Prepared, many_rows: int
 ) -> Float[Array, "r n"]:
-    return matmul(x, layer, many_rows=many_rows)
+    """By XLA, whatever kernels there are for this platform."""
+    (_, by_xla), *_ = kernels_of(type(layer.tensor))
+    options = ProductOptions(many_rows=many_rows)
+    return by_xla(x, layer.tensor, layer.bases, options).astype(x.dtype)
+
+
+def _by_kernel(
+    block: str, quantizer: Method, rows: list[int], config: MatmulConfig
+) -> Iterator[Row]:
+    """The kernel's times beside those of dense products, which take turns with it."""
+    shapes = BLOCKS[block]
+    layers = random_layers(shapes, quantizer)
+    size = sum(stored_bits(layer.tensor) for layer in layers) // 8
+    dense = [jax.random.normal(jax.random.key(0), shape) for shape in shapes]
+    products: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+        "x @ K": (jnp.matmul, dense),
+        "x @ W.T": (_transposed, [w.T.copy() for w in dense]),
+        "kernel": (matmul, layers),
+    }
+    for r in rows:
+        x = _activations(r, shapes[0][0])
+        programs = {}
+        for name, (product, own) in products.items():
+            run = jax.jit(functools.partial(chain, product=product))
+            programs[name] = functools.partial(run, x, own)
+        times, load = time_in_turn(programs, config.repeats, config.seconds)
+        best = min(times["x @ K"].best, times["x @ W.T"].best)
+        median = min(times["x @ K"].median, times["x @ W.T"].median)
+        own_times = times["kernel"]
+        yield _measured(r, own_times.best, size, config) | {
+            "median_milliseconds": 1e3 * own_times.median,
+            "dense_milliseconds": 1e3 * best,
+            "times_dense": own_times.best / best,
+            "median_times_dense": own_times.median / median,
+            "instruction_set": report().instruction_set,
+            "load": load,
+        }
 
 
 def _without_transforms(layer: Prepared, shortcut: bool) -> Prepared:
@@ -266,6 +320,7 @@ COLUMNS = (
     Column("rows", "rows"),
     Column("milliseconds", "ms", fixed(2)),
     Column("times_dense", "times dense", fixed(2)),
+    Column("median_times_dense", "of medians", fixed(2)),
     Column("megabytes", "MB read", fixed(1)),
     Column("bandwidth_share", "of bandwidth", share),
     Column("decode_milliseconds", "decode", fixed(2)),

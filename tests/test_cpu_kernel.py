@@ -87,7 +87,7 @@ OTHERS = [
 
 @pytest.fixture(params=SETS, ids=SETS.get)
 def instruction_set(request, monkeypatch):
-    """Each of those that this processor has; what calls it is not compiled as a whole."""
+    """Each of those that this processor has, around no compiled program."""
     best = library.instruction_set()
     if best is None or request.param > best:
         pytest.skip("this processor does not have it")
@@ -186,7 +186,10 @@ def test_gradients_are_those_of_the_decoded_matrix(packed):
 
 
 def test_maps_over_x_are_one_call_and_stacks_are_many(packed):
-    x = jnp.stack([activations(2, 128, "float32")] * 3) * jnp.arange(1.0, 4)[:, None, None]
+    x = (
+        jnp.stack([activations(2, 128, "float32")] * 3)
+        * jnp.arange(1.0, 4)[:, None, None]
+    )
     expected = jnp.stack([each @ packed for each in x])
     np.testing.assert_allclose(jax.vmap(lambda x: x @ packed)(x), expected, rtol=1e-6)
     mapped = jax.make_jaxpr(jax.vmap(lambda x: x @ packed))(x)

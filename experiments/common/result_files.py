@@ -189,6 +189,11 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         ("block", "method", "bits", "rows", "device"),
         ("benchmarks.matmul",),
     ),
+    "bench_generate": ResultFile(
+        "tokens per second, dense and packed, with the CPU kernel and without",
+        ("model", "weights", "batch", "device"),
+        ("benchmarks.generate",),
+    ),
     "bench_streaming": ResultFile(
         "time and memory of `kashin quantize`",
         ("layout", "method", "bits", "effort", "device"),

@@ -60,11 +60,11 @@ class _Codes(NamedTuple):
     """
 
     packed: UInt8[Array, " q"]
-    coarse: UInt8[Array, " qc"]
+    coarse: UInt8[Array | np.ndarray, " qc"]
     scale: Float[Array, "i o"]
     u: Float[Array, " ku"]
-    v: Float[Array, " kv"]
-    signs: tuple[Int8[Array, " n"], ...]
+    v: Float[Array | np.ndarray, " kv"]
+    signs: tuple[Int8[Array | np.ndarray, " n"], ...]
 
 
 class _Layout(NamedTuple):
@@ -203,7 +203,7 @@ def _kashin_reason(tensor: KashinTensor) -> str | None:
 def _grouped_reason(tensor: GroupedTensor) -> str | None:
     if tensor.layout.bits > _MOST_WHOLE_BITS:
         return f"there are no look-ups for grids of {tensor.layout.bits} bits"
-    levels = jax.eval_shape(tensor.float_levels)
+    levels = jax.eval_shape(lambda: tensor.float_levels())
     if levels is not None and levels.ndim > 1:
         return "levels differ from column to column"
     return None
@@ -229,8 +229,8 @@ def _differentiable(
             own = list(leaves)
             for i, leaf in zip(moving, moved, strict=True):
                 own[i] = leaf
-            y = fallback(*jax.tree.unflatten(tree, own), options)
-            return y.astype(jnp.float32)
+            rows, tensor, bases = jax.tree.unflatten(tree, own)
+            return fallback(rows, tensor, bases, options).astype(jnp.float32)
 
         at = [leaves[i] for i in moving]
         _, slope = jax.jvp(by_xla, at, [slopes[i] for i in moving])
@@ -383,7 +383,9 @@ def _handler(layout: _Layout, x: Array, codes: _Codes) -> Float[Array, "k r n"]:
         TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential"
     )
     # Inside `shard_map` all inputs have to vary over the same axes.
-    inputs = [varying_as(jnp.asarray(a), x, codes) for a in (x, *codes[:-1], *codes.signs)]
+    inputs = [
+        varying_as(jnp.asarray(a), x, codes) for a in (x, *codes[:-1], *codes.signs)
+    ]
     y: Array = call(
         *inputs,
         bits=np.int64(layout.bits),

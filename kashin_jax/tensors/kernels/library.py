@@ -84,26 +84,35 @@ def instruction_set() -> int | None:
             f"{VARIABLE}={asked!r} is not known; use off, {', '.join(_SETS)}, or leave "
             "it unset for the best that this processor has."
         )
+    found = _registered(asked)
+    if isinstance(found, int):
+        return found
+    _log.info("XLA multiplies by packed matrices, not the CPU kernel: %s.", found)
+    return None
+
+
+def _registered(asked: str) -> int | str:
+    """The instruction set that a library, now registered, is to use; or why not."""
     if asked == "off":
-        return _none(f"{VARIABLE}=off")
+        return f"{VARIABLE}=off"
     path = library_path()
     if path is None:
-        return _none("it was not built; reinstall with a C++ compiler at hand")
+        return "it was not built; reinstall with a C++ compiler at hand"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        return _none(f"{path.name} cannot be loaded ({error})")
-    best = library.kashin_instruction_set()
+        return f"{path.name} cannot be loaded ({error})"
+    best: int = library.kashin_instruction_set()
     wanted = _SETS.get(asked, best)
     if not best and not asked:
-        return _none("this processor has neither AVX2 nor AVX-512 with VBMI")
+        return "this processor has neither AVX2 nor AVX-512 with VBMI"
     if wanted > best:
-        return _none(f"this processor does not have {asked}")
+        return f"this processor does not have {asked}"
     if not _is_understood(built := library.kashin_ffi_version()):
-        return _none(f"it was built for version {built} of XLA's FFI, which JAX lacks")
+        return f"it was built for version {built} of XLA's FFI, which JAX lacks"
     handler = jax.ffi.pycapsule(library.kashin_product)
     jax.ffi.register_ffi_target(TARGET, handler, platform="cpu")
-    return int(wanted)
+    return wanted
 
 
 def library_path() -> Path | None:
@@ -112,10 +121,6 @@ def library_path() -> Path | None:
         return Path(given)
     package = Path(__file__).resolve().parents[2]
     return next(iter(sorted(package.glob("_cpu_kernel*.so"))), None)
-
-
-def _none(reason: str) -> None:
-    _log.info("Packed matrices are multiplied by XLA, not by the CPU kernel: %s.", reason)
 
 
 def _is_understood(built: int) -> bool:
