@@ -67,7 +67,8 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard kashin_jax/csrc/*)
 # Address and undefined-behaviour sanitizers, of GCC: every read of the CPU kernel.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1
 sanitize: setup       ## the tests of the CPU kernel, compiled to check what it reads
-	library=$$($(BIN)/python tests/cpu_kernel_build.py /tmp $(SANITIZE)) && \
+	mkdir -p build
+	library=$$($(BIN)/python tests/cpu_kernel_build.py build $(SANITIZE)) && \
 	KASHIN_JAX_KERNEL_LIBRARY=$$library ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest -n0 -q tests/test_cpu_kernel.py

@@ -208,6 +208,22 @@ def test_a_program_for_other_platforms_has_no_kernel(packed):
         assert (library.TARGET in text) == is_there
 
 
+def test_among_several_devices_xla_divides_the_product(packed, monkeypatch):
+    """A call of the kernel cannot be divided: its inputs would be gathered."""
+    x = activations(5, 128, "float32")
+    monkeypatch.setattr(jax, "device_count", lambda platform: 2)
+    assert not is_called(lambda x, q: x @ q + 1, x, packed)
+    mesh = jax.make_mesh((1,), ("d",))
+    rows, all_of_it = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
+    product = jax.shard_map(
+        lambda x, q: x @ q, mesh=mesh, in_specs=(rows, all_of_it), out_specs=rows
+    )
+    x = jax.device_put(x, jax.sharding.NamedSharding(mesh, rows))
+    assert is_called(product, x, packed)
+    y = jax.jit(product)(x, packed)
+    assert error(y, x, packed.decode()) < 1e-6
+
+
 GOOD = {
     "x": (1, 2, 16), "codes": 16 * 8 // 2, "coarse": 0, "scale": (2, 1), "u": 4, "v": 4,
     "signs": (8, 8, 8, 8), "y": (1, 2, 8), "bits": 4, "v_bits": 2, "block_height": 8,

@@ -198,6 +198,33 @@ def _rates(source: str, **where: Any) -> View:
     return View("rate_distortion", {"source": source} | where, _rate)
 
 
+_PRODUCT = (
+    Column("rows", "rows of x"),
+    Column("bits", "bits"),
+    Column("milliseconds", "ms", fixed(2)),
+    Column("dense_milliseconds", "ms, dense float32", fixed(2)),
+    Column("times_dense", "times dense, best over best", fixed(2)),
+    Column("median_times_dense", "medians", fixed(2)),
+    Column("load", "load", fixed(1)),
+)
+_GENERATION = (
+    Column("model", "model"),
+    Column("batch", "batch"),
+    Column("weights", "weights"),
+    Column("tokens_per_second", "tokens/s", fixed(1)),
+    Column("times_float32", "times float32, best over best", fixed(2)),
+    Column("median_times_float32", "medians", fixed(2)),
+    Column("megabytes", "MB of arrays", fixed(0)),
+    Column("resident_megabytes", "MB resident", fixed(0)),
+    Column("load", "load", fixed(1)),
+)
+
+
+def _products(records: Sequence[Record]) -> str:
+    in_order = sorted(records, key=lambda record: (record["rows"], record["bits"]))
+    return markdown_table(in_order, _PRODUCT)
+
+
 VIEWS: Mapping[str, View] = MappingProxyType({
     "opt-wiki-vital": _opt(_VITAL, _means),
     "opt-wiki-vital-short": _opt(_VITAL, _short),
@@ -246,5 +273,11 @@ VIEWS: Mapping[str, View] = MappingProxyType({
     ),
     "sizes": View("sizes", {}, partial(_plain, sizes.COLUMNS)),
     "table1": View("table1", {}, partial(_plain, TABLE1_COLUMNS)),
+    "cpu-kernel-products": View(
+        "bench_matmul",
+        {"block": "square-4096", "method": f"{JOINT} by kernel", "device": "cpu"},
+        _products,
+    ),
+    "cpu-kernel-generation": View("bench_generate", {}, partial(_plain, _GENERATION)),
     "train-opt": View("train_opt", {"kind": "training"}, _curve),
 })  # fmt: skip

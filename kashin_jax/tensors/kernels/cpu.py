@@ -178,7 +178,14 @@ def _is_local(rows: Array) -> bool:
     """Whether nobody will divide the product among devices after it was traced."""
     mesh = jax.sharding.get_abstract_mesh()
     is_manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
-    return is_manual or jax.device_count("cpu") == 1
+    return is_manual or _cpu_devices() <= 1
+
+
+def _cpu_devices() -> int:
+    try:
+        return jax.device_count("cpu")
+    except RuntimeError:  # JAX_PLATFORMS names others alone
+        return 0
 
 
 def _kashin_reason(tensor: KashinTensor) -> str | None:
