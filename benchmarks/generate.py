@@ -5,8 +5,8 @@
 
 The embedded OPT and random weights of OPT-1.3B's shape continue a prompt; programs take
 turns (`benchmarks.alternating`). Weights are random, since times do not depend on them;
-embeddings and output heads stay dense, in the type of the activations. Memory is what
-the process grew by for a model and its first run, and the bytes of its arrays.
+embeddings and output heads stay dense, in the type of the activations. Memory is the
+bytes of a model's arrays.
 
 Prints a table and adds records to bench_generate.jsonl in `--out`.
 """
@@ -16,7 +16,6 @@ import gc
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -104,10 +103,11 @@ def run(config: GenerateConfig) -> int:
                     "median_tokens_per_second": batch * config.tokens / own.median,
                     "times_float32": dense.best / own.best,
                     "median_times_float32": dense.median / own.median,
+                    "megabytes": memory[label],
                     "load": load,
                     "instruction_set": report().instruction_set,
                 }
-                found.append(record | memory[label] | environment_fields())
+                found.append(record | environment_fields())
             merge_records(out, ARTIFACT, found)
         del models
         gc.collect()
@@ -117,8 +117,8 @@ def run(config: GenerateConfig) -> int:
 
 def _models(
     config: OPTConfig, widths: list[float], with_xla: bool
-) -> tuple[dict[str, OPTForCausalLM], dict[str, dict[str, float]]]:
-    """Models by what their weights are, and the memory that each takes."""
+) -> tuple[dict[str, OPTForCausalLM], dict[str, float]]:
+    """Models by what their weights are, and the megabytes that each takes."""
     make = partial(OPTForCausalLM, config, rngs=nnx.Rngs(0))
     makers: dict[str, Callable[[], OPTForCausalLM]] = {
         "float32": make,
@@ -128,23 +128,12 @@ def _models(
         makers[f"{bits:g} bits by kernel"] = partial(_packed, config, bits, False)
         if with_xla:
             makers[f"{bits:g} bits by XLA"] = partial(_packed, config, bits, True)
-    models, memory = {}, {}
-    ids = jnp.ones((1, 16), jnp.int32)
-    for label, maker in makers.items():
-        gc.collect()
-        before = _resident_bytes()
-        models[label] = maker()
-        jax.block_until_ready(generate(models[label], ids, max_new_tokens=2))
-        gc.collect()
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(models[label])))
-        grown = (_resident_bytes() - before) / 1e6
-        memory[label] = {"megabytes": size / 1e6, "resident_megabytes": grown}
-    return models, memory
+    models = {label: maker() for label, maker in makers.items()}
+    return models, {label: _megabytes(model) for label, model in models.items()}
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+def _megabytes(model: OPTForCausalLM) -> float:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))) / 1e6
 
 
 def _packed(config: OPTConfig, bits: float, by_xla: bool) -> OPTForCausalLM:
@@ -181,7 +170,6 @@ COLUMNS = (
     Column("times_float32", "times float32", fixed(2)),
     Column("median_times_float32", "of medians", fixed(2)),
     Column("megabytes", "MB of arrays", fixed(0)),
-    Column("resident_megabytes", "MB resident", fixed(0)),
 )
 
 

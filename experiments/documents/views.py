@@ -215,7 +215,6 @@ _GENERATION = (
     Column("times_float32", "times float32, best over best", fixed(2)),
     Column("median_times_float32", "medians", fixed(2)),
     Column("megabytes", "MB of arrays", fixed(0)),
-    Column("resident_megabytes", "MB resident", fixed(0)),
     Column("load", "load", fixed(1)),
 )
 
