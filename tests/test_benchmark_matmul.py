@@ -12,6 +12,7 @@ from benchmarks import matmul as benchmark
 from benchmarks.blocks import chain, random_layers, random_tensor
 from benchmarks.methods import TIMED, method_config
 from kashin_jax import encode, matmul, stored_bits
+from kashin_jax.tensors.kernels import report
 
 # A whole program on tiny models; its parts have tests of their own.
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ def records(path):
 
 
 def test_rows_have_times_bytes_and_parts_beside_dense_ones(small, tmp_path, capsys):
-    assert benchmark.main([*FLAGS, f"--out={tmp_path}"]) == 0
+    assert benchmark.main([*FLAGS, "--nokernel", f"--out={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert "times dense" in printed and "rtn-g128" in printed
     found = records(tmp_path)
@@ -55,10 +56,24 @@ def test_rows_have_times_bytes_and_parts_beside_dense_ones(small, tmp_path, caps
         assert r["decode_milliseconds"] > 0
 
 
+def test_the_kernel_takes_turns_with_dense_products(small, tmp_path, monkeypatch):
+    by_kernel = report()._replace(instruction_set="some")
+    monkeypatch.setattr(benchmark, "report", lambda: by_kernel)
+    flags = ["--noxla", "--seconds=0.01", f"--out={tmp_path}"]
+    assert benchmark.main([*FLAGS, *flags]) == 0
+    found = records(tmp_path)
+    names = ["kashin-joint by kernel", "rtn-g128 by kernel"]
+    assert [r["method"] for r in found] == names
+    for r in found:
+        ratio = r["milliseconds"] / r["dense_milliseconds"]
+        assert r["times_dense"] == pytest.approx(ratio)
+        assert r["median_milliseconds"] >= r["milliseconds"]
+
+
 def test_only_what_is_not_recorded_is_measured(small, tmp_path):
     def measured(rows, bits):
         flags = ["--methods=rtn-g128", f"--bits={bits}", f"--rows={rows}"]
-        more = ["--repeats=1", "--nobreakdown", f"--out={tmp_path}"]
+        more = ["--repeats=1", "--nobreakdown", "--nokernel", f"--out={tmp_path}"]
         assert benchmark.main([*flags, *more]) == 0
         found = [r for r in records(tmp_path) if "times_dense" in r]
         return [(r["rows"], r["bits"]) for r in found]
