@@ -25,6 +25,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from packed_matrices import random_tensor
 from kashin_jax.methods import NF4, RTN, ChannelKMeans, JointKashin, KMeans
+from kashin_jax.tensors.kernels.library import TARGET, instruction_set
 
 METHODS = {
     "joint": JointKashin(block_shape=(32, 32)),
@@ -74,10 +75,13 @@ for name in sys.argv[1].split(","):
             parts = jax.shard_map(part, mesh=mesh, out_specs=P(None, outputs),
                                   in_specs=(P(None, inputs), specs))
             rows = jax.device_put(x, NamedSharding(mesh, P(None, inputs)))
+            text = product.lower(x, own).compile().as_text()
             found.append({
                 "case": f"{name} {kind.name} {cut}",
                 "inputs": inputs is not None,
-                "sent": sent(product.lower(x, own).compile().as_text()),
+                "sent": sent(text),
+                "by_kernel": TARGET in text,
+                "has_kernel": instruction_set() is not None,
                 "lies": outputs == (*y.sharding.spec, None, None)[1],
                 "errors": [error(y, whole), error(jax.jit(parts)(rows, own), whole)],
             })
@@ -126,6 +130,9 @@ def check_cases(cases):
         # Results of parts of the inputs are added up, and nothing else is sent.
         assert case["sent"] == ({"all-reduce": 1} if case["inputs"] else {}), case
         assert case["lies"], case
+        # Levels of every column are left to XLA.
+        has_kernel = case["has_kernel"] and not case["case"].startswith("channels")
+        assert case["by_kernel"] == has_kernel, case
         assert max(case["errors"]) < 1e-6, case
 
 

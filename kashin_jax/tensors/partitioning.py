@@ -50,13 +50,19 @@ def specs_of(
 
 
 def cut_product(
-    run: Run, rows: Float[Array, "r m"], leaves: Sequence[Array], axes: Sequence[Axes],
+    run: Run,
+    whole: Run,
+    rows: Float[Array, "r m"],
+    leaves: Sequence[Array],
+    axes: Sequence[Axes],
     cuts: tuple[int, int],
-) -> Float[Array, "r n"]:  # fmt: skip
+) -> Float[Array, "r n"]:
     """A product that partitioners cut as its matrix is cut.
 
     Args:
-      run: Called with rows and leaves, of the whole matrix or of a part.
+      run: Called with rows and leaves, of the whole matrix or of a part, on one device.
+      whole: The same where a compiler may divide it: for derivatives, and for matrices
+        that `vmap` maps over.
       rows: Of x.
       leaves: All that the product takes beside them.
       axes: Of every leaf.
@@ -79,7 +85,7 @@ def cut_product(
         if any(is_batched[1:]):
             # Matrices of their own: whatever the compiler makes of it.
             across = [0 if one else None for one in is_batched]
-            return jax.vmap(run, across)(rows, *leaves), True
+            return jax.vmap(whole, across)(rows, *leaves), True
         y = mapped(rows.reshape(-1, rows.shape[-1]), *leaves)
         return y.reshape(size, -1, y.shape[-1]), True
 
@@ -90,10 +96,10 @@ def cut_product(
 
     @product.defjvp
     def _derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        def whole(rows: Array, leaves: Sequence[Array]) -> Array:
-            return run(rows, *leaves)
+        def of_all(rows: Array, leaves: Sequence[Array]) -> Array:
+            return whole(rows, *leaves)
 
-        return product(*primals), jax.jvp(whole, primals, tangents)[1]
+        return product(*primals), jax.jvp(of_all, primals, tangents)[1]
 
     y: Array = product(rows, list(leaves))
     return y

@@ -47,11 +47,14 @@ class ProductOptions(NamedTuple):
       max_tile: Most weights decoded at a time.
       precision: Precision of the products, as for `jnp.matmul`.
       many_rows: Rows of x from which on parts of W are decoded whole.
+      is_local: Whether no compiler will divide the product among devices, after it was
+        traced: kernels that are calls of compiled code cannot be divided.
     """
 
     max_tile: int = MAX_TILE
     precision: str | None = None
     many_rows: int = MANY_ROWS
+    is_local: bool = True
 
 
 Kernel = Callable[[Array, Any, Any, ProductOptions], Array]
@@ -164,22 +167,31 @@ def _product_of_rows(
     options: ProductOptions,
 ) -> Float[Array, "*b n"]:
     rows = x.reshape(-1, x.shape[-1])
+    is_local = _is_local()
     run = partial(_whole_product, kernels=kernels, options=options)
-    if _may_be_cut(tensor):
-        y = _cut_product(run, rows, tensor, bases)
+    whole = partial(run, options=options._replace(is_local=is_local))
+    if is_local or max(tensor.cuts()) == 1:
+        y = whole(rows, tensor, bases)
     else:
-        y = run(rows, tensor, bases)
+        # What is divided here are its arguments: products of parts are local.
+        y = _cut_product(run, whole, rows, tensor, bases)
     return y.reshape(*x.shape[:-1], tensor.shape[1])
 
 
-def _may_be_cut(tensor: Any) -> bool:
-    """Whether the matrix may lie on several devices: what one has says it itself."""
-    is_manual = bool(jax.sharding.get_abstract_mesh().manual_axes)
-    return jax.device_count() > 1 and not is_manual and max(tensor.cuts()) > 1
+def _is_local() -> bool:
+    """Whether nobody will divide among devices what is traced now."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names):
+        return True
+    return max(jax.device_count(), jax.device_count("cpu")) == 1
 
 
 def _cut_product(
-    run: Callable[..., Array], rows: Float[Array, "r m"], tensor: Any, bases: Any
+    run: Callable[..., Array],
+    whole: Callable[..., Array],
+    rows: Float[Array, "r m"],
+    tensor: Any,
+    bases: Any,
 ) -> Float[Array, "r n"]:
     """A product whose parts are multiplied where they lie."""
     axes, (leaves, treedef) = tensor.leaf_axes(), jax.tree.flatten((tensor, bases))
@@ -187,11 +199,13 @@ def _cut_product(
     # Bases are those of one block: each device has them.
     others: list[Axes] = [(None,) * leaf.ndim for leaf in leaves[len(known) :]]
 
-    def of_leaves(rows: Array, *leaves: Array) -> Array:
+    def of_leaves(product: Callable[..., Array], rows: Array, *leaves: Array) -> Array:
         own, bases = jax.tree.unflatten(treedef, leaves)
-        return run(rows, own.fitted(), bases)
+        return product(rows, own.fitted(), bases)
 
-    return cut_product(of_leaves, rows, leaves, [*known, *others], tensor.cuts())
+    part, undivided = partial(of_leaves, run), partial(of_leaves, whole)
+    cuts = tensor.cuts()
+    return cut_product(part, undivided, rows, leaves, [*known, *others], cuts)
 
 
 def _whole_product(

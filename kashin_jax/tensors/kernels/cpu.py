@@ -131,8 +131,8 @@ def _general_reason(rows: Float[Array, "r m"], options: ProductOptions) -> str |
         return "`max_tile` or `many_rows` was given, which are XLA's"
     if rows.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"x has type {rows.dtype}"
-    if not _is_local(rows):
-        return "there are several CPU devices, among which XLA may divide it"
+    if not options.is_local:
+        return "XLA may divide it among devices"
     return None
 
 
@@ -172,20 +172,6 @@ def _break_even(fields: list[int], decode: float) -> float:
     look_ups = sum(1 / max(1, 4 // bits) for bits in fields)
     saved = _LOOK_UP * look_ups - _MULTIPLY
     return decode / saved if saved > 0 else math.inf
-
-
-def _is_local(rows: Array) -> bool:
-    """Whether nobody will divide the product among devices after it was traced."""
-    mesh = jax.sharding.get_abstract_mesh()
-    is_manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
-    return is_manual or _cpu_devices() <= 1
-
-
-def _cpu_devices() -> int:
-    try:
-        return jax.device_count("cpu")
-    except RuntimeError:  # JAX_PLATFORMS names others alone
-        return 0
 
 
 def _kashin_reason(tensor: KashinTensor) -> str | None:
