@@ -11,7 +11,7 @@ PYTEST := -m pytest -n auto --dist=loadfile --no-loadscope-reorder --durations=2
   $(if $(CLEAR),--cache-clear)
 SLOW := -m 'slow and not oracle' --nbmake notebooks tests
 
-.PHONY: run test lint default slow second test-slow coverage setup oracle bench \
+.PHONY: run test lint default slow second test-slow coverage setup oracle bench peers \
   results docs notebooks sanitize wheel clean
 
 run: setup            ## set up, then quantize the embedded OPT and print its table
@@ -86,6 +86,11 @@ oracle: setup         ## compare with Hugging Face's Flax models, installed apar
 bench: setup          ## time and memory of the decomposition, the coders and matmul
 	$(BIN)/python -m benchmarks.core
 
+# Releases that the committed record was made with.
+peers: setup          ## other libraries' products of packed weights, for benchmarks.peers
+	test -d .peers || $(BIN)/python -m pip install --quiet --no-deps --target=.peers \
+	  onnxruntime==1.32.0 onnx==1.23.2
+
 # Hours; one file by ARTIFACT=table2_opt. Data that cannot be shipped: DATA=FOLDER.
 results: setup        ## make the committed results again, and what is rendered of them
 	$(BIN)/python -m experiments.make_results --only=$(ARTIFACT) --data_dir=$(DATA)
@@ -102,4 +107,4 @@ notebooks: setup      ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/execute.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-second $(ORACLE) site
+	rm -rf $(VENV) $(VENV)-second $(ORACLE) .peers site

@@ -194,6 +194,11 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         ("model", "weights", "batch", "device"),
         ("benchmarks.generate",),
     ),
+    "bench_peers": ResultFile(
+        "products by packed weights of other libraries and by ours",
+        ("method", "rows", "device"),
+        ("benchmarks.peers --libraries=.peers",),
+    ),
     "bench_streaming": ResultFile(
         "time and memory of `kashin quantize`",
         ("layout", "method", "bits", "effort", "device"),
