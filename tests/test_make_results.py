@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import core, joint, matmul, streaming
+from benchmarks import core, generate, joint, matmul, peers, streaming
 from experiments import (
     ablate_bases,
     glue,
@@ -28,8 +28,10 @@ from experiments.train_opt import TrainConfig
 
 PROGRAMS = {
     "benchmarks.core": core.BenchConfig,
+    "benchmarks.generate": generate.GenerateConfig,
     "benchmarks.joint": joint.JointBenchConfig,
     "benchmarks.matmul": matmul.MatmulConfig,
+    "benchmarks.peers": peers.PeersConfig,
     "benchmarks.streaming": streaming.StreamingConfig,
     "experiments.ablate_bases": ablate_bases.AblationConfig,
     "experiments.depth": DepthConfig,
