@@ -79,7 +79,7 @@ def test_select_narrows_and_never_brings_back_what_is_skipped(heads):
     rules = Rules(config=RTN(), rules=[Rule("score", RTN(bits=8))])
     both = plan_model(heads, rules=rules, select=lambda path: path != "body")
     assert chosen(both) == ["score"]
-    with pytest.raises(UsageError, match="Of 7 nnx.Linear layers `select` takes none"):
+    with pytest.raises(UsageError, match="Of 7 layers `select` takes none"):
         plan_model(heads, rules=rules, select=lambda path: path == "shared")
 
 

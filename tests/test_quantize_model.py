@@ -190,7 +190,7 @@ def test_the_output_head_is_left_out_even_where_select_takes_it(network):
 
 
 def test_selecting_nothing_is_an_error(network):
-    with pytest.raises(ValueError, match="Of 5 nnx.Linear layers `select` takes none"):
+    with pytest.raises(ValueError, match="Of 5 layers `select` takes none"):
         quantize_model(network, CONFIG, KEY, select=lambda path: False)
 
 

@@ -112,7 +112,8 @@ def test_the_first_rule_that_matches_gives_the_method(params):
     assert isinstance(table, KashinTensor)
 
 
-STAYS = "has 3 axes; if it is a stack of kernels, name it by `stacks`"
+STAYS = "has 3 axes; if it is a stack of kernels, name it by `stacks`, else give "
+STAYS += "`call`, or a rule with `contract`"
 
 
 def test_kernels_that_are_no_matrices_stay_and_the_plan_says_why(params, capsys):
@@ -294,17 +295,22 @@ def test_stacks_that_are_named_run_under_scan():
 
 
 def test_a_packed_kernel_in_a_layer_that_cannot_run_it_is_an_error_that_names_it():
-    """An einsum's matrix is called kernel, too."""
+    """A matrix of a module of one's own may be called kernel, too."""
 
-    class Einsum(nn.Module):
+    class Own(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Einsum((16, 8), "bi,io->bo", name="product")(x)
+            return x @ self.param("kernel", nn.initializers.ones, (16, 8))
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Own(name="product")(x)
 
     x = jnp.ones((2, 16))
-    packed = quantize_params(Einsum().init(KEY, x), RTN(group_size=8)).params
+    packed = quantize_params(Network().init(KEY, x), RTN(group_size=8)).params
     with (
         nn.intercept_methods(packed_dense),
-        pytest.raises(UsageError, match="`product` is an Einsum with a packed kernel"),
+        pytest.raises(UsageError, match="`product` is a Own with a packed kernel"),
     ):
-        Einsum().apply(packed, x)
+        Network().apply(packed, x)

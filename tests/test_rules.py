@@ -17,6 +17,7 @@ from kashin_jax.pipeline import (
     rules_from_json,
     rules_to_json,
 )
+from kashin_jax.pipeline.plan import Candidate, choose_methods
 
 PATHS = (
     "decoder/embed_tokens",
@@ -174,6 +175,28 @@ def test_layers_to_share_survive_json_and_rules_without_are_written_as_before():
     assert rules_to_json(Rules()).keys() == {"config", "rules", "skip"}
 
 
+def test_axes_survive_json_and_rules_without_are_written_as_before():
+    rules = Rules(
+        rules=(
+            Rule("a", RTN(), contract=[0, -1], stack=(1,)),
+            Rule("b", NF4(), contract=(1,)),
+        )
+    )
+    assert hash(rules) == hash(dataclasses.replace(rules))
+    written = json.loads(json.dumps(rules_to_json(rules)))
+    assert rules_from_json(written) == rules
+    assert written["rules"][0]["contract"] == [0, -1]
+    (plain,) = rules_to_json(Rules(rules=[Rule("a", RTN())]))["rules"]
+    assert plain.keys() == {"pattern", "method", "bits", "group_size"}
+
+
+def test_axes_of_what_is_known_are_refused():
+    candidates = [Candidate(("fc1",), (16, 16), "float32", stored_name="fc1.weight")]
+    rules = Rules(rules=[Rule("fc1", RTN(), contract=[0])])
+    with pytest.raises(UsageError, match="'fc1' has a `contract`, and which axes"):
+        choose_methods(candidates, None, rules, None, what="layers")
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
@@ -258,6 +281,13 @@ def test_a_rule_takes_from_the_default_what_it_does_not_say():
         ([{"pattern": "a", "block_shape": [8, -8]}], "block_shape"),
         ([{"pattern": "a", "effort": "all"}], "effort"),
         ([{"pattern": "a(", "bits": 3}], r"a\("),
+        ([{"pattern": "a", "contract": []}], "contract"),
+        ([{"pattern": "a", "contract": 0}], "contract"),
+        ([{"pattern": "a", "contract": [0.5]}], "contract"),
+        ([{"pattern": "a", "contract": [True]}], "contract"),
+        ([{"pattern": "a", "contract": [0], "stack": ["1"]}], "stack"),
+        ([{"pattern": "a", "stack": [0]}], "contract"),
+        ([{"pattern": "a", "contract": [0], "skip": True}], "skip"),
     ],
 )
 def test_rules_that_cannot_work_are_named(content, named):

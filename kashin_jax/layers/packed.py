@@ -1,6 +1,6 @@
 """How Flax holds packed matrices: variables of layers, and state dicts."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from kashin_jax.tensors import (
     Bases,
     CodebookTensor,
     KashinTensor,
+    PackedArray,
     Prepared,
     QuantizedTensor,
 )
@@ -28,12 +29,54 @@ __all__ = [
     "OutputSide",
     "Packed",
     "PackedKernel",
+    "PackedParam",
     "pack",
 ]
 
 
 class PackedKernel(nnx.Variable[Any]):
     """Holds a quantized matrix: what a checkpoint stores of the kernel."""
+
+
+class PackedParam(PackedKernel):
+    """Holds a `PackedArray` in the place of an `nnx.Param`, and is read like one.
+
+    For modules that read their parameter themselves: `param[...]`, `param.T`, an
+    operator or a function of JAX decodes the whole of it, anew each time, with bases
+    drawn from the seed. Under `jit` no decoded copy outlives the call. It cannot be
+    trained, and what is assigned to it takes its place as it is.
+    """
+
+    @property
+    def array(self) -> PackedArray:
+        """What is stored."""
+        found: PackedArray = self.get_raw_value()
+        return found
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return tuple(self.array.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the parameter."""
+        return float(self.array.tensor.bits_per_weight)
+
+    def get_value(self, *, index: Any = ...) -> Any:
+        """The decoded parameter, in the type that it had, or a part of it."""
+        found = self.get_raw_value()
+        whole = found.decode() if isinstance(found, PackedArray) else found
+        return whole if index is ... else whole[index]
+
+    def __getattr__(self, name: str) -> Any:
+        """Metadata, or an attribute of the decoded parameter."""
+        metadata = object.__getattribute__(self, "_var_metadata")
+        return metadata[name] if name in metadata else getattr(self.get_value(), name)
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        # Printed as it is stored: to decode a whole model for that takes minutes.
+        yield from PackedKernel(self.get_raw_value()).__nnx_repr__()
 
 
 class DerivedBasis(nnx.Variable[Any]):
@@ -197,6 +240,18 @@ def _from_state(target: QuantizedTensor, state: dict[str, Any]) -> QuantizedTens
     )
 
 
+def _array_to_state(array: PackedArray) -> dict[str, Any]:
+    return {"tensor": serialization.to_state_dict(array.tensor)}
+
+
+def _array_from_state(target: PackedArray, state: dict[str, Any]) -> PackedArray:
+    tensor = serialization.from_state_dict(target.tensor, state["tensor"])
+    return PackedArray(tensor, target.axes)
+
+
+serialization.register_serialization_state(
+    PackedArray, _array_to_state, _array_from_state, override=True
+)
 for _kind in (KashinTensor, AffineTensor, CodebookTensor):
     serialization.register_serialization_state(
         _kind, _to_state, _from_state, override=True

@@ -15,7 +15,7 @@ from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.loading import LoadedClassifier, LoadedModel, load_model
 from kashin_jax.models.registry import expert_layer, layer_names, names_of
 from kashin_jax.pipeline.checkpoint_plan import refuse_foreign
-from kashin_jax.pipeline.nnx import packed_layer
+from kashin_jax.pipeline.targets import packed_layer
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["load_quantized", "packed_layers"]

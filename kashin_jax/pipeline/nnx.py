@@ -4,20 +4,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from kashin_jax.errors import UsageError
-from kashin_jax.layers.embed import QuantizedEmbed
-from kashin_jax.layers.linear import QuantizedLinear, require_plain_product
-from kashin_jax.layers.packed import Inputs, Packed, pack
+from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.methods import Method
 from kashin_jax.pipeline.coverage import Coverage, cover
-from kashin_jax.pipeline.paths import join, natural
+from kashin_jax.pipeline.paths import join
 from kashin_jax.pipeline.plan import (
-    ADDED,
-    Candidate,
     Choice,
     Plan,
     Select,
@@ -29,6 +24,7 @@ from kashin_jax.pipeline.report import LayerReport
 from kashin_jax.pipeline.rules import Rules, default_select
 from kashin_jax.pipeline.run import Coded, LayerQuantizer, quantize_each, reported
 from kashin_jax.pipeline.sharing import Group, find_groups
+from kashin_jax.pipeline.targets import Target, find_targets, put_layers, put_params
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
@@ -41,12 +37,6 @@ __all__ = [
 
 Model = TypeVar("Model", bound=nnx.Module)
 QuantizeLayer = Callable[[str, Array], Coded]
-
-# The attribute that holds the matrix. Subclasses may compute anything: exact types.
-_MATRIX: dict[type, str] = {nnx.Linear: "kernel", nnx.Embed: "embedding"}
-
-# Wrappers that do not only call a layer, but compute its kernel at every call.
-_REACHING = frozenset({nnx.WeightNorm, nnx.SpectralNorm})
 
 
 class _Pair(NamedTuple):
@@ -67,28 +57,6 @@ class QuantizedModel(_Pair):
     coverage: Coverage
 
 
-class Layer(NamedTuple):
-    """A dense layer and the attributes or items of the model that hold it."""
-
-    path: str
-    node: Any
-    holders: tuple[tuple[Any, Any], ...]
-
-
-class Target(NamedTuple):
-    """A matrix, and the layers that use it; none where it has to stay.
-
-    Attributes:
-      candidate: What is to be decided about.
-      variable: Holds the matrix.
-      layers: The layers that use it, in the order of the paths of the candidate.
-    """
-
-    candidate: Candidate
-    variable: nnx.Variable[Array]
-    layers: tuple[Layer, ...]
-
-
 def quantize_model(
     model: Model,
     config: Method | None = None,
@@ -102,9 +70,13 @@ def quantize_model(
 ) -> QuantizedModel:
     """Replaces layers of any NNX model by packed ones.
 
-    Every `nnx.Linear` that the rules do not leave out becomes a `QuantizedLinear`, and
-    an `nnx.Embed` that one of them names a `QuantizedEmbed`. Norms and everything that
-    is not exactly of these types stay as they are. Of a stack of kernels, as `nnx.vmap`
+    Every `nnx.Linear`, `nnx.LinearGeneral` (those of an `nnx.MultiHeadAttention`, too),
+    `nnx.Einsum` and `nnx.Conv` of kernel size 1 that the rules do not leave out becomes
+    a `QuantizedLinear`, and an `nnx.Embed` that one of them names a `QuantizedEmbed`.
+    Norms and everything that is not exactly of these types stay as they are, but for
+    arrays whose inputs a rule names by `contract`: these become a `PackedParam`, which
+    decodes when the module reads it. Kernels of more axes are read as `[in, out]`, in
+    plans, reports and `quantize_layer`. Of a stack of kernels, as `nnx.vmap`
     and `nnx.scan` make them, every matrix is quantized alone, with a key folded from
     its index too, and the layer holds a stack again. Each matrix has a key folded from
     its path, so adding a layer leaves the codes of the others unchanged; the layers of
@@ -143,7 +115,7 @@ def quantize_model(
         return _result(model, {}, plan.coverage)
     root = jax.random.key(0) if key is None else key
     # Nothing else holds the targets: in place, it would hold the dense kernels.
-    targets = find_targets(model)
+    targets = find_targets(model, rules)
     choices = _choices(targets, config, rules, select)
     if quantize_layer is None:
         # Methods that cannot code a matrix say so before hours of work, not after.
@@ -152,7 +124,7 @@ def quantize_model(
     coverage = cover(parts, *reversed(_others(model, targets)))
     del targets
     whole = model if in_place else nnx.clone(model, variables=False)
-    changed = _Replacing(whole, find_groups(choices, rules))
+    changed = _Replacing(whole, find_groups(choices, rules), rules)
     quantizer: Callable[[Choice], tuple[QuantizedTensor, LayerReport]]
     if quantize_layer is None:
         quantizer = LayerQuantizer(choices, rules, root, changed.kernel)
@@ -179,21 +151,26 @@ def _result(
 class _Replacing:
     """A model some of whose layers are packed, and the matrices of all others."""
 
-    def __init__(self, model: Any, groups: Mapping[str, Group]) -> None:
+    def __init__(
+        self, model: Any, groups: Mapping[str, Group], rules: Rules | None
+    ) -> None:
         self.model, self._groups = model, groups
-        self._targets = {each.candidate.paths[0]: each for each in find_targets(model)}
+        found = find_targets(model, rules)
+        self._targets = {each.candidate.paths[0]: each for each in found}
         self._known: Inputs = {}
 
     def kernel(self, choice: Choice) -> Array:
         """The dense matrix."""
-        return self._targets[choice.path].variable.get_value()
+        return self._targets[choice.path].matrix()
 
     def put(self, choice: Choice, tensor: QuantizedTensor) -> None:
         """Puts a packed matrix in the place of a dense one, which is let go."""
+        target = self._targets.pop(choice.path)
+        if target.places:
+            put_params(target, tensor)
+            return
         packed = pack(tensor, self._known, self._groups.get(choice.path))
-        for layer in self._targets.pop(choice.path).layers:
-            new = put_layer(layer, packed)
-            self.model = new if layer.node is self.model else self.model
+        self.model = put_layers(target, packed, self.model)
 
 
 def plan_model(
@@ -208,23 +185,31 @@ def plan_model(
     Raises:
       UsageError: As `quantize_model`.
     """
-    targets = find_targets(model)
+    targets = find_targets(model, rules)
     choices = _choices(targets, config, rules, select)
     return make_plan(choices, *_others(model, targets))
 
 
 def selected_kernels(
-    model: nnx.Module, select: Select = default_select
+    model: nnx.Module,
+    select: Select = default_select,
+    *,
+    rules: Rules | None = None,
 ) -> dict[str, Float[Array, "m n"]]:
-    """Kernels of the selected `nnx.Linear` layers by path, in a fixed order.
+    """Kernels of the selected layers by path, in a fixed order, as `[in, out]`.
+
+    Args:
+      model: Not changed.
+      select: Called with paths; false leaves a layer out.
+      rules: As for `quantize_model`; methods do not matter.
 
     Raises:
       UsageError: If nothing is selected, or a selected kernel is not a matrix.
     """
-    targets = find_targets(model)
-    choices = _choices(targets, None, None, select)
+    targets = find_targets(model, rules)
+    choices = _choices(targets, None, rules, select)
     kernels = {
-        choice.path: target.variable.get_value()
+        choice.path: target.matrix()
         for choice, target in zip(choices, targets, strict=True)
         if choice.config is not None
     }
@@ -237,8 +222,15 @@ def selected_kernels(
     return kernels
 
 
-def replace_kernels(model: Model, kernels: Mapping[str, Array]) -> Model:
+def replace_kernels(
+    model: Model, kernels: Mapping[str, Array], *, rules: Rules | None = None
+) -> Model:
     """A copy of the model with other dense kernels; the rest is shared.
+
+    Args:
+      model: Not changed.
+      kernels: By path, as `[in, out]`: those that `selected_kernels` gives.
+      rules: As for `selected_kernels`.
 
     Raises:
       ValueError: If a path names no kernel of the model, or one of another shape.
@@ -246,6 +238,9 @@ def replace_kernels(model: Model, kernels: Mapping[str, Array]) -> Model:
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     paths = {join(parts[:-1]): parts for parts in flat if parts[-1] == "kernel"}
+    targets = [each.candidate for each in find_targets(model, rules)]
+    known = {path: each for each in targets for path in each.paths}
+    paths |= {join(parts): parts for parts in flat if join(parts) in known}
     for path, kernel in kernels.items():
         if path not in paths:
             raise ValueError(
@@ -253,12 +248,15 @@ def replace_kernels(model: Model, kernels: Mapping[str, Array]) -> Model:
                 "of this model's linears."
             )
         variable = flat[paths[path]]
-        if kernel.shape != variable.get_value().shape:
+        axes = known[path].axes if path in known else None
+        shape = variable.get_value().shape if axes is None else known[path].shape
+        if kernel.shape != shape:
             raise ValueError(
-                f"`{path}/kernel` has shape {variable.get_value().shape}; the new one "
-                f"has {kernel.shape}. Give kernels as [in, out]."
+                f"`{path}/kernel` has shape {shape}; the new one has {kernel.shape}. "
+                "Give kernels as [in, out]."
             )
-        flat[paths[path]] = variable.replace(kernel)
+        whole = kernel if axes is None else axes.from_matrix(kernel)
+        flat[paths[path]] = variable.replace(whole)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
@@ -269,74 +267,7 @@ def _choices(
     select: Select | None,
 ) -> list[Choice]:
     candidates = (target.candidate for target in targets)
-    return choose_methods(candidates, config, rules, select, what="nnx.Linear layers")
-
-
-def find_targets(model: nnx.Module) -> list[Target]:
-    """All matrices of layers, in the order of their paths; each one once."""
-    holders: dict[int, list[tuple[Any, Any]]] = {}
-    users: dict[int, list[tuple[str, Any]]] = {}
-    nodes = [(join(parts), node) for parts, node in nnx.iter_graph(model)]
-    for path, node in nodes:
-        for name, child in _children(node):
-            if type(child) in _MATRIX:
-                holders.setdefault(id(child), []).append((node, name))
-            elif isinstance(child, nnx.Variable):
-                users.setdefault(id(child), []).append((f"{path}/{name}", node))
-    groups: dict[int, list[Layer]] = {}
-    variables: dict[int, nnx.Variable[Array]] = {}
-    for path, node in sorted(nodes, key=lambda item: natural(item[0])):
-        variable = _matrix_of(node)
-        if variable is not None:
-            layer = Layer(path, node, tuple(holders.get(id(node), ())))
-            groups.setdefault(id(variable), []).append(layer)
-            variables[id(variable)] = variable
-    known = [
-        _target(variables[key], tuple(layers), users.get(key, []))
-        for key, layers in groups.items()
-    ]
-    return known + _unknown(nodes, set(groups))
-
-
-def _unknown(nodes: list[tuple[str, Any]], known: set[int]) -> list[Target]:
-    """Other arrays of two axes and more: nothing is known of what is done with them."""
-    found: dict[int, Target] = {}
-    for path, node in sorted(nodes, key=lambda item: natural(item[0])):
-        for name, child in _children(node):
-            if not isinstance(child, nnx.Param) or id(child) in known | found.keys():
-                continue
-            value = child.get_value()
-            is_float = jnp.issubdtype(getattr(value, "dtype", bool), jnp.floating)
-            if not is_float or value.ndim < 2 or name in ADDED:
-                continue
-            candidate = Candidate(
-                paths=(join([*filter(None, [path]), name]),),
-                shape=value.shape,
-                dtype=value.dtype.name,
-                left=f"in a {type(node).__name__}",
-            )
-            found[id(child)] = Target(candidate, child, ())
-    return list(found.values())
-
-
-def packed_layer(
-    dense: Any, packed: Packed, path: str
-) -> QuantizedLinear | QuantizedEmbed:
-    """The packed layer that does what an `nnx.Linear` or `nnx.Embed` does."""
-    if type(dense) is nnx.Embed:
-        return QuantizedEmbed.from_embed(dense, packed, path=path)
-    return QuantizedLinear.from_linear(dense, packed, path=path)
-
-
-def put_layer(layer: Layer, packed: Packed) -> QuantizedLinear | QuantizedEmbed:
-    """Puts a packed layer wherever the dense one hangs, and returns it."""
-    new = packed_layer(layer.node, packed, layer.path)
-    for holder, name in layer.holders:
-        if isinstance(holder, nnx.Pytree):
-            setattr(holder, name, new)
-        else:
-            holder[name] = new
-    return new
+    return choose_methods(candidates, config, rules, select, what="layers")
 
 
 def _others(model: nnx.Module, targets: list[Target]) -> tuple[int, int]:
@@ -350,78 +281,3 @@ def _others(model: nnx.Module, targets: list[Target]) -> tuple[int, int]:
     ]
     sizes = (leaf.size * leaf.dtype.itemsize for leaf in leaves)
     return sum(sizes), sum(leaf.size for leaf in leaves)
-
-
-def _children(node: Any) -> list[tuple[Any, Any]]:
-    if isinstance(node, nnx.Pytree):
-        return list(vars(node).items())
-    if isinstance(node, list | tuple):
-        return list(enumerate(node))
-    return list(node.items()) if isinstance(node, dict) else []
-
-
-def _matrix_of(node: Any) -> nnx.Variable[Array] | None:
-    """What a layer multiplies by, if it is an array of two axes or more."""
-    if not isinstance(node, nnx.Module):
-        return None
-    for name in _MATRIX.values():
-        found = vars(node).get(name)
-        # Abstract arrays can be planned for.
-        if isinstance(found, nnx.Param) and getattr(found.get_value(), "ndim", 0) >= 2:
-            return found
-    return None
-
-
-def _target(
-    variable: nnx.Variable[Array],
-    layers: tuple[Layer, ...],
-    users: list[tuple[str, Any]],
-) -> Target:
-    value = variable.get_value()
-    kinds = [type(layer.node) for layer in layers]
-    nodes = {id(layer.node) for layer in layers}
-    if strange := [layer for layer in layers if type(layer.node) not in _MATRIX]:
-        left: str | None = f"in a {type(strange[0].node).__name__}"
-    elif outside := [path for path, node in users if id(node) not in nodes]:
-        left = f"tied to {outside[0]}"
-    else:
-        left = next(
-            filter(None, (_why_left(layer, value.shape) for layer in layers)), None
-        )
-    return Target(
-        Candidate(
-            paths=tuple(layer.path for layer in layers),
-            shape=value.shape,
-            dtype=value.dtype.name,
-            only_by_rule=nnx.Embed in kinds,
-            left=left,
-        ),
-        variable,
-        layers if left is None else (),
-    )
-
-
-def _why_left(layer: Layer, shape: tuple[int, ...]) -> str | None:
-    """Why a layer cannot be replaced by a packed one; None if it can."""
-    if len(shape) != 2 and not _is_stack(layer.node, shape):
-        return f"has {len(shape)} axes, and is no stack of kernels [in, out]"
-    for holder, _ in layer.holders:
-        if type(holder) in _REACHING:
-            return f"inside an nnx.{type(holder).__name__}, which writes to its kernel"
-        if not isinstance(holder, nnx.Pytree | list | dict):
-            kind = type(holder).__name__
-            return (
-                f"held by a {kind}, which cannot be changed; use nnx.List or nnx.Dict"
-            )
-    try:
-        require_plain_product(layer.node, layer.path)
-    except UsageError:
-        return "multiplies by a function of its own, which packed weights cannot"
-    return None
-
-
-def _is_stack(layer: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a kernel is some matrices of the layer along leading axes."""
-    if type(layer) is not nnx.Linear or 0 in shape[:-2]:
-        return False
-    return shape[-2:] == (layer.in_features, layer.out_features)

@@ -12,9 +12,9 @@ from kashin_jax.errors import UsageError
 from kashin_jax.io import PlannedTensor
 from kashin_jax.methods import Method, encode, encode_few_values
 from kashin_jax.pipeline.coverage import Coverage, Part, cover
-from kashin_jax.pipeline.rules import Rules, is_head_or_embedding, resolve_rules
+from kashin_jax.pipeline.rules import Rule, Rules, is_head_or_embedding, resolve_rules
 from kashin_jax.pipeline.table import aligned
-from kashin_jax.tensors import stored_bits
+from kashin_jax.tensors import KernelAxes, stored_bits
 
 __all__ = [
     "ADDED",
@@ -23,6 +23,7 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "Select",
+    "axes_by_rule",
     "choose_methods",
     "make_plan",
     "method_name",
@@ -49,6 +50,9 @@ class Candidate(NamedTuple):
       left: Why it stays, whatever is asked for; None if it need not.
       stored_name: What a checkpoint calls it; None for models in memory.
       is_transposed: Whether a checkpoint stores it as `[out, in]`.
+      axes: Of a model in memory, which axes of the array are inputs; None where that is
+        not known, or the array stays.
+      original: Shape of the array, where it differs.
     """
 
     paths: tuple[str, ...]
@@ -58,6 +62,8 @@ class Candidate(NamedTuple):
     left: str | None = None
     stored_name: str | None = None
     is_transposed: bool = False
+    axes: KernelAxes | None = None
+    original: tuple[int, ...] | None = None
 
 
 class Choice(NamedTuple):
@@ -186,7 +192,7 @@ def choose_methods(
       rules: A method for each layer; None takes `Rules(config=config)`.
       select: Layers to leave out where it is false. What the rules leave out, it
         cannot bring back.
-      what: What can be quantized, in messages: `nnx.Linear layers`.
+      what: What can be quantized, in messages: `kernels`.
 
     Raises:
       UsageError: If a rule matches nothing, nothing is chosen, a chosen matrix cannot
@@ -196,6 +202,7 @@ def choose_methods(
     meant = resolve_rules(config, rules)
     possible = [each for each in known if each.left is None]
     _check_named(meant, known)
+    _check_axes(meant, possible)
     meant.check(path for each in possible for path in each.paths)
 
     def decide(path: str, only_by_rule: bool) -> tuple[Method | None, str]:
@@ -246,8 +253,53 @@ def _check_named(rules: Rules, known: Sequence[Candidate]) -> None:
             each, path = named[0]
             raise UsageError(
                 f"Rule {rule.pattern!r} names `{path}`, which has to stay: "
-                f"{each.left}. Remove the rule."
+                f"{each.left}. Remove the rule{_remedy(rule, each)}."
             )
+
+
+def _remedy(rule: Rule, each: Candidate) -> str:
+    if rule.contract is not None or each.stored_name is not None:
+        return ""
+    return ", or name the axes of its inputs by `contract`"
+
+
+def axes_by_rule(rule: Rule, path: str, shape: Sequence[int]) -> KernelAxes:
+    """Which axes of an array are inputs, by a rule that says so.
+
+    Raises:
+      UsageError: If the array has not these axes; names the rule and the path.
+    """
+    assert rule.contract is not None, "callers look for rules with axes"
+    try:
+        return KernelAxes.of(shape, rule.contract, rule.stack)
+    except ValueError as error:
+        stack = f" and `stack`={list(rule.stack)}" if rule.stack else ""
+        raise UsageError(
+            f"Rule {rule.pattern!r}: `contract`={list(rule.contract)}{stack} does not "
+            f"suit `{path}`: {error}."
+        ) from None
+
+
+def _check_axes(rules: Rules, possible: Sequence[Candidate]) -> None:
+    """Raises UsageError if a rule names other inputs than a layer is known to have."""
+    for each in possible:
+        for path in each.paths:
+            rule = rules.rule_for(path)
+            if rule is None or rule.contract is None:
+                continue
+            if each.axes is None:
+                raise UsageError(
+                    f"Rule {rule.pattern!r} has a `contract`, and which axes of "
+                    f"`{path}` are inputs is known. Leave `contract` out."
+                )
+            shape = each.original or each.shape
+            if axes_by_rule(rule, path, shape) != each.axes:
+                ndim, own = len(shape), each.axes
+                found = [axis + ndim - len(own.shape) for axis in own.inputs]
+                raise UsageError(
+                    f"Rule {rule.pattern!r}: `contract`={list(rule.contract)}, but "
+                    f"`{path}` sums over axes {found} of {ndim}. Leave `contract` out."
+                )
 
 
 def _choose(
@@ -371,9 +423,12 @@ def _dense_bits(each: Candidate) -> int:
 
 def _row(layer: LayerPlan) -> Iterable[str]:
     candidate, config, reason = layer.choice
+    shape = " x ".join(map(str, candidate.shape))
+    if candidate.original is not None:
+        shape += f" of {' x '.join(map(str, candidate.original))}"
     return (
         " = ".join(candidate.paths),
-        " x ".join(map(str, candidate.shape)),
+        shape,
         f"stays: {reason}" if config is None else method_name(config),
         f"{layer.bits_per_weight:.3f}",
         f"{layer.bytes_before:,}",

@@ -77,15 +77,38 @@ class Rule:
       pattern: A regular expression, searched for in paths such as
         `decoder/layers/0/fc1`; anchor it with ^, $ and / where that matters.
       config: The method; None leaves these layers in full precision.
+      contract: For arrays of a model in memory of which nothing is known, such as the
+        parameter of a module of one's own: the axes that a product sums over, numbered
+        as in the array; those below 0 count from the end. All others are outputs, or
+        in `stack`. None says nothing.
+      stack: Beside `contract`, axes along which every index is a matrix of its own,
+        such as that of experts.
     """
 
     pattern: str
     config: Method | None
+    contract: Sequence[int] | None = None
+    stack: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         _compiled(self.pattern)
         if self.config is not None:
             require_method(self.config)
+        for name in ("contract", "stack"):
+            if (axes := getattr(self, name)) is not None:
+                # Rules are hashed; lists are what people write.
+                found = _checked_axes(self.pattern, name, axes)
+                object.__setattr__(self, name, found)
+        if self.contract == () or (self.stack and self.contract is None):
+            raise UsageError(
+                f"Rule {self.pattern!r}: `contract` must name the axes of inputs, as "
+                f"[0]. Got {self.contract!r}."
+            )
+        if self.contract is not None and self.config is None:
+            raise UsageError(
+                f"Rule {self.pattern!r}: `contract` needs a method; what stays has no "
+                "inputs to name."
+            )
 
     def matches(self, path: str) -> bool:
         """Whether the pattern is found in a path."""
@@ -154,6 +177,12 @@ class Rules:
         """Whether one of `rules` is about a path."""
         return any(rule.matches(path) for rule in self.rules)
 
+    def rule_for(self, path: str) -> Rule | None:
+        """The rule that decides about a path; None if something else does."""
+        if _any_found(self.skip, path):
+            return None
+        return next((rule for rule in self.rules if rule.matches(path)), None)
+
     def shared_name(self, path: str) -> tuple[str, str] | None:
         """The first pattern of `share` found in a path, and the path without it."""
         for pattern in self.share:
@@ -214,6 +243,15 @@ def resolve_rules(config: Method | None, rules: Rules | None) -> Rules:
     return dataclasses.replace(rules, config=config)
 
 
+def _checked_axes(pattern: str, name: str, axes: Any) -> tuple[int, ...]:
+    found = tuple(axes) if isinstance(axes, list | tuple) else (None,)
+    if not all(type(axis) is int for axis in found):
+        raise UsageError(
+            f"Rule {pattern!r}: `{name}` must be a list of axes, as [0]. Got {axes!r}."
+        )
+    return found
+
+
 def _any_found(patterns: Iterable[str], path: str) -> bool:
     return any(_compiled(pattern).search(path) for pattern in patterns)
 
@@ -250,6 +288,7 @@ def rules_to_json(rules: Rules) -> dict[str, Any]:
         "config": config_to_json(rules.config),
         "rules": [
             {"pattern": rule.pattern}
+            | _axes_to_json(rule)
             | ({"skip": True} if rule.config is None else config_to_json(rule.config))
             for rule in rules.rules
         ],
@@ -257,11 +296,19 @@ def rules_to_json(rules: Rules) -> dict[str, Any]:
     } | share
 
 
+def _axes_to_json(rule: Rule) -> dict[str, list[int]]:
+    if rule.contract is None:
+        return {}
+    stack = {"stack": list(rule.stack)} if rule.stack else {}
+    return {"contract": list(rule.contract)} | stack
+
+
 def rules_from_json(content: Any, default: Method = DEFAULT_CONFIG) -> Rules:
     """Inverts `rules_to_json`; also reads a bare list of rules.
 
     A rule has a `pattern` and either `"skip": true` or some of `method`, `bits` and the
-    method's other fields; what it does not say it takes from the default.
+    method's other fields; what it does not say it takes from the default. It may have
+    `contract` and `stack` beside these.
 
     Args:
       content: Parsed JSON.
@@ -301,7 +348,9 @@ def _rule(content: dict[str, Any], default: Method) -> Rule:
     if not isinstance(pattern, str):
         raise UsageError(f"A rule needs a `pattern`. Got {content!r}. {_PAGE}")
     if "skip" not in content:
-        return Rule(pattern, config_from_json(content, default))
+        names = [name for name in ("contract", "stack") if name in content]
+        axes = {n: _checked_axes(pattern, n, content.pop(n)) for n in names}
+        return Rule(pattern, config_from_json(content, default), **axes)
     if content != {"skip": True}:
         raise UsageError(
             f"Rule {pattern!r}: `skip` must be true and stand alone. Got {content!r}. "

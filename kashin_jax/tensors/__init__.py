@@ -1,6 +1,8 @@
 """Packed matrices: what is stored, how it is decoded and multiplied by."""
 
 from kashin_jax.tensors.affine import AffineTensor as AffineTensor
+from kashin_jax.tensors.axes import KernelAxes as KernelAxes
+from kashin_jax.tensors.axes import PackedArray as PackedArray
 from kashin_jax.tensors.base import Bases as Bases
 from kashin_jax.tensors.base import Prepared as Prepared
 from kashin_jax.tensors.base import QuantizedTensor as QuantizedTensor
@@ -19,6 +21,8 @@ __all__ = [
     "Bases",
     "CodebookTensor",
     "KashinTensor",
+    "KernelAxes",
+    "PackedArray",
     "Prepared",
     "ProductOptions",
     "QuantizedTensor",

@@ -71,7 +71,9 @@ def test_a_mamba_computes_alike_through_packed_and_dense_layers(mamba):
 def test_the_plan_of_a_mamba_says_what_stays(mamba):
     plan = plan_model(mamba, rules=RULES)
     reasons = {each.choice.path: each.choice.reason for each in plan.layers}
-    assert reasons["backbone/layers/0/mixer/conv1d/conv"] == "in a Conv"
+    assert (
+        reasons["backbone/layers/0/mixer/conv1d/conv"] == "convolves over 4 positions"
+    )
     params = jax.tree.leaves(nnx.state(mamba, nnx.Param))
     assert plan.bytes_before == sum(leaf.nbytes for leaf in params)
     assert plan.bytes_after < 0.2 * plan.bytes_before
