@@ -77,11 +77,17 @@ wheel: setup          ## dist/: a wheel with the CPU kernel for this platform, a
 	$(BIN)/python -m build --wheel
 	KASHIN_JAX_KERNELS=off $(BIN)/python -m build --wheel
 
-oracle: setup         ## compare with Hugging Face's Flax models, installed apart
-	test -d $(ORACLE) || $(BIN)/python -m pip install --quiet --no-deps --target=$(ORACLE) \
-	  transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 \
-	  requests urllib3 certifi charset-normalizer mamba2-jax==1.1.2
+oracle: setup $(ORACLE)/.installed  ## compare with models of other packages, installed apart
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest -m oracle tests/oracle
+
+# Hugging Face's Flax models; mamba2-jax; tunix, with what its import asks for.
+$(ORACLE)/.installed: Makefile $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target=$(ORACLE) \
+	  transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 \
+	  requests urllib3 certifi charset-normalizer mamba2-jax==1.1.2 \
+	  google-tunix==0.1.7 qwix==0.1.8 google-metrax==0.2.4 clu==0.0.12 wrapt==2.5.2 \
+	  tensorboardX==2.6.5 sentencepiece==0.2.3 perfetto==0.59.1
+	touch $@
 
 bench: setup          ## time and memory of the decomposition, the coders and matmul
 	$(BIN)/python -m benchmarks.core
