@@ -277,6 +277,32 @@ def test_einsums_of_another_form_stay_and_say_why(name):
         quantize_model(model, RTN())
 
 
+def test_layers_run_under_vmap(result):
+    model = result.model
+    for layer, x in (
+        (model.turn, jnp.stack([X, -X])),
+        (model.heads, X.reshape(4, 2, 2, 8)),
+    ):
+        found = jax.jit(jax.vmap(layer))(x)
+        assert_close(found, jnp.stack([layer(each) for each in x]))
+
+
+def test_an_input_that_does_not_suit_is_an_error_with_both_shapes(result):
+    model = result.model
+    with pytest.raises(
+        UsageError, match=r"shape \(16, 16\) and the equation btd,vd->btv"
+    ):
+        model.turn(X[0])
+    with pytest.raises(
+        UsageError, match=r"shape \(2, 8, 8\), which an input of shape \(8,"
+    ):
+        model.heads(X[0, 0, :8])
+    with pytest.raises(
+        UsageError, match=r"an input of shape \(2, 4, 16\) does not suit"
+    ):
+        model.heads(X)
+
+
 @pytest.mark.parametrize(
     "options, why",
     [

@@ -101,7 +101,7 @@ class Contraction:
         *,
         precision: str | None = None,
         is_transposed: bool = False,
-        path: str = "layer",
+        path: str | None = None,
     ) -> Float[Array, "..."]:
         """The product with a packed kernel, in the type of `x`, as `matmul` has it.
 
@@ -113,23 +113,23 @@ class Contraction:
           matrix: The kernel as `[*stack, in, out]`.
           precision: As for `matmul`.
           is_transposed: Whether the kernel is packed as `[*stack, out, in]`.
-          path: Name of the layer in error messages.
+          path: Name of the layer in error messages, if it is known.
 
         Raises:
           UsageError: If `x` does not suit the kernel.
         """
+        given = x.shape
         for i, stride in enumerate(reversed(self.strides)):
             x = x[(..., slice(None, None, stride), *[slice(None)] * (i + 1))]
-        places = self._places(x.ndim, path)
+        places = self._places(x.ndim)
+        if places is None:
+            raise self._unsuited(given, path)
         rest = [i for i in range(x.ndim) if i not in places.stack + places.summed]
         stack = tuple(x.shape[i] for i in places.stack)
         summed = tuple(x.shape[i] for i in places.summed)
         # A convolution at one position has axes of size 1 that its input has not.
         if stack != self.stack or _wide(summed) != _wide(self.inputs):
-            raise UsageError(
-                f"`{path}` has a kernel of shape {self.shape}, which an input of shape "
-                f"{x.shape} does not suit."
-            )
+            raise self._unsuited(given, path)
         free = tuple(x.shape[i] for i in rest)
         x = x.transpose(*places.stack, *rest, *places.summed)
         x = x.reshape(*stack, *free, self.kernel.sizes[0])
@@ -143,18 +143,32 @@ class Contraction:
         stack, outputs = len(self.stack), len(self.outputs)
         free = y.ndim - stack - outputs
         shape = (*self.stack, *[1] * free, *self.outputs)
-        order = self._places(self._input_ndim(y.ndim), "layer").order
-        return y + bias.reshape([shape[axis] for axis in order])
+        places = self._places(self._input_ndim(y.ndim))
+        assert places is not None, "there was an input"
+        return y + bias.reshape([shape[axis] for axis in places.order])
+
+    def _unsuited(self, shape: tuple[int, ...], path: str | None) -> UsageError:
+        name = "A layer" if path is None else f"`{path}`"
+        how = "" if self.equation is None else f" and the equation {self.equation}"
+        return UsageError(
+            f"{name} has a kernel of shape {self.shape}{how}, which an input of shape "
+            f"{shape} does not suit."
+        )
 
     def _input_ndim(self, ndim: int) -> int:
         summed = len(self.axis) if self.equation is None else len(self.inputs)
         return ndim - len(self.outputs) + summed
 
-    def _places(self, ndim: int, path: str) -> _Places:
+    def _places(self, ndim: int) -> _Places | None:
+        """None if an input cannot have so many axes."""
         if self.equation is not None:
-            return _einsum_places(self.equation, ndim, path)
+            return _einsum_places(self.equation, ndim)
+        if not all(-ndim <= axis < ndim for axis in (*self.axis, *self.batch)):
+            return None
         summed = sorted(axis % ndim for axis in self.axis)
         batch = sorted(axis % ndim for axis in self.batch)
+        if len({*summed, *batch}) < len(summed) + len(batch):
+            return None
         count = ndim - len(summed) + len(self.outputs)
         return _Places(tuple(batch), tuple(summed), tuple(range(count)))
 
@@ -195,15 +209,12 @@ def _letters(equation: str) -> tuple[list[str], list[str], list[str]]:
     return list(x), list(kernel), list(result)
 
 
-def _einsum_places(equation: str, ndim: int, path: str) -> _Places:
+def _einsum_places(equation: str, ndim: int) -> _Places | None:
     x, kernel, result = _letters(equation)
-    rest: list[Hashable] = [("rest", i) for i in range(ndim - len(x) + 1)]
-    if ndim < len([letter for letter in x if letter != "."]) or (
-        "." not in x and ndim != len(x)
-    ):
-        raise UsageError(
-            f"`{path}`: an input of {ndim} axes does not suit the equation {equation}."
-        )
+    named = len(x) - x.count(".")
+    if ndim < named or ("." not in x and ndim > named):
+        return None
+    rest: list[Hashable] = [("rest", i) for i in range(ndim - named)]
 
     def whole(letters: Sequence[str]) -> list[Hashable]:
         parts = [rest if each == "." else [each] for each in letters]

@@ -44,7 +44,7 @@ class PackedParam(PackedKernel):
     For modules that read their parameter themselves: `param[...]`, `param.T`, an
     operator or a function of JAX decodes the whole of it, anew each time, with bases
     drawn from the seed. Under `jit` no decoded copy outlives the call. It cannot be
-    trained, and what is assigned to it takes its place as it is.
+    trained, and `nnx.to_pure_dict` holds it decoded.
     """
 
     @property
@@ -57,6 +57,16 @@ class PackedParam(PackedKernel):
     def shape(self) -> tuple[int, ...]:
         """Shape of the parameter."""
         return tuple(self.array.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of its axes."""
+        return self.array.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type that it had, and is decoded to."""
+        return self.array.dtype
 
     @property
     def bits_per_weight(self) -> float:
