@@ -7,7 +7,14 @@ import pytest
 from flax import linen as nn
 from flax import serialization
 
-from kashin_jax import RTN, Rule, Rules, dequantize_params, quantize_params
+from kashin_jax import (
+    RTN,
+    Rule,
+    Rules,
+    dequantize,
+    dequantize_params,
+    quantize_params,
+)
 from kashin_jax.errors import UsageError
 from kashin_jax.layers import packed_dense
 from kashin_jax.pipeline import plan_params
@@ -149,7 +156,7 @@ def test_rules_name_the_inputs_where_no_call_is_given(params, result):
     rules = Rules(
         config=RTN(),
         rules=[
-            Rule("attention/out|join", RTN(), contract=[0, 1]),
+            Rule("attention/out|join", RTN(), contract=[1, 0]),
             Rule("attention|split", RTN(), contract=[0]),
             Rule("heads", RTN(), contract=[1], stack=[0]),
             Rule("turn", RTN(), contract=[1]),
@@ -167,6 +174,19 @@ def test_rules_name_the_inputs_where_no_call_is_given(params, result):
         plan_params(
             params, rules=Rules(rules=[Rule("turn", RTN(), contract=[0])]), call=call
         )
+
+
+def test_arrays_of_no_model_are_packed_where_a_rule_names_their_inputs():
+    tree = {"block": {"w": jax.random.normal(KEY, (4, 16, 4)), "mean": jnp.ones(4)}}
+    rules = Rules(config=RTN(), rules=[Rule("block/w", RTN(), contract=[1])])
+    packed = quantize_params(tree, rules=rules).params
+    leaf = packed["block"]["w"]
+    assert leaf.tensor.shape == (16, 16) and leaf.shape == (4, 16, 4)
+    dense = jax.jit(dequantize_params)(packed)["block"]["w"]
+    columns = jnp.moveaxis(dense, 1, 0).reshape(16, 16)
+    np.testing.assert_array_equal(columns, dequantize(leaf.tensor))
+    with pytest.raises(UsageError, match="`block/w`, which has to stay: has 3 axes"):
+        quantize_params(tree, rules=Rules(rules=[Rule("block/w", RTN())]))
 
 
 def test_a_matrix_of_unknown_use_is_run_whichever_way_its_layer_reads_it(params):
@@ -192,6 +212,33 @@ def test_kernels_that_were_packed_along_other_axes_are_refused(params):
         pytest.raises(UsageError, match=r"`split` sums over axes \(0,\) of a kernel"),
     ):
         call(packed)
+
+
+HALF = {"dtype": jnp.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.DenseGeneral((2, 8), **HALF),
+        nn.DenseGeneral((2, 8), param_dtype=jnp.float16, use_bias=False),
+        nn.Einsum(
+            (16, 2, 8), "...d,dnh->...nh", **HALF, preferred_element_type="float32"
+        ),
+        nn.Conv(16, 1, **HALF),
+    ],
+)
+@jax.numpy_dtype_promotion("standard")  # biases of another type are added
+def test_types_of_outputs_are_those_of_the_dense_layers(layer):
+    def apply(params):
+        return layer.apply(params, X.astype(jnp.float16))
+
+    params = layer.init(KEY, X.astype(jnp.float16))
+    packed = quantize_params(params, RTN(), call=apply).params
+    with nn.intercept_methods(packed_dense):
+        found = jax.eval_shape(apply, packed)
+    expected = jax.eval_shape(apply, params)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
 
 
 class Scanned(nn.Module):

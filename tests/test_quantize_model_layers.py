@@ -260,6 +260,33 @@ def test_an_einsum_takes_another_equation_of_the_same_axes_only(result):
         layer(X, "abd,nhd->abnh")
 
 
+HALF = {"dtype": jnp.bfloat16}
+WIDE = {**HALF, "preferred_element_type": jnp.float32}
+
+
+@pytest.mark.parametrize(
+    "options", [HALF, WIDE, {"param_dtype": jnp.float16}, {"use_bias": False, **HALF}]
+)
+@jax.numpy_dtype_promotion("standard")  # biases of another type are added
+def test_types_of_outputs_are_those_of_the_dense_layers(options):
+    rngs = nnx.Rngs(0)
+    given = {k: v for k, v in options.items() if k != "use_bias"}
+    bias = (2, 8) if options.get("use_bias", True) else None
+    for layer in (
+        nnx.LinearGeneral(16, (2, 8), **options, rngs=rngs),
+        nnx.Einsum("...d,dnh->...nh", (16, 2, 8), bias, **given, rngs=rngs),
+        nnx.Conv(16, 16, 1, **options, rngs=rngs),
+    ):
+        packed = nnx.eval_shape(
+            lambda each: QuantizedLinear.from_linear(each, RTN()), layer
+        )
+        found, expected = (
+            nnx.eval_shape(lambda each, x: each(x), each, X.astype(jnp.float16))
+            for each in (packed, layer)
+        )
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
 LEFT = {
     "diagonal": ("bi,ii->bi", (8, 8), "takes a diagonal"),
     "ellipsis": ("bi,...->b...", (8, 8), "has a kernel of 2 axes"),

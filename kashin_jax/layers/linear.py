@@ -125,10 +125,9 @@ class QuantizedLinear(nnx.Module):
                 f"`{path}` {found}, which packed weights cannot. Leave the layer out."
             )
         kind = QuantizedEinsum if isinstance(linear, nnx.Einsum) else cls
+        axes = None if found.is_plain else found.kernel
         layer = kind(
-            quantized_of_shape(
-                tensor, linear.kernel, key, f"{path}/kernel", found.kernel
-            ),
+            quantized_of_shape(tensor, linear.kernel, key, f"{path}/kernel", axes),
             linear.bias,
             contraction=None if found.is_plain else found,
             dtype=linear.dtype,

@@ -40,7 +40,8 @@ class KernelAxes:
 
         Args:
           shape: Shape of the whole kernel.
-          inputs: Axes that a product sums over; those below 0 count from the end.
+          inputs: Axes that a product sums over, in any order; those below 0 count
+            from the end.
           stack: Axes along which every index is a matrix of its own.
 
         Raises:
@@ -60,7 +61,7 @@ class KernelAxes:
         leading = next(axis for axis in range(ndim) if axis not in alone)
         return cls(
             tuple(shape[leading:]),
-            tuple(axis - leading for axis in taken[: len(inputs)]),
+            tuple(sorted(axis - leading for axis in taken[: len(inputs)])),
             tuple(sorted(axis - leading for axis in alone if axis > leading)),
         )
 
