@@ -211,7 +211,7 @@ def test_kernels_that_were_packed_along_other_axes_are_refused(params):
         nn.intercept_methods(packed_dense),
         pytest.raises(UsageError, match=r"`split` sums over axes \(0,\) of a kernel"),
     ):
-        call(packed)
+        jax.eval_shape(call, packed)
 
 
 HALF = {"dtype": jnp.bfloat16}
