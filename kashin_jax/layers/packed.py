@@ -43,9 +43,13 @@ class PackedParam(PackedKernel):
 
     For modules that read their parameter themselves: `param[...]`, `param.T`, an
     operator or a function of JAX decodes the whole of it, anew each time, with bases
-    drawn from the seed. Under `jit` no decoded copy outlives the call. It cannot be
-    trained, and `nnx.to_pure_dict` holds it decoded.
+    drawn from the seed. Under `jit` no decoded copy outlives the call, but XLA may
+    decode all parameters that a program reads before it uses the first: a
+    `QuantizedLinear` never holds more than a tile. It cannot be trained, and
+    `nnx.to_pure_dict` holds it decoded.
     """
+
+    # Four of 4 MiB took 36 MiB of temporaries on a CPU, four LinearGeneral 0.7 MiB.
 
     @property
     def array(self) -> PackedArray:
