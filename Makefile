@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 FLAGS ?= --bits=4
 ARTIFACT ?= all
 ORACLE ?= .oracle
+TORCH ?= .oracle-torch
 
 # All cores; compiled programs are kept in .pytest_cache (`make test CLEAR=1` empties it).
 PYTEST := -m pytest -n auto --dist=loadfile --no-loadscope-reorder --durations=20 \
   $(if $(CLEAR),--cache-clear)
 SLOW := -m 'slow and not oracle' --nbmake notebooks tests
 
-.PHONY: run test lint default slow second test-slow coverage setup oracle bench peers \
-  results docs notebooks sanitize wheel clean
+.PHONY: run test lint default slow second test-slow coverage setup oracle oracle-torch bench \
+  peers results docs notebooks sanitize wheel clean
 
 run: setup            ## set up, then quantize the embedded OPT and print its table
 	$(BIN)/python -m experiments.opt_ppl $(FLAGS)
@@ -89,6 +90,11 @@ $(ORACLE)/.installed: Makefile $(VENV)/.installed
 	  tensorboardX==2.6.5 sentencepiece==0.2.3 perfetto==0.59.1
 	touch $@
 
+oracle-torch: setup   ## compare with Hugging Face's torch models; torch is installed apart
+	test -d $(TORCH) || $(BIN)/python -m pip install --quiet --target=$(TORCH) \
+	  --extra-index-url=https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+	PYTHONPATH=$(TORCH) $(BIN)/python -m pytest -m oracle tests/oracle_torch
+
 bench: setup          ## time and memory of the decomposition, the coders and matmul
 	$(BIN)/python -m benchmarks.core
 
@@ -113,4 +119,4 @@ notebooks: setup      ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/execute.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-second $(ORACLE) .peers site
+	rm -rf $(VENV) $(VENV)-second $(ORACLE) $(TORCH) .peers site

@@ -177,7 +177,7 @@ def _identity(config: OptPplConfig, name: str, text: EvaluationText) -> dict[str
 def _load_text(config: OptPplConfig, loaded: LoadedModel) -> EvaluationText:
     tokenizer = load_tokenizer(loaded.directory)
     check_vocabulary(tokenizer, loaded.config.vocab_size)
-    limit = loaded.config.max_position_embeddings
+    limit = loaded.config.context_length
     if config.context > limit:
         raise UsageError(
             f"`--context`={config.context} exceeds the {limit} positions of the model; "

@@ -117,10 +117,10 @@ def test_what_does_not_run_here_is_named_with_what_can_be_done(
         ("packed", quantized, "`kashin dequantize` writes"),
     ]:
         other = shutil.copytree(checkpoint, tmp_path / name)
-        edit_json(other / "config.json", lambda c: c.update(model_type="llama"))
+        edit_json(other / "config.json", lambda c: c.update(model_type="mamba"))
         rest = [f"--text={source}.txt"] if command == "eval" else ["a prompt"]
         found = line(capsys, 1, command, other, *rest)
-        assert "'llama'; models that run here are bert, distilbert, opt" in found
+        assert "'mamba'; models that run here are bert, distilbert, opt" in found
         assert words in found
 
 

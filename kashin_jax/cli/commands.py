@@ -236,7 +236,7 @@ def run_eval(
     tokens = tokenizer.encode(_read_text(Path(text)))
     if tokenizer.bos_id is not None:
         tokens = np.insert(tokens, 0, tokenizer.bos_id)
-    limit = loaded.config.max_position_embeddings
+    limit = loaded.config.context_length
     length = context or own_context(loaded)
     if not 2 <= length <= limit:
         raise UsageError(

@@ -219,7 +219,7 @@ def _dequantize(commands: Any) -> None:
 def _eval(commands: Any) -> None:
     parser: _Parser = commands.add_parser(
         "eval",
-        help="perplexity of an OPT checkpoint, quantized or not, on a text",
+        help="perplexity of a language model, quantized or not, on a text",
         description="Prints the perplexity on a text, which is cut into windows that "
         "do not overlap; all but the first token of each are predicted. Needs the "
         "extra `cli`.",
@@ -233,7 +233,7 @@ def _eval(commands: Any) -> None:
         "--context",
         type=read_count,
         help="tokens of a window; when left out, as many as the model was trained at, "
-        "if the checkpoint says so, or has positions for",
+        "if the checkpoint says so, else 2048 or as many as it has positions for",
     )
     parser.add_argument(
         "--batch-size", type=read_count, default=4, help="windows at a time"
@@ -243,7 +243,7 @@ def _eval(commands: Any) -> None:
 def _generate(commands: Any) -> None:
     parser: _Parser = commands.add_parser(
         "generate",
-        help="continue a text with an OPT checkpoint, quantized or not",
+        help="continue a text with a language model, quantized or not",
         description="Prints a text and its continuation. Needs the extra `cli`.",
     )
     parser.add_argument("src", metavar="DIR", help="directory, or id on the hub")

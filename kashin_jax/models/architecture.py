@@ -9,9 +9,16 @@ import jax
 import numpy as np
 from flax import nnx
 
+from kashin_jax.models.config_fields import TokenIds
 from kashin_jax.models.names import Names
 
-__all__ = ["Architecture", "Config", "ParamPath", "abstract_state"]
+__all__ = [
+    "Architecture",
+    "Config",
+    "LanguageConfig",
+    "ParamPath",
+    "abstract_state",
+]
 
 ParamPath = tuple[Any, ...]
 
@@ -35,6 +42,36 @@ class Config(Protocol):
         ...
 
 
+@runtime_checkable
+class LanguageConfig(Config, Protocol):
+    """The configuration of a language model."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest text that has positions."""
+        ...
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """Token used as padding, if there is one."""
+        ...
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Token that starts a text, if there is one."""
+        ...
+
+    @property
+    def eos_token_id(self) -> TokenIds:
+        """Token that ends a text, or several of which any does."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
     """An entry of the registry.
@@ -46,6 +83,7 @@ class Architecture:
       names: From our paths to published names, and back.
       tied: Path of the output matrix, and of the embedding that takes its place where
         `tie_word_embeddings` is set; None for models without.
+      tied_by_default: Whether it is tied where `tie_word_embeddings` is left out.
       head: Module of a classifier's head, of which a checkpoint may hold several; None
         for language models.
       fresh: Modules that are drawn where a classifier gets a fresh head, if the
@@ -57,6 +95,7 @@ class Architecture:
     model: Callable[..., nnx.Module]
     names: Names
     tied: tuple[ParamPath, ParamPath] | None = None
+    tied_by_default: bool = False
     head: str | None = None
     fresh: frozenset[str] = frozenset()
 

@@ -18,7 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.models.architecture import Architecture
-from kashin_jax.models.config_fields import check_rates, check_sizes, read_fields
+from kashin_jax.models.config_fields import (
+    check_heads,
+    check_rates,
+    check_sizes,
+    read_fields,
+)
 from kashin_jax.models.names import Names
 from kashin_jax.models.transformer import (
     ACTIVATIONS,
@@ -131,6 +136,7 @@ class ClassifierConfig:
                 f"`model_type` is {self.model_type!r}; known are {', '.join(_ALIASES)}."
             )
         check_sizes(self, _SIZES)
+        check_heads(self)
         check_rates(self, _RATES)
         if self.hidden_act not in ACTIVATIONS:
             raise UsageError(

@@ -6,10 +6,26 @@ from typing import Any, TypeVar
 
 from kashin_jax.errors import CheckpointError, UsageError
 
-__all__ = ["TokenIds", "check_rates", "check_sizes", "read_fields"]
+__all__ = [
+    "Counts",
+    "Numbers",
+    "TokenIds",
+    "check_heads",
+    "check_rates",
+    "check_sizes",
+    "read_fields",
+]
 
 TokenIds = int | tuple[int, ...] | None
 """One token or several, or none; a list in JSON."""
+
+Numbers = tuple[float, ...] | None
+"""Some numbers, or none; a list in JSON."""
+
+Counts = tuple[int, ...] | None
+"""Some whole numbers, or none; a list in JSON."""
+
+_LISTS: Mapping[Any, type] = {Numbers: float, Counts: int}
 
 Config = TypeVar("Config")
 
@@ -68,6 +84,10 @@ def _checked(value: Any, kind: Any, key: str, source: str) -> Any:
         if isinstance(value, list):
             return tuple(_checked(each, int, key, source) for each in value)
         kind = int | None
+    if kind in _LISTS:
+        if isinstance(value, list | tuple):
+            return tuple(_checked(each, _LISTS[kind], key, source) for each in value)
+        kind = type(None)
     # JSON has one kind of number, and Python counts True among the integers.
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if is_whole and kind in (float, float | None):
@@ -85,6 +105,10 @@ def check_sizes(config: Any, names: tuple[str, ...]) -> None:
     for name in names:
         if (size := getattr(config, name)) is not None and size < 1:
             raise UsageError(f"`{name}` must be at least 1. Got {size}.")
+
+
+def check_heads(config: Any) -> None:
+    """Raises UsageError if the heads do not share the hidden features evenly."""
     if config.hidden_size % config.num_attention_heads:
         raise UsageError(
             f"`num_attention_heads`={config.num_attention_heads} must divide "

@@ -10,17 +10,23 @@ from kashin_jax.errors import CheckpointError
 from kashin_jax.io import read_json
 from kashin_jax.models.loading import LoadedModel
 
-__all__ = ["own_context", "trained_context"]
+__all__ = ["MOST_TOKENS", "own_context", "trained_context"]
+
+MOST_TOKENS = 2048
+"""Of a window where nobody says: what tables of perplexity have. The logits of one
+window of 131,072 tokens, as Llama 3.1 has positions for, take 67 GB."""
 
 
 def own_context(loaded: LoadedModel) -> int:
-    """Tokens of the longest window that a model has positions for, and was trained at.
+    """Tokens of a window that a model has positions for, and was trained at.
+
+    At most `MOST_TOKENS` where the checkpoint does not say what it was trained at.
 
     Raises:
       CheckpointError: If `asset.json` is there and does not say.
     """
-    limit: int = loaded.config.max_position_embeddings
-    return min(trained_context(loaded.directory) or limit, limit)
+    limit: int = loaded.config.context_length
+    return min(trained_context(loaded.directory) or MOST_TOKENS, limit)
 
 
 def trained_context(model_directory: str | Path) -> int | None:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from kashin_jax.errors import UsageError
+from kashin_jax.models.architecture import LanguageConfig
 from kashin_jax.models.transformer import KVCache
 
 __all__ = ["CausalLM", "generate"]
@@ -18,13 +19,20 @@ __all__ = ["CausalLM", "generate"]
 
 @runtime_checkable
 class CausalLM(Protocol):
-    """A language model, an NNX module, that can go on where it stopped reading.
+    """A language model, an NNX module, that can go on where it stopped reading."""
 
-    Attributes:
-      config: With `vocab_size`, `max_position_embeddings` and `pad_token_id`.
-    """
+    @property
+    def config(self) -> LanguageConfig:
+        """Its architecture."""
+        ...
 
-    config: Any
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        attention_mask: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t vocab"]:
+        """Logits of the next token at every position."""
+        ...
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `max_length` tokens per row, padding included."""
@@ -164,10 +172,10 @@ def _check(
     config, t = model.config, input_ids.shape[1]
     if max_new_tokens < 1:
         raise UsageError(f"`max_new_tokens` must be at least 1. Got {max_new_tokens}.")
-    if t + max_new_tokens > config.max_position_embeddings:
+    if t + max_new_tokens > config.context_length:
         raise UsageError(
             f"`max_new_tokens`={max_new_tokens} and a prompt of {t} tokens exceed the "
-            f"model's {config.max_position_embeddings} positions; shorten either."
+            f"model's {config.context_length} positions; shorten either."
         )
     if temperature < 0:
         raise UsageError(f"`temperature` must not be negative. Got {temperature}.")

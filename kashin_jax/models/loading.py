@@ -36,7 +36,7 @@ from kashin_jax.models.bert import (
     SequenceClassifier,
 )
 from kashin_jax.models.names import StoredName
-from kashin_jax.models.opt import OPT, OPTConfig, OPTForCausalLM
+from kashin_jax.models.opt import OPT
 from kashin_jax.models.registry import ARCHITECTURES, find_architecture
 
 __all__ = [
@@ -60,15 +60,15 @@ class LoadedModel(NamedTuple):
     """A language model and where it came from.
 
     Attributes:
-      model: In evaluation mode.
-      config: Its architecture.
+      model: A `CausalLM`, in evaluation mode.
+      config: Its architecture, a `LanguageConfig`.
       stored_dtype: NumPy name of the precision that most of the weights are stored in,
         such as `float16`.
       directory: Where the checkpoint lies; its tokenizer is there too.
     """
 
-    model: OPTForCausalLM
-    config: OPTConfig
+    model: Any
+    config: Any
     stored_dtype: str
     directory: Path
 

@@ -19,6 +19,7 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.models.architecture import Architecture
 from kashin_jax.models.config_fields import (
     TokenIds,
+    check_heads,
     check_rates,
     check_sizes,
     read_fields,
@@ -35,6 +36,7 @@ from kashin_jax.models.transformer import (
     check_length,
     empty_cache,
     mask_or_ones,
+    next_step,
     remember,
     split_heads,
     token_positions,
@@ -124,6 +126,7 @@ class OPTConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, _SIZES)
+        check_heads(self)
         if self.activation_function not in ACTIVATIONS:
             raise UsageError(
                 f"`activation_function`={self.activation_function!r} is not supported; "
@@ -135,6 +138,11 @@ class OPTConfig:
     def embedding_size(self) -> int:
         """Width of the token embedding."""
         return self.word_embed_proj_dim or self.hidden_size
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest text that has positions."""
+        return self.max_position_embeddings
 
     @property
     def head_dim(self) -> int:
@@ -382,8 +390,9 @@ class OPTForCausalLM(nnx.Module):
         """An empty cache for `max_length` tokens per row, padding included."""
         check_length("max_length", max_length, self.config.max_position_embeddings)
         config = self.config
-        shape = (batch_size, max_length, config.num_attention_heads, config.head_dim)
-        return empty_cache(shape, config.num_hidden_layers, self.dtype)
+        layer = (max_length, config.num_attention_heads, config.head_dim)
+        layers = [layer] * config.num_hidden_layers
+        return empty_cache(batch_size, max_length, layers, self.dtype)
 
     def decode(
         self,
@@ -407,19 +416,10 @@ class OPTForCausalLM(nnx.Module):
           ValueError: If `input_ids` is longer than the cache, or the mask is not of
             the shape of `input_ids`.
         """
-        t, slots = input_ids.shape[1], cache.mask.shape[1]
-        check_length("input_ids", t, slots)
-        mask = jax.lax.dynamic_update_slice_in_dim(
-            cache.mask, mask_or_ones(input_ids, attention_mask), cache.length, axis=1
-        )
-        positions = jax.lax.dynamic_slice_in_dim(
-            token_positions(mask), cache.length, t, axis=1
-        )
-        now = cache.length + jnp.arange(t)
-        causal = jnp.arange(slots)[None, :] <= now[:, None]
-        visible = causal[None, None] & mask.astype(bool)[:, None, None]
-        x, layers = self.decoder(input_ids, positions, visible, cache)
-        return self._logits(x[:, -1]), KVCache(layers, mask, cache.length + t)
+        step = next_step(input_ids, cache, attention_mask)
+        x, layers = self.decoder(input_ids, step.positions, step.visible, cache)
+        length = cache.length + input_ids.shape[1]
+        return self._logits(x[:, -1]), KVCache(layers, step.mask, length)
 
     def _logits(self, x: Float[Array, "*b e"]) -> Float[Array, "*b vocab"]:
         if self.lm_head is None:
@@ -434,4 +434,5 @@ OPT = Architecture(
     # The version is left in some conversions from fairseq; a number, not a weight.
     names=Names(ignored=re.compile(r"decoder\.version$")),
     tied=(("lm_head", "kernel"), ("decoder", "embed_tokens", "embedding")),
+    tied_by_default=True,
 )

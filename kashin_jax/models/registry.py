@@ -1,4 +1,4 @@
-"""The architectures that checkpoints are loaded as: a file and a line for each."""
+"""The architectures that checkpoints are loaded as: a file or a row for each."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from kashin_jax.errors import CheckpointError
 from kashin_jax.models.architecture import Architecture
 from kashin_jax.models.bert import BERT, DISTILBERT, ROBERTA
+from kashin_jax.models.decoder import DECODERS
 from kashin_jax.models.names import LayerName, Names
 from kashin_jax.models.opt import OPT
 
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {entry.model_type: entry for entry in (BERT, DISTILBERT, OPT, ROBERTA)}
+    {entry.model_type: entry for entry in (BERT, DISTILBERT, OPT, ROBERTA, *DECODERS)}
 )
 """By the `model_type` of their `config.json`."""
 
@@ -99,7 +100,7 @@ def tied_copy(stored: Iterable[str], config: Mapping[str, Any]) -> TiedCopy | No
     entry = ARCHITECTURES.get(str(config.get("model_type")))
     if entry is None or entry.tied is None:
         return None
-    if not config.get("tie_word_embeddings", entry.config.tie_word_embeddings):
+    if not config.get("tie_word_embeddings", entry.tied_by_default):
         return None
     parsed = {name: entry.names.parse(name) for name in stored}
     by_stem = {found.name: name for name, found in parsed.items() if found is not None}

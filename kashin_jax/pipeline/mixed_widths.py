@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from kashin_jax.errors import UsageError
+from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import Checkpoint
 from kashin_jax.methods import JointKashin
 from kashin_jax.models.generation import CausalLM, generate
@@ -84,7 +84,7 @@ def sampled_text(model: CausalLM, key: Key[Array, ""]) -> Int[Array, "w t"]:
     """Texts drawn from the model itself at temperature 1, each from its first token."""
     begin = model.config.bos_token_id
     prompts = jnp.full((WINDOWS, 1), 0 if begin is None else begin, jnp.int32)
-    length = min(LENGTH, model.config.max_position_embeddings)
+    length = min(LENGTH, model.config.context_length)
     return generate(model, prompts, max_new_tokens=length - 1, temperature=1.0, key=key)
 
 
@@ -267,6 +267,18 @@ def mixed_checkpoint_rules(
     return mixed_rules(rules, layers, bits), Widths(bits, criterion)
 
 
+def _why_it_does_not_run(source: Checkpoint) -> str | None:
+    """Why a checkpoint is no language model that runs here; None if it is one."""
+    architecture = ARCHITECTURES.get(str(source.config.get("model_type")))
+    if architecture is None or architecture.head is not None:
+        return "the model does not generate here"
+    try:
+        architecture.config.from_dict(source.config, "config.json")
+    except CheckpointError as error:
+        return f"the model does not generate here ({error})"
+    return None
+
+
 def _sensitivities(
     source: Checkpoint,
     rules: Rules,
@@ -275,10 +287,9 @@ def _sensitivities(
     kept: KeptNumbers | None,
 ) -> tuple[dict[str, float], str]:
     """What an error in each layer costs, and what that is measured by."""
-    architecture = ARCHITECTURES.get(str(source.config.get("model_type")))
-    if architecture is None or architecture.head is not None:
+    if (why := _why_it_does_not_run(source)) is not None:
         norms = {c.path: float(squared_norm(stored_kernel(source, c))) for c in layers}
-        return norms, "squared errors of weights, as the model does not generate here"
+        return norms, f"squared errors of weights, as {why}"
     root = jax.random.key(seed)
     quantizer = LayerQuantizer(layers, rules, root, lambda c: stored_kernel(source, c))
 

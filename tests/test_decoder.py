@@ -1,0 +1,78 @@
+"""Every family and kind of rope against Hugging Face's torch models, and its cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import GOLDEN, checkpoint, make
+from flax import nnx
+from quantized_sources import method
+
+from kashin_jax import QuantizedLinear, Rules, quantize_model
+from kashin_jax.models import generate, load_model
+from kashin_jax.pipeline import (
+    dequantize_checkpoint,
+    load_quantized,
+    quantize_checkpoint,
+)
+
+FIRST = 30
+RULES = Rules(config=method("rtn", bits=4, group_size=8))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN / "golden.npz") as file:
+        return dict(file)
+
+
+@jax.jit(static_argnums=0)
+def both_ways(graphdef, state, ids, mask):
+    """Logits of a forward pass, and of reading the last tokens one by one."""
+    model = nnx.merge(graphdef, state)
+    whole = model(ids, mask)
+
+    def step(cache, token):
+        logits, cache = model.decode(token[:, None], cache)
+        return cache, logits
+
+    cache = model.init_cache(*ids.shape)
+    first, cache = model.decode(ids[:, :FIRST], cache, mask[:, :FIRST])
+    _, rest = jax.lax.scan(step, cache, ids[:, FIRST:].T)
+    return whole, jnp.concatenate([first[None], rest])
+
+
+@pytest.mark.parametrize("variant", make.VARIANTS)
+def test_logits_are_those_of_hugging_face_with_a_cache_and_without(
+    golden, variant, tmp_path
+):
+    """Padded, beyond the window, beyond the original length of scaled ropes."""
+    model = load_model(checkpoint(variant, tmp_path)).model
+    whole, cached = both_ways(*nnx.split(model), golden["ids"], golden["mask"])
+    expected, real = golden[variant], golden["mask"].astype(bool)
+    size = np.abs(expected[real]).max()
+    assert np.abs(np.asarray(whole) - expected)[real].max() < 1e-4 * size
+    last = np.swapaxes(cached, 0, 1)
+    assert np.abs(last - expected[:, FIRST - 1 :]).max() < 1e-4 * size
+
+
+@pytest.mark.parametrize("variant", ["phi3", "gemma3_text", "qwen2"])
+def test_all_of_a_quantized_checkpoint_stays_packed_and_runs(variant, tmp_path):
+    """Fused matrices, a tied head, biases: as quantized in memory."""
+    source = GOLDEN / variant
+    quantize_checkpoint(source, tmp_path / "packed", RULES, seed=3)
+    loaded = load_quantized(tmp_path / "packed")
+    dense = load_model(source).model
+    memory, reports = quantize_model(dense, rules=RULES, key=jax.random.key(3))
+    layers = 4 if variant == "phi3" else 7
+    assert len(reports) == 2 * layers and not any("head" in path for path in reports)
+    packed = [each for _, each in nnx.iter_graph(loaded.model)
+              if isinstance(each, QuantizedLinear)]  # fmt: skip
+    assert len(packed) == 2 * layers
+    ids = jnp.asarray([[3, 4, 5, 6]])
+    found = generate(loaded.model, ids, max_new_tokens=12)
+    np.testing.assert_array_equal(found, generate(memory, ids, max_new_tokens=12))
+    dequantize_checkpoint(tmp_path / "packed", tmp_path / "plain")
+    plain = load_model(tmp_path / "plain").model
+    gap = np.abs(np.asarray(loaded.model(ids)) - np.asarray(plain(ids)))
+    assert gap.max() < 1e-4 * np.abs(np.asarray(plain(ids))).max()
