@@ -1,5 +1,8 @@
 """Every family and kind of rope against Hugging Face's torch models, and its cache."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +12,15 @@ from flax import nnx
 from quantized_sources import method
 
 from kashin_jax import QuantizedLinear, Rules, quantize_model
+from kashin_jax.cli import main
+from kashin_jax.io import open_checkpoint
 from kashin_jax.models import generate, load_model
 from kashin_jax.pipeline import (
     dequantize_checkpoint,
     load_quantized,
     quantize_checkpoint,
 )
+from kashin_jax.pipeline.mixed_widths import why_it_does_not_run
 
 FIRST = 30
 RULES = Rules(config=method("rtn", bits=4, group_size=8))
@@ -56,6 +62,25 @@ def test_logits_are_those_of_hugging_face_with_a_cache_and_without(
     assert np.abs(last - expected[:, FIRST - 1 :]).max() < 1e-4 * size
 
 
+def test_a_window_slides_over_a_text_that_is_read_in_parts(golden):
+    """Parts within the window, as long and longer: every slot holds what it should."""
+    model = load_model(GOLDEN / "mistral").model
+    ids, mask = golden["ids"], golden["mask"]
+    cache, end = model.init_cache(*ids.shape), 0
+    assert {each["keys"].shape[1] for each in cache.layers} == {make.WINDOW}
+    for size in (7, 3, make.WINDOW, 1, 14, 7):
+        start, end = end, end + size
+        logits, cache = decode(model, ids[:, start:end], cache, mask[:, start:end])
+        expected = golden["mistral"][:, end - 1]
+        assert np.abs(np.asarray(logits) - expected).max() < 1e-4 * expected.max()
+    assert end == ids.shape[1]
+
+
+@nnx.jit
+def decode(model, ids, cache, mask):
+    return model.decode(ids, cache, mask)
+
+
 @pytest.mark.parametrize("variant", ["phi3", "gemma3_text", "qwen2"])
 def test_all_of_a_quantized_checkpoint_stays_packed_and_runs(variant, tmp_path):
     """Fused matrices, a tied head, biases: as quantized in memory."""
@@ -72,7 +97,39 @@ def test_all_of_a_quantized_checkpoint_stays_packed_and_runs(variant, tmp_path):
     ids = jnp.asarray([[3, 4, 5, 6]])
     found = generate(loaded.model, ids, max_new_tokens=12)
     np.testing.assert_array_equal(found, generate(memory, ids, max_new_tokens=12))
+    # What other libraries read.
     dequantize_checkpoint(tmp_path / "packed", tmp_path / "plain")
     plain = load_model(tmp_path / "plain").model
     gap = np.abs(np.asarray(loaded.model(ids)) - np.asarray(plain(ids)))
     assert gap.max() < 1e-4 * np.abs(np.asarray(plain(ids))).max()
+
+
+def test_what_does_not_fit_is_named_in_a_line(tmp_path, capsys):
+    """A rope that is not known, sizes of another model, a text that is too long."""
+    shutil.copytree(GOLDEN / "llama", tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    content = make.content_of("llama")
+    for changes, words in [
+        ({"rope_scaling": {"type": "mrope"}}, "`rope_type` is 'mrope'; known are"),
+        ({"intermediate_size": 44}, "mlp.down_proj.weight` has shape (32, 40), but"),
+        ({"attention_bias": False}, "is not part of the model that config.json descr"),
+        ({"num_hidden_layers": 3}, "16 tensors are missing, the first is `model.lay"),
+    ]:
+        path.write_text(json.dumps(content | changes))
+        assert main(["eval", str(path.parent), "--text=none.txt"]) == 1
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and words in line and str(path.parent) in line
+    model = load_model(GOLDEN / "llama").model
+    with pytest.raises(ValueError, match="`input_ids` has 65 tokens; between 1 and 64"):
+        model(jnp.zeros((1, 65), jnp.int32))
+
+
+def test_a_model_whose_rope_is_not_known_is_quantized_all_the_same(tmp_path):
+    shutil.copytree(GOLDEN / "llama", tmp_path / "copy")
+    content = make.content_of("llama") | {"rope_scaling": {"type": "mrope"}}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(content))
+    quantize_checkpoint(tmp_path / "copy", tmp_path / "packed", RULES)
+    assert len(open_checkpoint(tmp_path / "packed").descriptions) == 14
+    # A budget is then kept without running the model.
+    why = why_it_does_not_run(open_checkpoint(tmp_path / "copy"))
+    assert "`rope_type` is 'mrope'" in why

@@ -22,8 +22,9 @@ from kashin_jax.evaluation import (
 )
 from kashin_jax.io import open_checkpoint, read_json
 from kashin_jax.methods import JointKashin, config_from_json
+from kashin_jax.models.chat import chat_prompt
 from kashin_jax.models.context import own_context
-from kashin_jax.models.generation import generate
+from kashin_jax.models.generation import generate, stop_tokens
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from kashin_jax.pipeline import (
@@ -271,26 +272,45 @@ def _nll(
 
 
 def run_generate(
-    src: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
+    src: str,
+    prompt: str,
+    *,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
 ) -> int:
-    """Prints the prompt and its continuation."""
+    """Prints the prompt and its continuation, or the answer of a chat model."""
     loaded = _language_model(src)
     tokenizer = load_tokenizer(loaded.directory)
-    ids = tokenizer.encode(prompt)
-    if tokenizer.bos_id is not None:
-        ids = np.insert(ids, 0, tokenizer.bos_id)
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.encode(chat_prompt(loaded.directory, messages))
+        shown = ids.size
+    else:
+        ids, shown = tokenizer.encode(prompt), 0
+        if tokenizer.bos_id is not None:
+            ids, shown = np.insert(ids, 0, tokenizer.bos_id), 1
     if not ids.size:
         raise UsageError("The prompt is empty; give at least one word.")
+    ends = stop_tokens(loaded.directory, loaded.config)
     found = generate(
         loaded.model,
         jnp.asarray(ids)[None],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         key=jax.random.key(seed),
-        eos_token_id=loaded.config.eos_token_id,
+        eos_token_id=ends,
     )
-    skip = 0 if tokenizer.bos_id is None else 1
-    print(tokenizer.decode(np.asarray(found[0, skip:])))
+    text = np.asarray(found[0])
+    # What ends the text is no part of it, and what follows is padding.
+    (stops,) = np.nonzero(np.isin(text[ids.size :], ends))
+    end = ids.size + stops[0] if stops.size else text.size
+    print(tokenizer.decode(text[shown:end]))
     return 0
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "main",
     "read_bits",
     "read_count",
+    "read_probability",
     "read_seed",
     "read_setting",
     "read_size",
@@ -244,10 +245,16 @@ def _generate(commands: Any) -> None:
     parser: _Parser = commands.add_parser(
         "generate",
         help="continue a text with a language model, quantized or not",
-        description="Prints a text and its continuation. Needs the extra `cli`.",
+        description="Prints a text and its continuation, up to a token that ends it. "
+        "Needs the extra `cli`.",
     )
     parser.add_argument("src", metavar="DIR", help="directory, or id on the hub")
     parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the text is a message: apply the chat template, print the answer alone",
+    )
     parser.add_argument(
         "--max-new-tokens", type=read_count, default=50, help="at most; default: 50"
     )
@@ -256,6 +263,17 @@ def _generate(commands: Any) -> None:
         type=read_temperature,
         default=0.0,
         help="0, the default, takes the likeliest token; higher ones draw more freely",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=read_count,
+        help="draw from so many of the likeliest tokens; needs a temperature",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=read_probability,
+        help="draw from the likeliest tokens that together have this probability; "
+        "needs a temperature",
     )
     parser.add_argument(
         "--seed", type=read_seed, default=0, help="of what is drawn; default: 0"
@@ -321,6 +339,14 @@ def read_setting(text: str) -> tuple[str, Any]:
 def read_temperature(text: str) -> float:
     """A number that is not negative."""
     return 0.0 if _number(text) == 0 else _positive(text, "0 or more")
+
+
+def read_probability(text: str) -> float:
+    """A number above 0, at most 1."""
+    expected = "a probability above 0, at most 1"
+    if (value := _positive(text, expected)) > 1:
+        raise _refused(text, expected)
+    return value
 
 
 def _whole(text: str, low: int, end: int) -> int:

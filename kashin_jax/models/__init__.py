@@ -5,6 +5,8 @@ An architecture is one file, which ends in its entry, and one line in `registry.
 
 from kashin_jax.models.bert import ClassifierConfig as ClassifierConfig
 from kashin_jax.models.bert import SequenceClassifier as SequenceClassifier
+from kashin_jax.models.decoder import DecoderForCausalLM as DecoderForCausalLM
+from kashin_jax.models.decoder_config import DecoderConfig as DecoderConfig
 from kashin_jax.models.generation import generate as generate
 from kashin_jax.models.loading import LoadedClassifier as LoadedClassifier
 from kashin_jax.models.loading import LoadedModel as LoadedModel
@@ -21,6 +23,8 @@ from kashin_jax.models.transformer import KVCache as KVCache
 
 __all__ = [
     "ClassifierConfig",
+    "DecoderConfig",
+    "DecoderForCausalLM",
     "KVCache",
     "LoadedClassifier",
     "LoadedModel",

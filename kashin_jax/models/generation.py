@@ -1,7 +1,8 @@
-"""Text generation with a key-value cache: greedy, or sampled at a temperature."""
+"""Text generation with a key-value cache: greedy, or sampled."""
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -10,11 +11,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from kashin_jax.errors import UsageError
+from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.io import read_json
 from kashin_jax.models.architecture import LanguageConfig
 from kashin_jax.models.transformer import KVCache
 
-__all__ = ["CausalLM", "generate"]
+__all__ = ["CausalLM", "generate", "likeliest", "stop_tokens"]
 
 
 @runtime_checkable
@@ -55,6 +57,8 @@ def generate(
     attention_mask: Int[Array, "b t"] | None = None,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     key: Key[Array, ""] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Int[Array, "b total"]:
@@ -71,6 +75,9 @@ def generate(
       max_new_tokens: Tokens to add to every row.
       temperature: 0 takes the likeliest token. Otherwise tokens are drawn from the
         softmax of the logits divided by this.
+      top_k: Draws from so many of the likeliest tokens only.
+      top_p: Draws from the fewest of the likeliest tokens that have at least this
+        probability together, of those that `top_k` left.
       key: Random key; needed where `temperature` is above 0.
       eos_token_id: Ends a row; of several tokens any does. What follows is filled
         with the padding token of the model's configuration, or with the first of these
@@ -81,10 +88,17 @@ def generate(
 
     Raises:
       UsageError: If a row ends in padding, an id is outside the vocabulary, prompt and
-        new tokens exceed the model's positions, or `key` is missing.
+        new tokens exceed the model's positions, `key` is missing, or `top_k` or `top_p`
+        is out of range or given without a temperature.
+
+    References:
+      Fan et al., "Hierarchical neural story generation" (2018), arXiv:1805.04833, for
+      `top_k`; Holtzman et al., "The curious case of neural text degeneration" (2019),
+      arXiv:1904.09751, for `top_p`.
     """
     mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
     _check(model, input_ids, mask, max_new_tokens, temperature, key)
+    _check_filters(temperature, top_k, top_p)
     copy: Any = nnx.merge(*nnx.split(model))
     copy.eval()
     graphdef, state = nnx.split(copy)
@@ -98,11 +112,13 @@ def generate(
         input_ids,
         mask,
         jax.random.key(0) if key is None else key,
-        jnp.asarray(temperature, jnp.float32),
+        jnp.asarray([temperature, 1.0 if top_p is None else top_p], jnp.float32),
+        jnp.asarray(model.config.vocab_size if top_k is None else top_k, jnp.int32),
         jnp.asarray(eos, input_ids.dtype),
         jnp.asarray(fill, input_ids.dtype),
         max_new_tokens=max_new_tokens,
         greedy=temperature == 0,
+        filtered=not (top_k is None and top_p is None),
     )
 
 
@@ -114,19 +130,24 @@ class _State(NamedTuple):
     cache: KVCache
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "greedy"))
+_STATIC = ("graphdef", "max_new_tokens", "greedy", "filtered")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _generate(
     graphdef: nnx.GraphDef,
     state: PyTree[Array],
     input_ids: Int[Array, "b t"],
     mask: Int[Array, "b t"],
     key: Key[Array, ""],
-    temperature: Float[Array, ""],
+    heat: Float[Array, "2"],
+    top_k: Int[Array, ""],
     eos: Int[Array, " ends"],
     fill: Int[Array, ""],
     *,
     max_new_tokens: int,
     greedy: bool,
+    filtered: bool,
 ) -> Int[Array, "b total"]:
     model = nnx.merge(graphdef, state)
     b, t = input_ids.shape
@@ -138,7 +159,10 @@ def _generate(
             token = jnp.argmax(logits, axis=-1)
         else:
             step_key = jax.random.fold_in(key, step)
-            token = jax.random.categorical(step_key, logits / temperature)
+            temperature, top_p = heat
+            scaled = logits / temperature
+            kept = likeliest(scaled, top_k, top_p) if filtered else scaled
+            token = jax.random.categorical(step_key, kept)
         token = jnp.where(ended, fill, token.astype(fill.dtype))
         return token, ended | (token[:, None] == eos[None, :]).any(axis=1)
 
@@ -159,6 +183,64 @@ def _generate(
     tokens = tokens.at[:, :t].set(input_ids).at[:, t].set(token)
     init = _State(zero + 1, tokens, token, ended, cache)
     return jax.lax.while_loop(cond_fun, body_fun, init).tokens
+
+
+def likeliest(
+    logits: Float[Array, "b vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Float[Array, "b vocab"]:
+    """Logits of the likeliest tokens, and minus infinity for all others.
+
+    Tokens as likely as the last one that is kept are kept, too.
+
+    Args:
+      logits: Unnormalised log-probabilities.
+      top_k: How many tokens, at least 1.
+      top_p: Probability that the fewest of them have together at least.
+    """
+    falling = -jnp.sort(-logits, axis=-1)
+    falling = jnp.where(jnp.arange(logits.shape[-1])[None] < top_k, falling, -jnp.inf)
+    probabilities = jax.nn.softmax(falling, axis=-1)
+    # Of the tokens before: the first is kept in any case.
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    is_kept = (before < top_p) & (falling > -jnp.inf)
+    least = jnp.min(jnp.where(is_kept, falling, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def stop_tokens(directory: str | Path, config: LanguageConfig) -> tuple[int, ...]:
+    """The tokens that end a text: those of `generation_config.json`, else the model's.
+
+    Chat models end an answer with another token than a text; only that file says so.
+
+    Args:
+      directory: A checkpoint directory, such as `LoadedModel.directory`.
+      config: The model's configuration.
+
+    Raises:
+      CheckpointError: If the file is damaged.
+    """
+    path = Path(directory) / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    found = config.eos_token_id if found is None else found
+    one = () if found is None else (found,)
+    tokens = tuple(found) if isinstance(found, list | tuple) else one
+    if not all(isinstance(token, int) for token in tokens):
+        raise CheckpointError(
+            f"{path}: field `eos_token_id` is {found!r}; expected tokens' numbers."
+        )
+    return tokens
+
+
+def _check_filters(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if top_k is not None and top_k < 1:
+        raise UsageError(f"`top_k` must be at least 1. Got {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UsageError(f"`top_p` must lie in (0, 1]. Got {top_p}.")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise UsageError(
+            "`top_k` and `top_p` are for drawing, and `temperature` is 0, which takes "
+            "the likeliest token; raise it."
+        )
 
 
 def _check(

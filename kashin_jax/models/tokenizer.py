@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.io import read_json
 
 __all__ = [
     "Encoded",
@@ -30,6 +31,8 @@ __all__ = [
 # Files that make a tokenizer, in the order in which they are looked for; the last two
 # are read by `transformers`, by the model type that `config.json` names.
 _FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+# Tokens that begin a text and do nothing else, but for OPT's.
+_BEGINNINGS = frozenset({"<s>", "</s>", "<bos>", "<|begin_of_text|>"})
 # The library keeps 5 kB for an encoded pair of 31 tokens: 2 GB for the train of MNLI.
 _CHUNK = 4096
 
@@ -40,7 +43,7 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int | None:
-        """The token that begins a text (`</s>` for OPT); None if there is none."""
+        """The token that begins a text (`</s>` for OPT); None for models without."""
         ...
 
     @property
@@ -141,11 +144,32 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
       CheckpointError: If there is no tokenizer or its file is damaged.
       UsageError: If the library that reads it is not installed.
     """
-    backend = _read_backend(Path(directory))
-    # What the tokenizer puts in front of an empty text is its own choice of BOS.
-    prefix = backend.encode("", add_special_tokens=True).ids
-    bos_id = prefix[0] if prefix else backend.token_to_id("</s>")
+    directory = Path(directory)
+    backend = _read_backend(directory)
+    bos_id = _bos_id(backend, directory)
     return _BackendTokenizer(backend, bos_id, _vocab_size(backend))
+
+
+def _bos_id(backend: Any, directory: Path) -> int | None:
+    """What the model was taught a text begins with.
+
+    What the tokenizer puts in front of an empty text is its own choice. Where it puts
+    nothing, a file beside it may say that this is meant so; if none does, it is the
+    model's token that begins a text, unless that is one which separates texts, such as
+    `<|endoftext|>`: nothing is put in front by models that have no other.
+    """
+    if prefix := backend.encode("", add_special_tokens=True).ids:
+        return int(prefix[0])
+    stated, model = (
+        read_json(path) if (path := directory / name).is_file() else {}
+        for name in ("tokenizer_config.json", "config.json")
+    )
+    if stated.get("add_bos_token") is False:
+        return None
+    if (bos := model.get("bos_token_id")) is None:
+        is_opt = model.get("model_type", "opt") == "opt"
+        return backend.token_to_id("</s>") if is_opt else None
+    return bos if backend.id_to_token(bos) in _BEGINNINGS else None
 
 
 def load_pair_tokenizer(directory: str | Path) -> PairTokenizer:

@@ -47,6 +47,7 @@ __all__ = [
     "probe",
     "sampled_text",
     "squared_norm",
+    "why_it_does_not_run",
 ]
 
 Width = int | float
@@ -267,7 +268,7 @@ def mixed_checkpoint_rules(
     return mixed_rules(rules, layers, bits), Widths(bits, criterion)
 
 
-def _why_it_does_not_run(source: Checkpoint) -> str | None:
+def why_it_does_not_run(source: Checkpoint) -> str | None:
     """Why a checkpoint is no language model that runs here; None if it is one."""
     architecture = ARCHITECTURES.get(str(source.config.get("model_type")))
     if architecture is None or architecture.head is not None:
@@ -287,7 +288,7 @@ def _sensitivities(
     kept: KeptNumbers | None,
 ) -> tuple[dict[str, float], str]:
     """What an error in each layer costs, and what that is measured by."""
-    if (why := _why_it_does_not_run(source)) is not None:
+    if (why := why_it_does_not_run(source)) is not None:
         norms = {c.path: float(squared_norm(stored_kernel(source, c))) for c in layers}
         return norms, f"squared errors of weights, as {why}"
     root = jax.random.key(seed)
