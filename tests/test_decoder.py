@@ -74,6 +74,12 @@ def test_a_window_slides_over_a_text_that_is_read_in_parts(golden):
         expected = golden["mistral"][:, end - 1]
         assert np.abs(np.asarray(logits) - expected).max() < 1e-4 * expected.max()
     assert end == ids.shape[1]
+    # As many slots as the window: nothing has slid yet, and nothing may go wrong.
+    cache = model.init_cache(2, make.WINDOW)
+    _, cache = decode(model, ids[:, :7], cache, mask[:, :7])
+    logits, _ = decode(model, ids[:, 7:8], cache, mask[:, 7:8])
+    expected = golden["mistral"][:, 7]
+    assert np.abs(np.asarray(logits) - expected).max() < 1e-4 * expected.max()
 
 
 @nnx.jit

@@ -323,10 +323,10 @@ class DecoderForCausalLM(nnx.Module):
         t, slots = input_ids.shape[1], cache.mask.shape[1]
         visible: _Visible = {None: step.visible}
         if (window := self.config.sliding_window) is not None:
-            # A cache within the window keeps everything, as that of other layers.
+            # A cache of fewer slots keeps everything, as that of other layers does.
             visible[window] = (
                 step.visible
-                if slots <= window
+                if slots < window
                 else window_visible(step.mask, cache.length, t, window)
             )
         x, layers = self._read(input_ids, step.positions, visible, slots, cache)
