@@ -6,6 +6,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoders import make
 from flax import nnx
 from opt_checkpoints import GOLDEN as OPT_GOLDEN
 from opt_checkpoints import HERE, assert_same, parameters
@@ -22,7 +23,6 @@ from kashin_jax.models import (
     save_model,
 )
 from kashin_jax.models.architecture import abstract_state
-from kashin_jax.models.decoder_config import FAMILIES
 from kashin_jax.models.registry import ARCHITECTURES, layer_names, names_of
 from kashin_jax.pipeline import quantize_checkpoint
 
@@ -31,7 +31,7 @@ ENCODERS = ("bert", "roberta", "distilbert")
 DIRECTORIES = (
     {"opt": OPT_GOLDEN / "untied"}
     | {name: CLASSIFIERS / name for name in ENCODERS}
-    | {name: HERE / "golden" / "decoder" / name for name in FAMILIES}
+    | {name: HERE / "golden" / "decoder" / name for name in make.FAMILIES}
 )
 
 
@@ -55,7 +55,9 @@ def test_published_names_lead_back_to_parameters_and_layers(name):
     for path, stored in published.items():
         assert entry.names.parse(stored).name == entry.names.stem(path)
         if path[-1] in ("kernel", "embedding"):
-            expected = ("/".join(map(str, path[:-1])), path[-1] == "kernel")
+            # GPT-2's Conv1D.
+            is_transposed = path[-1] == "kernel" and name != "gpt2"
+            expected = ("/".join(map(str, path[:-1])), is_transposed)
             assert layers[stored] == expected
 
 
@@ -84,12 +86,12 @@ def test_layers_of_unknown_architectures_are_called_by_their_stored_names():
         stored[1]: ("transformer/wte", False),
         stored[3]: ("encoder/block_0/dense", False),
     }
-    gpt2 = layer_names(["h.0.attn.c_attn.weight"], {"model_type": "gpt2"})
-    assert gpt2 == {"h.0.attn.c_attn.weight": ("h/0/attn/c_attn", False)}
+    gpt = layer_names(["h.0.attn.c_attn.weight"], {"model_type": "imagegpt"})
+    assert gpt == {"h.0.attn.c_attn.weight": ("h/0/attn/c_attn", False)}
     assert names_of("unheard-of").published(("lm_head", "kernel")) == "lm_head.weight"
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", None, ["opt"]])
+@pytest.mark.parametrize("model_type", ["mamba", None, ["opt"]])
 def test_an_architecture_that_is_not_registered_is_refused(tmp_path, model_type):
     shutil.copytree(OPT_GOLDEN / "prenorm", tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"

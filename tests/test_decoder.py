@@ -87,15 +87,15 @@ def decode(model, ids, cache, mask):
     return model.decode(ids, cache, mask)
 
 
-@pytest.mark.parametrize("variant", ["phi3", "gemma3_text", "qwen2"])
+@pytest.mark.parametrize("variant", ["phi3", "gemma3_text", "qwen2", "gpt2"])
 def test_all_of_a_quantized_checkpoint_stays_packed_and_runs(variant, tmp_path):
-    """Fused matrices, a tied head, biases: as quantized in memory."""
+    """Fused matrices, a tied head, biases, Conv1D: as quantized in memory."""
     source = GOLDEN / variant
     quantize_checkpoint(source, tmp_path / "packed", RULES, seed=3)
     loaded = load_quantized(tmp_path / "packed")
     dense = load_model(source).model
     memory, reports = quantize_model(dense, rules=RULES, key=jax.random.key(3))
-    layers = 4 if variant == "phi3" else 7
+    layers = 4 if variant in ("phi3", "gpt2") else 7
     assert len(reports) == 2 * layers and not any("head" in path for path in reports)
     packed = [each for _, each in nnx.iter_graph(loaded.model)
               if isinstance(each, QuantizedLinear)]  # fmt: skip

@@ -8,6 +8,7 @@ from decoders import make
 
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.models.decoder_config import FAMILIES, DecoderConfig
+from kashin_jax.models.gpt import GPTConfig
 from kashin_jax.models.rope import Rope, frequencies
 
 SIZES = {
@@ -195,3 +196,57 @@ def test_what_phi_3_called_its_rope_at_first_is_longrope():
 def test_a_rope_of_nothing_is_refused():
     with pytest.raises(UsageError, match=r"must lie in \(0, 1\]. Got 0"):
         Rope(partial_rotary_factor=0.0)
+
+
+GPT_SIZES = {
+    "gpt2": {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "gpt_neox": {
+        "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "intermediate_size": 40,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", GPT_SIZES)
+def test_a_gpt_means_what_it_means_to_transformers(model_type):
+    """In words of their own, with fields left out."""
+    from transformers import AutoConfig
+
+    content = {"model_type": model_type} | GPT_SIZES[model_type]
+    ours = GPTConfig.from_dict(content, "here.json")
+    written = json.loads(json.dumps(ours.to_dict()))
+    assert GPTConfig.from_dict(written, "here.json") == ours
+    assert written.pop("model_type") == model_type and written.pop("architectures")
+    for theirs in (
+        AutoConfig.for_model(**content), AutoConfig.for_model(model_type, **written),
+    ):  # fmt: skip
+        names = {"hidden_act": "activation_function"} | {
+            "layer_norm_eps": "layer_norm_epsilon", "intermediate_size": "n_inner"
+        }  # fmt: skip
+        for name in (
+            "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "intermediate_size", "max_position_embeddings", "hidden_act",
+            "layer_norm_eps", "tie_word_embeddings", "pad_token_id", "bos_token_id",
+            "eos_token_id", "attention_bias", "use_parallel_residual",
+        ):  # fmt: skip
+            value = getattr(theirs, name, getattr(theirs, names.get(name, ""), None))
+            if value is not None:
+                assert getattr(ours, name) == value, name
+        if ours.rope is not None:
+            assert_same_rope(ours.rope, theirs.rope_parameters, ours)
+    assert ours.intermediate_size == (128 if model_type == "gpt2" else 40)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ({"n_embd": 30}, "must divide `hidden_size`=30"),
+    ({"scale_attn_weights": False}, "`scale_attn_weights` is false"),
+    ({"n_head": None}, "field `n_head` is None"),
+    ({"activation_function": "swish2"}, "`hidden_act`='swish2' is not supported"),
+    ({"model_type": "gptj"}, "`model_type` is 'gptj'; known here are gpt2, gpt_neox"),
+])  # fmt: skip
+def test_bad_input_of_a_gpt_is_one_line(content, words):
+    content = {"model_type": "gpt2"} | GPT_SIZES["gpt2"] | content
+    with pytest.raises(CheckpointError) as caught:
+        GPTConfig.from_dict(content, "here.json")
+    text = str(caught.value)
+    assert text.startswith("here.json: ") and words in text and "\n" not in text

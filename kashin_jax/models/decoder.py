@@ -7,6 +7,7 @@ names, but for norms: families call different ones the same.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -240,7 +241,7 @@ class DecoderForCausalLM(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.embed_tokens = make.embed(config.vocab_size, config.hidden_size)
-        self.layers = nnx.List(
+        self.layers: nnx.List[Any] = nnx.List(
             [DecoderBlock(config, i, make) for i in range(config.num_hidden_layers)]
         )
         self.norm = _norm(config, config.hidden_size, make)
@@ -342,8 +343,7 @@ class DecoderForCausalLM(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], tuple[LayerCache, ...]]:
         """Embeddings and blocks; what is visible depends on a layer's window."""
         config, turns = self.config, self._turns(positions, length)
-        x = self.embed_tokens(input_ids)
-        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        x = self._embed(input_ids, positions)
         caches = []
         for i, block in enumerate(self.layers):
             own = None if past is None else Past(past.layers[i], past.length)
@@ -351,6 +351,12 @@ class DecoderForCausalLM(nnx.Module):
             x, cache = block(x, visible[config.window(i)], turn, own)
             caches.append(cache)
         return self.norm(x), tuple(caches)
+
+    def _embed(
+        self, input_ids: Int[Array, "b t"], positions: Int[Array, "b t"]
+    ) -> Float[Array, "b t d"]:
+        x = self.embed_tokens(input_ids)
+        return x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
     def _turns(
         self, positions: Int[Array, "b t"], length: int

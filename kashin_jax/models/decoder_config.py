@@ -19,12 +19,11 @@ from kashin_jax.models.config_fields import (
     check_sizes,
     read_fields,
 )
-from kashin_jax.models.rope import Rope, read_rope
+from kashin_jax.models.rope import FULL, SLIDING, Rope, read_ropes
 from kashin_jax.models.transformer import ACTIVATIONS
 
 __all__ = ["FAMILIES", "DecoderConfig", "Family"]
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -374,7 +373,8 @@ class DecoderConfig:
         sizes = read_fields(_Sizes, content, source)
         derived = _heads(content, sizes, source)
         derived |= _layers(content, family, sizes, source)
-        derived |= _ropes(content, family, source)
+        rope, local = read_ropes(content, source, local_theta=family.local_theta)
+        derived |= {"rope": rope, "local_rope": local}
         return read_fields(
             cls, content, source, aliases=family.aliases, fixed=derived, nulls=_NULLS
         )
@@ -498,42 +498,3 @@ def _whole_numbers(
     raise CheckpointError(
         f"{source}: field `{key}` is {value!r}; expected whole numbers."
     )
-
-
-def _ropes(content: Mapping[str, Any], family: Family, source: str) -> dict[str, Any]:
-    """The ropes, which have had four places in a configuration."""
-    scaling = _object(content, "rope_scaling", source)
-    parameters = _object(content, "rope_parameters", source)
-    nested = {
-        name: _object(parameters, name, source)
-        for name in (FULL, SLIDING)
-        if name in parameters
-    }
-    common = {
-        name: content[name]
-        for name in ("rope_theta", "partial_rotary_factor")
-        if content.get(name) is not None
-    }
-    own = common | (scaling or (nested.get(FULL, {}) if nested else parameters))
-    kind = own.get("rope_type", own.get("type"))
-    # Phi-3 had other names for it.
-    if family.fused and kind in ("su", "yarn"):
-        own["rope_type"] = kind = "longrope"
-    original = "original_max_position_embeddings"
-    if original in content and kind in ("llama3", "yarn", "longrope"):
-        own[original] = content[original]
-    local = None
-    if family.local_theta is not None:
-        theta = content.get("rope_local_base_freq", family.local_theta)
-        local = read_rope({"rope_theta": theta} | nested.get(SLIDING, {}), source)
-    return {"rope": read_rope(own, source), "local_rope": local}
-
-
-def _object(content: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:
-    """A JSON object, empty where there is none."""
-    value = content.get(key)
-    if value is not None and not isinstance(value, Mapping):
-        raise CheckpointError(
-            f"{source}: field `{key}` is {value!r}; expected an object."
-        )
-    return dict(value or {})

@@ -64,12 +64,15 @@ class Names:
       modules: Published names of modules by ours, `*` standing for the number of a
         block; the prefix is left out, and so are modules that are called the same.
       ignored: Matches names, without prefix, of tensors that are no part of the model.
+      untransposed: Matches names, without prefix, of matrices that are called `weight`
+        and are `[in, out]` all the same.
     """
 
     prefix: str = "model."
     bare: frozenset[str] = frozenset({"lm_head"})
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: re.Pattern[str] | None = None
+    untransposed: re.Pattern[str] | None = None
 
     def published(self, path: Sequence[Any]) -> str:
         """The name of a parameter in a checkpoint written from PyTorch."""
@@ -100,7 +103,9 @@ class Names:
 
     def _parsed(self, stored: str) -> StoredName:
         parts = stored.replace("/", ".").removeprefix(self.prefix).split(".")
-        return StoredName(tensor_name(parts), parts[-1] == "weight")
+        name, special = tensor_name(parts), self.untransposed
+        is_special = special is not None and special.match(name) is not None
+        return StoredName(name, parts[-1] == "weight" and not is_special)
 
 
 def tensor_name(path: Sequence[Any]) -> str:

@@ -9,6 +9,7 @@ from kashin_jax.errors import CheckpointError
 from kashin_jax.models.architecture import Architecture
 from kashin_jax.models.bert import BERT, DISTILBERT, ROBERTA
 from kashin_jax.models.decoder import DECODERS
+from kashin_jax.models.gpt import GPTS
 from kashin_jax.models.names import LayerName, Names
 from kashin_jax.models.opt import OPT
 
@@ -23,7 +24,10 @@ __all__ = [
 ]
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {entry.model_type: entry for entry in (BERT, DISTILBERT, OPT, ROBERTA, *DECODERS)}
+    {
+        entry.model_type: entry
+        for entry in (BERT, DISTILBERT, OPT, ROBERTA, *DECODERS, *GPTS)
+    }
 )
 """By the `model_type` of their `config.json`."""
 

@@ -15,10 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from kashin_jax.errors import UsageError
+from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.models.config_fields import Numbers, read_fields
 
-__all__ = ["Angles", "Rope", "angles", "frequencies", "read_rope", "rotate"]
+__all__ = [
+    "FULL",
+    "SLIDING",
+    "Angles",
+    "Rope",
+    "angles",
+    "frequencies",
+    "read_ropes",
+    "rotate",
+]
+
+# Kinds of layers.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 # What a kind of scaling cannot do without.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
@@ -140,8 +152,62 @@ class Rope:
         return named | {k: v for k, v in fields.items() if v != plain[k]}
 
 
-def read_rope(mapping: Mapping[str, Any], source: str) -> Rope:
-    """Reads a rope of a `config.json`; raises CheckpointError, naming the field."""
+def read_ropes(
+    content: Mapping[str, Any], source: str, *, local_theta: float | None = None
+) -> tuple[Rope, Rope | None]:
+    """Reads the ropes of a `config.json`, which have had four places there.
+
+    Args:
+      content: The parsed JSON object, with the family's defaults in place.
+      source: Where it came from, for error messages.
+      local_theta: Base of the rope of layers with a window, in families in which these
+        have their own.
+
+    Returns:
+      The rope, and that of layers with a window.
+
+    Raises:
+      CheckpointError: If a value is of the wrong type or not supported; names `source`
+        and the field.
+    """
+    scaling = _object(content, "rope_scaling", source)
+    parameters = _object(content, "rope_parameters", source)
+    nested = {
+        name: _object(parameters, name, source)
+        for name in (FULL, SLIDING)
+        if name in parameters
+    }
+    common = {
+        name: content[name]
+        for name in ("rope_theta", "partial_rotary_factor")
+        if content.get(name) is not None
+    }
+    own = common | (scaling or (nested.get(FULL, {}) if nested else parameters))
+    kind = own.get("rope_type", own.get("type"))
+    # Phi-3 had other names for it, of which one is another's.
+    if kind in ("su", "yarn") and "long_factor" in own:
+        own["rope_type"] = kind = "longrope"
+    original = "original_max_position_embeddings"
+    if original in content and kind in ("llama3", "yarn", "longrope"):
+        own[original] = content[original]
+    local = None
+    if local_theta is not None:
+        theta = content.get("rope_local_base_freq", local_theta)
+        local = _read({"rope_theta": theta} | nested.get(SLIDING, {}), source)
+    return _read(own, source), local
+
+
+def _object(content: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:
+    """A JSON object, empty where there is none."""
+    value = content.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"{source}: field `{key}` is {value!r}; expected an object."
+        )
+    return dict(value or {})
+
+
+def _read(mapping: Mapping[str, Any], source: str) -> Rope:
     nulls = {name: getattr(Rope(), name) for name in ("rope_type", "rope_theta")}
     content = dict(mapping)
     content.setdefault("rope_type", content.get("type", "default"))

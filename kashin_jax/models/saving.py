@@ -102,12 +102,21 @@ def _tensors(
                 f"`{name}` has shape {value.shape}, but `config` asks for "
                 f"{shapes[path]}."
             )
-        tensors[name] = stored_array(name, path, value, dtype)
+        found_name = architecture.names.parse(name)
+        is_transposed = found_name is None or found_name.is_transposed
+        tensors[name] = stored_array(
+            name, path, value, dtype, is_transposed=is_transposed
+        )
     return tensors
 
 
 def stored_array(
-    name: str, path: ParamPath, value: np.ndarray, dtype: DTypeLike
+    name: str,
+    path: ParamPath,
+    value: np.ndarray,
+    dtype: DTypeLike,
+    *,
+    is_transposed: bool = True,
 ) -> np.ndarray:
     """A parameter as PyTorch lays it out: matrix products as `[out, in]`.
 
@@ -116,13 +125,15 @@ def stored_array(
       path: Where the model has it.
       value: As the model has it.
       dtype: Floating-point precision to store.
+      is_transposed: Whether matrices of that name are so; GPT-2's are not.
 
     Raises:
       NonFiniteError: If the value is not finite, or overflows `dtype`; names it.
     """
     dtype = jnp.dtype(dtype)
     with np.errstate(over="ignore"):
-        stored = (value.T if path[-1] == "kernel" else value).astype(dtype)
+        flip = is_transposed and path[-1] == "kernel"
+        stored = (value.T if flip else value).astype(dtype)
     if not np.isfinite(stored).all():
         raise NonFiniteError(f"`{name}` is not finite in {dtype.name}.")
     return np.ascontiguousarray(stored)
