@@ -62,6 +62,35 @@ def test_logits_are_those_of_hugging_face_with_a_cache_and_without(
     assert np.abs(last - expected[:, FIRST - 1 :]).max() < 1e-4 * size
 
 
+def test_bfloat16_is_as_good_as_it_can_be(golden):
+    """No type is promoted by accident: promotion is strict here."""
+    variant = "gemma3_text"
+    model = load_model(GOLDEN / variant, dtype=jnp.bfloat16).model
+    whole, cached = both_ways(*nnx.split(model), golden["ids"], golden["mask"])
+    assert whole.dtype == cached.dtype == jnp.float32
+    assert {each["keys"].dtype for each in model.init_cache(1, 9).layers} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    expected, real = golden[variant], golden["mask"].astype(bool)
+    gap = np.abs(np.asarray(whole) - expected)[real]
+    assert 1e-4 < np.sqrt(np.mean(gap**2) / np.mean(expected[real] ** 2)) < 0.05
+
+
+def test_every_parameter_has_a_gradient_under_jit_and_vmap():
+    """Of each text of a batch for itself."""
+    graphdef, state = nnx.split(load_model(GOLDEN / "gemma3_text").model)
+
+    def loss(state, ids):
+        logits = nnx.merge(graphdef, state)(ids[None])
+        return -jnp.mean(jax.nn.log_softmax(logits)[..., 3])
+
+    ids = jnp.asarray([[3, 4, 5, 6], [7, 8, 9, 10]])
+    gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(state, ids)
+    for path, gradient in nnx.to_flat_state(gradients):
+        found = np.asarray(gradient[...])
+        assert np.all(np.isfinite(found)) and np.any(found[0] != found[1]), path
+
+
 def test_a_window_slides_over_a_text_that_is_read_in_parts(golden):
     """Parts within the window, as long and longer: every slot holds what it should."""
     model = load_model(GOLDEN / "mistral").model
