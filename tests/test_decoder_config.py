@@ -167,6 +167,10 @@ def test_a_missing_size_is_named():
 ])  # fmt: skip
 def test_scaled_ropes_reach_further_than_the_configuration_says(rope, tokens):
     assert rope.reach(2048) == tokens
+    content = {"model_type": "llama", "rope_parameters": rope.to_dict()}
+    assert read(SIZES | content).context_length == tokens
+    # What Gemma 3 says has been scaled.
+    assert read(SIZES | PUBLISHED["gemma-3-4b"]).context_length == 131_072
 
 
 def test_ropes_that_follow_the_length_leave_short_texts_alone():

@@ -274,6 +274,11 @@ class DecoderConfig:
     eos_token_id: TokenIds = 2
 
     def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise UsageError(
+                f"`model_type` is {self.model_type!r}; known here are "
+                f"{', '.join(FAMILIES)}."
+            )
         check_sizes(self, _SIZES)
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
@@ -310,7 +315,9 @@ class DecoderConfig:
     @property
     def context_length(self) -> int:
         """Tokens of the longest text that has positions."""
-        return self.rope.reach(self.max_position_embeddings)
+        positions = self.max_position_embeddings
+        # Gemma 3 says the length that its scaling reached.
+        return positions if self.local_rope else self.rope.reach(positions)
 
     @property
     def score_scale(self) -> float:
