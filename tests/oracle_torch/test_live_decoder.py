@@ -44,6 +44,19 @@ def test_logits_are_the_same(pair):
     assert difference < 1e-4
 
 
+def test_what_they_save_is_read_here(pair, tmp_path):
+    """Names and configurations as transformers 5 writes them."""
+    ours, theirs = pair
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_model(tmp_path / "theirs")
+    assert again.config == ours.config
+    expected = dict(nnx.to_flat_state(nnx.state(ours.model)))
+    found = dict(nnx.to_flat_state(nnx.state(again.model)))
+    assert found.keys() == expected.keys()
+    for path, value in found.items():
+        np.testing.assert_array_equal(value[...], expected[path][...], str(path))
+
+
 def test_what_we_save_is_read_there(pair, tmp_path):
     from transformers import AutoModelForCausalLM
 
