@@ -14,7 +14,13 @@ from quantized_sources import method
 from kashin_jax import QuantizedLinear, Rules, quantize_model
 from kashin_jax.cli import main
 from kashin_jax.io import open_checkpoint
-from kashin_jax.models import generate, load_model
+from kashin_jax.models import (
+    DecoderConfig,
+    DecoderForCausalLM,
+    generate,
+    load_model,
+    save_model,
+)
 from kashin_jax.pipeline import (
     dequantize_checkpoint,
     load_quantized,
@@ -168,3 +174,18 @@ def test_a_model_whose_rope_is_not_known_is_quantized_all_the_same(tmp_path):
     # A budget is then kept without running the model.
     why = why_it_does_not_run(open_checkpoint(tmp_path / "copy"))
     assert "`rope_type` is 'mrope'" in why
+
+
+@pytest.mark.slow
+def test_a_budget_follows_the_predictions_of_a_model_without_bos(tmp_path, capsys):
+    """Qwen has no token that begins a text."""
+    content = {"model_type": "qwen2"} | make.SIZES | {"bos_token_id": None}
+    content |= {"hidden_size": 128, "intermediate_size": 128}
+    config = DecoderConfig.from_dict(content, "here")
+    model = DecoderForCausalLM(config, rngs=nnx.Rngs(0))
+    save_model(model, config, tmp_path / "source", dtype="float32")
+    where = [str(tmp_path / "source"), str(tmp_path / "q")]
+    assert main(["quantize", *where, "--bits=4.7", "--set", "effort=fast"]) == 0
+    out = capsys.readouterr().out
+    assert "by what their errors do to predictions" in out
+    assert load_quantized(tmp_path / "q").config == config
