@@ -23,7 +23,7 @@ from kashin_jax.models import (
     save_model,
 )
 from kashin_jax.models.architecture import abstract_state
-from kashin_jax.models.registry import ARCHITECTURES, layer_names, names_of
+from kashin_jax.models.registry import ARCHITECTURES, layer_names, names_of, tied_copy
 from kashin_jax.pipeline import quantize_checkpoint
 
 CLASSIFIERS = HERE / "golden" / "classifier"
@@ -137,3 +137,16 @@ def test_conv1d_is_untransposed_by_name_and_family_and_nothing_else():
     neox = ["gpt_neox.embed_in.weight", "embed_out.weight"]
     layers = layer_names(neox, {"model_type": "gpt_neox"})
     assert [layers[name].is_transposed for name in neox] == [False, True]
+
+
+@pytest.mark.parametrize(("model_type", "embedding", "is_tied"), [
+    ("gemma2", "model.embed_tokens", True), ("llama", "model.embed_tokens", False),
+    ("gpt2", "transformer.wte", True), ("opt", "model.decoder.embed_tokens", True),
+])  # fmt: skip
+def test_a_head_is_tied_by_the_familys_default(model_type, embedding, is_tied):
+    """Published configurations leave the field out where it has the default."""
+    stored = [f"{embedding}.weight", "lm_head.weight"]
+    found = tied_copy(stored, {"model_type": model_type})
+    assert found == (("lm_head.weight", stored[0]) if is_tied else None)
+    chosen = {"model_type": model_type, "tie_word_embeddings": not is_tied}
+    assert (tied_copy(stored, chosen) is None) == is_tied
