@@ -207,6 +207,15 @@ _PRODUCT = (
     Column("median_times_dense", "medians", fixed(2)),
     Column("load", "load", fixed(1)),
 )
+_PEERS = (
+    Column("rows", "rows of x"),
+    Column("method", "weights"),
+    Column("stored_bits_per_weight", "bits", fixed(2)),
+    Column("milliseconds", "ms", fixed(2)),
+    Column("times_dense", "times dense, best over best", fixed(2)),
+    Column("median_times_dense", "medians", fixed(2)),
+    Column("load", "load", fixed(1)),
+)
 _GENERATION = (
     Column("model", "model"),
     Column("batch", "batch"),
@@ -277,6 +286,7 @@ VIEWS: Mapping[str, View] = MappingProxyType({
         {"block": "square-4096", "method": f"{JOINT} by kernel", "device": "cpu"},
         _products,
     ),
+    "cpu-kernel-peers": View("bench_peers", {"device": "cpu"}, partial(_plain, _PEERS)),
     "cpu-kernel-generation": View("bench_generate", {}, partial(_plain, _GENERATION)),
     "train-opt": View("train_opt", {"kind": "training"}, _curve),
 })  # fmt: skip
