@@ -63,7 +63,7 @@ from experiments.common.text import (
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
 from kashin_jax.models.context import own_context
-from kashin_jax.models.loading import LoadedModel, load_opt
+from kashin_jax.models.loading import LoadedModel, load_language_model
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
 
 __all__ = ["OptPplConfig", "main", "run"]
@@ -143,7 +143,7 @@ def run(config: OptPplConfig) -> int:
     out = prepare_output(config.out)
     # TF32 would put the products of a float32 model at three digits on a GPU.
     with jax.default_matmul_precision("highest"):
-        loaded = load_opt(dense_directory(config.model, instead=_INSTEAD))
+        loaded = load_language_model(dense_directory(config.model, instead=_INSTEAD))
         text = _load_text(config, loaded)
         name = short_model_name(config.model)
         work = start_work(out, config, leaving=("batch_size", "fresh"))

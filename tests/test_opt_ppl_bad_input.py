@@ -259,8 +259,11 @@ def test_a_configuration_without_a_field_is_named(copy, tmp_path, complaint, fie
 
 def test_another_architecture_is_refused(copy, tmp_path, complaint):
     edit_config(copy, lambda content: content.update(model_type="bert"))
+    line = complaint(arguments(copy, tmp_path / "out"), USAGE)
+    assert "is a classifier (bert); name a language model." in line
+    edit_config(copy, lambda content: content.update(model_type="mamba"))
     line = complaint(arguments(copy, tmp_path / "out"), FILE)
-    assert "`model_type` is 'bert'; only 'opt' checkpoints can be loaded" in line
+    assert "`model_type` is 'mamba'; models that run here are" in line
 
 
 def test_weights_of_another_size_are_refused(copy, tmp_path, complaint):

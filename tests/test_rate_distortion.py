@@ -168,8 +168,10 @@ def test_each_effort_is_a_row_and_matrices_are_compared_one_by_one(tmp_path):
     tensors = {
         name: rng.standard_normal((256, 256)).astype(np.float32) for name in "abc"
     }
-    # Eight levels, an exact grid for three bits, and little of the whole energy.
+    # Eight levels of each output, an exact grid for three bits, but more of the matrix
+    # than codes; and little of the whole energy.
     grid = rng.permuted(np.tile(np.arange(8), (256, 32)), axis=1)
+    grid = grid - np.arange(256)[:, None] % 8
     tensors["grid"] = grid.astype(np.float32) / 16
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file(tensors, path)

@@ -12,6 +12,7 @@ from kashin_jax.models.loading import LoadedClassifier as LoadedClassifier
 from kashin_jax.models.loading import LoadedModel as LoadedModel
 from kashin_jax.models.loading import head_names as head_names
 from kashin_jax.models.loading import load_classifier as load_classifier
+from kashin_jax.models.loading import load_language_model as load_language_model
 from kashin_jax.models.loading import load_model as load_model
 from kashin_jax.models.loading import load_opt as load_opt
 from kashin_jax.models.opt import OPTConfig as OPTConfig
@@ -34,6 +35,7 @@ __all__ = [
     "generate",
     "head_names",
     "load_classifier",
+    "load_language_model",
     "load_model",
     "load_opt",
     "save_classifier",

@@ -44,6 +44,7 @@ __all__ = [
     "LoadedModel",
     "head_names",
     "load_classifier",
+    "load_language_model",
     "load_model",
     "load_opt",
 ]
@@ -126,6 +127,31 @@ def load_model(
         return _load_classifier(checkpoint, architecture, dtype, head=head)
     if head is not None:
         raise UsageError(f"`head`={head!r} is for classifiers; leave it out.")
+    return _load_language_model(checkpoint, architecture, dtype)
+
+
+def load_language_model(
+    path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32
+) -> LoadedModel:
+    """Loads a dense language model of any architecture that runs; see `load_model`.
+
+    Args:
+      path_or_id: A directory, or a hub id, which is downloaded.
+      dtype: Type of parameters and activations: float32, bfloat16 or float16.
+
+    Raises:
+      CheckpointError: As `load_model`, or if it is quantized.
+      NonFiniteError: If a weight is NaN or infinite, or overflows `dtype`.
+      UsageError: If it is a classifier, or `dtype` is not supported.
+    """
+    dtype = _check_dtype(dtype)
+    checkpoint = _open_dense(path_or_id)
+    architecture = find_architecture(*_read_config(checkpoint))
+    if architecture.head is not None:
+        raise UsageError(
+            f"{checkpoint.directory}: is a classifier ({architecture.model_type}); "
+            "name a language model."
+        )
     return _load_language_model(checkpoint, architecture, dtype)
 
 
