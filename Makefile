@@ -119,4 +119,4 @@ notebooks: setup      ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/execute.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-second $(ORACLE) $(TORCH) .peers site
+	rm -rf $(VENV) $(VENV)-second $(ORACLE) $(TORCH) .peers build site

@@ -31,7 +31,10 @@ def pytest_configure(config):
     # All tests multiply by the kernel of this tree, whatever is installed: ten seconds
     # of compiling, once for every change of it.
     if "KASHIN_JAX_KERNEL_LIBRARY" not in os.environ:
-        if library := build(programs):
+        # Not in pytest's cache, which every worker empties if it is to be emptied.
+        kernels = Path(__file__).parents[1] / "build" / "tests"
+        kernels.mkdir(parents=True, exist_ok=True)
+        if library := build(kernels):
             os.environ["KASHIN_JAX_KERNEL_LIBRARY"] = str(library)
 
 

@@ -122,7 +122,13 @@ def decode(model, ids, cache, mask):
     return model.decode(ids, cache, mask)
 
 
-@pytest.mark.parametrize("variant", ["phi3", "gemma3_text", "qwen2", "gpt2"])
+# Each is programs of its own to compile, 5 s: fused, and stored as [in, out].
+_SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "qwen2")
+]
+
+
+@pytest.mark.parametrize("variant", ["phi3", "gpt2", *_SLOW])
 def test_all_of_a_quantized_checkpoint_stays_packed_and_runs(variant, tmp_path):
     """Fused matrices, a tied head, biases, Conv1D: as quantized in memory."""
     source = GOLDEN / variant
