@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from kashin_jax.methods import Method, encode
 from kashin_jax.tensors import KashinTensor, Prepared, QuantizedTensor
 
-__all__ = ["BLOCKS", "chain", "random_layers", "random_tensor"]
+__all__ = ["BLOCKS", "chain", "random_layers", "random_tensor", "transposed"]
 
 Shape = tuple[int, int]
 
@@ -50,6 +50,11 @@ def chain(
 
 def _normed(x: Float[Array, "r m"]) -> Float[Array, "r m"]:
     return x / (jnp.max(jnp.abs(x)) + 1)
+
+
+def transposed(x: Float[Array, "r m"], w: Float[Array, "n m"]) -> Float[Array, "r n"]:
+    """The product with a weight in PyTorch's layout, `[out, in]`."""
+    return jnp.matmul(x, w.T)
 
 
 def random_layers(shapes: tuple[Shape, ...], config: Method) -> list[Prepared]:

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from benchmarks.alternating import time_in_turn
-from benchmarks.blocks import BLOCKS, chain, random_layers
+from benchmarks.blocks import BLOCKS, chain, random_layers, transposed
 from benchmarks.methods import TIMED, method_config
 from experiments.common.flags import (
     check_flags,
@@ -191,7 +191,7 @@ def _dense(block: str, rows: list[int], config: MatmulConfig) -> list[Row]:
                 jax.random.normal(jax.random.key(0), s if is_kernel else s[::-1], dtype)
                 for s in shapes
             ]
-            times = jnp.matmul if is_kernel else _transposed
+            times = jnp.matmul if is_kernel else transposed
             run = jax.jit(functools.partial(chain, product=times))
             size = sum(w.nbytes for w in layers)
             for r in rows:
@@ -200,10 +200,6 @@ def _dense(block: str, rows: list[int], config: MatmulConfig) -> list[Row]:
                 head = {"block": block, "method": f"dense {name}", "bits": bits}
                 found.append(head | _measured(r, seconds, size, config))
     return found
-
-
-def _transposed(x: Float[Array, "r m"], w: Float[Array, "n m"]) -> Float[Array, "r n"]:
-    return jnp.matmul(x, w.T)
 
 
 def _measured(rows: int, seconds: float, size: int, config: MatmulConfig) -> Row:
@@ -272,7 +268,7 @@ def _by_kernel(
     dense = [jax.random.normal(jax.random.key(0), shape) for shape in shapes]
     products: dict[str, tuple[Callable[..., Any], list[Any]]] = {
         "x @ K": (jnp.matmul, dense),
-        "x @ W.T": (_transposed, [w.T.copy() for w in dense]),
+        "x @ W.T": (transposed, [w.T.copy() for w in dense]),
         "kernel": (matmul, layers),
     }
     for r in rows:

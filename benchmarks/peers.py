@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from benchmarks.alternating import time_in_turn
-from benchmarks.blocks import random_layers
+from benchmarks.blocks import random_layers, transposed
 from benchmarks.methods import method_config
 from experiments.common.flags import (
     check_flags,
@@ -125,10 +125,6 @@ def _in_sequence(
     return x
 
 
-def _transposed(x: Float[Array, "r m"], w: Float[Array, "n m"]) -> Float[Array, "r n"]:
-    return jnp.matmul(x, w.T)
-
-
 def _ours(
     x: Float[Array, "r m"], widths: list[int | float]
 ) -> tuple[dict[str, Program], dict[str, float]]:
@@ -149,7 +145,7 @@ def _ours(
         layers = [w.astype(kind) for w in dense]
         add(f"{name} x @ K", bits, x.astype(kind), layers, jnp.matmul)
         turned = [w.T.copy() for w in layers]
-        add(f"{name} x @ W.T", bits, x.astype(kind), turned, _transposed)
+        add(f"{name} x @ W.T", bits, x.astype(kind), turned, transposed)
     for width in widths:
         quantizer = method_config("kashin-joint", width)
         assert quantizer is not None, "joint coding has all of these widths"

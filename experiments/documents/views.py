@@ -198,23 +198,24 @@ def _rates(source: str, **where: Any) -> View:
     return View("rate_distortion", {"source": source} | where, _rate)
 
 
+_TIMES_DENSE = (
+    Column("times_dense", "times dense, best over best", fixed(2)),
+    Column("median_times_dense", "medians", fixed(2)),
+    Column("load", "load", fixed(1)),
+)
 _PRODUCT = (
     Column("rows", "rows of x"),
     Column("bits", "bits"),
     Column("milliseconds", "ms", fixed(2)),
     Column("dense_milliseconds", "ms, dense float32", fixed(2)),
-    Column("times_dense", "times dense, best over best", fixed(2)),
-    Column("median_times_dense", "medians", fixed(2)),
-    Column("load", "load", fixed(1)),
+    *_TIMES_DENSE,
 )
 _PEERS = (
     Column("rows", "rows of x"),
     Column("method", "weights"),
     Column("stored_bits_per_weight", "bits", fixed(2)),
     Column("milliseconds", "ms", fixed(2)),
-    Column("times_dense", "times dense, best over best", fixed(2)),
-    Column("median_times_dense", "medians", fixed(2)),
-    Column("load", "load", fixed(1)),
+    *_TIMES_DENSE,
 )
 _GENERATION = (
     Column("model", "model"),

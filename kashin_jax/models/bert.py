@@ -20,6 +20,7 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.models.architecture import Architecture
 from kashin_jax.models.config_fields import (
     check_heads,
+    check_known,
     check_rates,
     check_sizes,
     read_fields,
@@ -138,11 +139,7 @@ class ClassifierConfig:
         check_sizes(self, _SIZES)
         check_heads(self)
         check_rates(self, _RATES)
-        if self.hidden_act not in ACTIVATIONS:
-            raise UsageError(
-                f"`hidden_act`={self.hidden_act!r} is not supported; known are "
-                f"{', '.join(ACTIVATIONS)}."
-            )
+        check_known(self, "hidden_act", ACTIVATIONS)
         if self.max_length < 1:
             raise UsageError(
                 f"`max_position_embeddings`={self.max_position_embeddings} leaves no "

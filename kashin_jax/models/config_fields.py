@@ -1,7 +1,7 @@
 """Reading the fields of a configuration dataclass from a Hugging Face `config.json`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from kashin_jax.errors import CheckpointError, UsageError
@@ -11,6 +11,7 @@ __all__ = [
     "Numbers",
     "TokenIds",
     "check_heads",
+    "check_known",
     "check_rates",
     "check_sizes",
     "read_fields",
@@ -105,6 +106,14 @@ def check_sizes(config: Any, names: tuple[str, ...]) -> None:
     for name in names:
         if (size := getattr(config, name)) is not None and size < 1:
             raise UsageError(f"`{name}` must be at least 1. Got {size}.")
+
+
+def check_known(config: Any, name: str, known: Collection[str]) -> None:
+    """Raises UsageError, naming those that are, if a field's value is not known."""
+    if (value := getattr(config, name)) not in known:
+        raise UsageError(
+            f"`{name}`={value!r} is not supported; known are {', '.join(known)}."
+        )
 
 
 def check_heads(config: Any) -> None:

@@ -16,6 +16,7 @@ from kashin_jax.models.config_fields import (
     Counts,
     TokenIds,
     check_heads,
+    check_known,
     check_sizes,
     read_fields,
 )
@@ -285,11 +286,7 @@ class DecoderConfig:
                 f"`num_key_value_heads`={self.num_key_value_heads} must divide "
                 f"`num_attention_heads`={self.num_attention_heads}."
             )
-        if self.hidden_act not in ACTIVATIONS:
-            raise UsageError(
-                f"`hidden_act`={self.hidden_act!r} is not supported; known are "
-                f"{', '.join(ACTIVATIONS)}."
-            )
+        check_known(self, "hidden_act", ACTIVATIONS)
         for rope in (self.rope, self.local_rope):
             if rope is not None:
                 rope.rotated(self.head_dim)

@@ -18,11 +18,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.errors import CheckpointError
 from kashin_jax.models.architecture import Architecture
 from kashin_jax.models.config_fields import (
     TokenIds,
     check_heads,
+    check_known,
     check_sizes,
     read_fields,
 )
@@ -130,11 +131,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         check_sizes(self, _SIZES)
         check_heads(self)
-        if self.hidden_act not in ACTIVATIONS:
-            raise UsageError(
-                f"`hidden_act`={self.hidden_act!r} is not supported; known are "
-                f"{', '.join(ACTIVATIONS)}."
-            )
+        check_known(self, "hidden_act", ACTIVATIONS)
         if self.rope is not None:
             self.rope.rotated(self.head_dim)
 

@@ -15,11 +15,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from kashin_jax.errors import CheckpointError, UsageError
+from kashin_jax.errors import CheckpointError
 from kashin_jax.models.architecture import Architecture
 from kashin_jax.models.config_fields import (
     TokenIds,
     check_heads,
+    check_known,
     check_rates,
     check_sizes,
     read_fields,
@@ -127,11 +128,7 @@ class OPTConfig:
     def __post_init__(self) -> None:
         check_sizes(self, _SIZES)
         check_heads(self)
-        if self.activation_function not in ACTIVATIONS:
-            raise UsageError(
-                f"`activation_function`={self.activation_function!r} is not supported; "
-                f"known are {', '.join(ACTIVATIONS)}."
-            )
+        check_known(self, "activation_function", ACTIVATIONS)
         check_rates(self, _RATES)
 
     @property

@@ -1,5 +1,6 @@
 """What quantizing a checkpoint would do: which tensors, and how they are stored."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection
@@ -156,9 +157,9 @@ def _has_few_values(
         if len(choice.candidate.shape) > 2:
             each = (file.read_rows(name, i, i + 1) for i in range(count))
             return all(distinct_values([part], most) is not None for part in each)
-        starts = (0, *range(1, count, _ROWS))
-        ends = (1, *(min(start + _ROWS, count) for start in starts[1:]))
-        parts = (file.read_rows(name, *ends) for ends in zip(starts, ends, strict=True))
+        chunks = (_rows(source, name, start) for start in range(0, count, _ROWS))
+        # The first row alone tells of almost every matrix that its values are many.
+        parts = itertools.chain([file.read_rows(name, 0, 1)], chunks)
         return distinct_values(parts, most) is not None
 
     return few

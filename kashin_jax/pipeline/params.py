@@ -22,7 +22,7 @@ from kashin_jax.pipeline.plan import (
     Choice,
     Plan,
     Select,
-    axes_by_rule,
+    axes_by_rules,
     choose_methods,
     make_plan,
 )
@@ -288,10 +288,8 @@ class _Reading(NamedTuple):
         if is_kernel and self.readers is not None:
             found = {self._read(path, shape) for path in paths}
             return found.pop() if len(found) == 1 else "is read along different axes"
-        for path in paths:
-            rule = None if self.rules is None else self.rules.rule_for(path)
-            if rule is not None and rule.contract is not None:
-                return axes_by_rule(rule, path, shape)
+        if (named := axes_by_rules(self.rules, paths, shape)) is not None:
+            return named
         if len(shape) == 2 or self._is_stack(paths):
             return None
         return (

@@ -23,7 +23,7 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "Select",
-    "axes_by_rule",
+    "axes_by_rules",
     "choose_methods",
     "make_plan",
     "method_name",
@@ -263,7 +263,7 @@ def _remedy(rule: Rule, each: Candidate) -> str:
     return ", or name the axes of its inputs by `contract`"
 
 
-def axes_by_rule(rule: Rule, path: str, shape: Sequence[int]) -> KernelAxes:
+def _axes_by_rule(rule: Rule, path: str, shape: Sequence[int]) -> KernelAxes:
     """Which axes of an array are inputs, by a rule that says so.
 
     Raises:
@@ -280,6 +280,26 @@ def axes_by_rule(rule: Rule, path: str, shape: Sequence[int]) -> KernelAxes:
         ) from None
 
 
+def axes_by_rules(
+    rules: Rules | None, paths: Sequence[str], shape: Sequence[int]
+) -> KernelAxes | None:
+    """Which axes of an array are inputs, by the first rule that says so; None without.
+
+    Args:
+      rules: What a caller asked for.
+      paths: All places where the array is read.
+      shape: Shape of the array.
+
+    Raises:
+      UsageError: If the array has not the axes that the rule names.
+    """
+    for path in paths:
+        rule = None if rules is None else rules.rule_for(path)
+        if rule is not None and rule.contract is not None:
+            return _axes_by_rule(rule, path, shape)
+    return None
+
+
 def _check_axes(rules: Rules, possible: Sequence[Candidate]) -> None:
     """Raises UsageError if a rule names other inputs than a layer is known to have."""
     for each in possible:
@@ -293,7 +313,7 @@ def _check_axes(rules: Rules, possible: Sequence[Candidate]) -> None:
                     f"`{path}` are inputs is known. Leave `contract` out."
                 )
             shape = each.original or each.shape
-            if axes_by_rule(rule, path, shape) != each.axes:
+            if _axes_by_rule(rule, path, shape) != each.axes:
                 ndim, own = len(shape), each.axes
                 found = [axis + ndim - len(own.shape) for axis in own.inputs]
                 raise UsageError(

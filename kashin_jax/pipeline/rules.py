@@ -159,9 +159,8 @@ class Rules:
         """The method of a layer, or None and the reason why it stays."""
         if _any_found(self.skip, path):
             return None, "skipped by the rules"
-        for rule in self.rules:
-            if rule.matches(path):
-                return rule.config, "skipped by the rules"
+        if (rule := self.rule_for(path)) is not None:
+            return rule.config, "skipped by the rules"
         if _any_found(self.default_skip, path):
             return None, self._why_default(path)
         return self.config, ""

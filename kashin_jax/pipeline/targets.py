@@ -12,7 +12,7 @@ from kashin_jax.layers.embed import QuantizedEmbed
 from kashin_jax.layers.linear import QuantizedLinear
 from kashin_jax.layers.packed import Packed, PackedParam
 from kashin_jax.pipeline.paths import join, natural
-from kashin_jax.pipeline.plan import ADDED, Candidate, axes_by_rule
+from kashin_jax.pipeline.plan import ADDED, Candidate, axes_by_rules
 from kashin_jax.pipeline.rules import Rules
 from kashin_jax.tensors import KernelAxes, PackedArray, QuantizedTensor
 
@@ -214,7 +214,7 @@ def _read_by_modules(
 ) -> Target:
     """An array that stays, unless a rule says which of its axes are inputs."""
     places = tuple(place for _, place in graph.users[id(variable)])
-    axes = _axes_by_rules(paths, variable.get_value().shape, rules)
+    axes = axes_by_rules(rules, paths, variable.get_value().shape)
     nodes = [node for node, _ in places]
     above = [holder for node in nodes for holder, _ in graph.holders.get(id(node), ())]
     why = _why_written([*nodes, *above]) or _why_fixed(nodes)
@@ -222,16 +222,6 @@ def _read_by_modules(
         stays = left if axes is None else why
         return Target(_candidate(paths, variable, None, stays), variable)
     return Target(_candidate(paths, variable, axes), variable, places=places)
-
-
-def _axes_by_rules(
-    paths: Sequence[str], shape: tuple[int, ...], rules: Rules | None
-) -> KernelAxes | None:
-    for path in paths:
-        rule = None if rules is None else rules.rule_for(path)
-        if rule is not None and rule.contract is not None:
-            return axes_by_rule(rule, path, shape)
-    return None
 
 
 def _candidate(

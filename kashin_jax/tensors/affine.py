@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8, UInt32
 
-from kashin_jax.packing import unpack_codes
+from kashin_jax.packing import unpack_matrix
 from kashin_jax.tensors.grouped import GroupedTensor, GroupLayout
 
 __all__ = ["AffineTensor"]
@@ -37,7 +37,6 @@ class AffineTensor(GroupedTensor):
         """Zero points in float32, in the shape of the scales."""
         zero = self.zero
         if zero.dtype == jnp.uint8:
-            bits, count = self.layout.bits, self.scale.size
-            zero = unpack_codes(zero.reshape(-1), bits=bits, count=count)
-            zero = zero.reshape(self.scale.shape)
+            groups, _, columns = self.scale.shape
+            zero = unpack_matrix(zero, self.layout.bits, (groups, columns))[:, None]
         return zero.astype(jnp.float32)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from kashin_jax.tensors.partitioning import Axes, cut_product
+from kashin_jax.tensors.partitioning import OUTPUTS, Axes, cut_product
 
 __all__ = [
     "MANY_ROWS",
@@ -147,7 +147,8 @@ def _product(
         # What they make of rows is left to XLA; the batch axes stay as they are, and
         # outputs lie as those of the matrix do.
         batch = (*jax.typeof(x).sharding.spec,)[: x.ndim - 1]
-        outputs = codes.spec[-1] if tensor.leaf_axes().get("packed_codes") else None
+        lies = zip(tensor.leaf_axes().get("packed_codes", ()), codes.spec, strict=False)
+        outputs = dict(lies).get(OUTPUTS)
         spec = PartitionSpec(*batch, None if outputs in batch else outputs)
         free = jax.sharding.auto_axes(
             partial(_product_of_rows, kernels=kernels, options=options),
