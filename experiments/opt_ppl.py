@@ -62,6 +62,7 @@ from experiments.common.text import (
 )
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
+from kashin_jax.io import quantized_before, read_json
 from kashin_jax.models.context import own_context
 from kashin_jax.models.loading import LoadedModel, load_language_model
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
@@ -87,7 +88,9 @@ class OptPplConfig:
     bits: tuple[str, ...] = flag(
         ("4",), "Code widths, 1 to 8, as a list; 2.7, say, is a total budget.", _GIVEN
     )
-    model: str = flag(str(EMBEDDED), "OPT checkpoint: directory or hub id.", _GIVEN)
+    model: str = flag(
+        str(EMBEDDED), "Checkpoint: directory, GGUF file or hub id.", _GIVEN
+    )
     dataset: str = flag("wiki_vital", f"One of {', '.join(DATASETS)}.", _DATASET)
     data_dir: str = flag(
         "",
@@ -152,7 +155,7 @@ def run(config: OptPplConfig) -> int:
             loaded=loaded,
             text=text,
             work=work,
-            identity=_identity(config, name, text),
+            identity=_identity(config, name, text, loaded),
             weights_sha256=checkpoint_sha256(loaded.directory),
             batch_size=config.batch_size,
             finished=FinishedRecords(work / "rows.jsonl", earlier),
@@ -163,11 +166,15 @@ def run(config: OptPplConfig) -> int:
     return 0
 
 
-def _identity(config: OptPplConfig, name: str, text: EvaluationText) -> dict[str, Any]:
+def _identity(
+    config: OptPplConfig, name: str, text: EvaluationText, loaded: LoadedModel
+) -> dict[str, Any]:
     """The fields of every row: what is scored, how much of it, and by what."""
     limit = parse_max_tokens(config.max_tokens)
+    before = quantized_before(read_json(loaded.directory / "config.json"))
     return {
         "model": name,
+        **({} if before is None else {"quantized_before": before}),
         **text.record_fields(),
         "max_tokens": "all" if limit is None else limit,
         **environment_fields(),
@@ -240,9 +247,11 @@ def _present(
 ) -> None:
     columns = _columns(config, records)
     first, limit = records[0], parse_max_tokens(config.max_tokens)
+    before = first.get("quantized_before")
     facts = [
         f"Model {first['model']}; {first['tokens']} predictions scored."
         + (_LIMITED if text.tokens.size == limit else ""),
+        *([] if before is None else [_AGAIN.format(types=before)]),
         f"{text.name}: {text.protocol}.",
         *text.notes,
         "Kashin coding runs through packed layers, the other methods decoded. "
@@ -276,6 +285,13 @@ def _present(
 
 
 _LIMITED = " This is the beginning of the text; `--max_tokens=all` scores all of it."
+
+
+_AGAIN = (
+    "This quantizes again what was quantized once: the GGUF file holds {types}. Its "
+    "decoded weights stand for full precision, and grids like theirs look better than "
+    "they are."
+)
 
 
 def _columns(config: OptPplConfig, records: list[dict[str, Any]]) -> tuple[Column, ...]:

@@ -126,9 +126,9 @@ def test_what_is_not_read_is_named_for_what_it_is(directory, name):
 
 
 def test_a_file_of_another_format_is_named_for_what_it_is(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"")
-    assert "model.gguf, a GGUF file; name the original" in message(
-        tmp_path / "model.gguf"
+    (tmp_path / "model.onnx").write_bytes(b"")
+    assert "model.onnx, an ONNX file; name the original" in message(
+        tmp_path / "model.onnx"
     )
 
 

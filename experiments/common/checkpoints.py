@@ -84,6 +84,9 @@ def checkpoint_sha256(directory: Path) -> str:
     """Hash of the configuration, tokenizer and weight files of a checkpoint."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
+        # That of a GGUF file is in the configuration; its hidden table has its place.
+        if path.name.startswith("."):
+            continue
         if path.suffix in {".json", ".safetensors", ".msgpack", ".bin", ".txt"}:
             digest.update(path.name.encode())
             with path.open("rb") as file:

@@ -261,8 +261,13 @@ def file_stem(parts: list[str]) -> str:
 
 
 def short_model_name(model: str) -> str:
-    """A directory's own name, or the hub id as it is; `hf` is only an export's."""
+    """A directory's or GGUF file's own name, or the hub id as it is.
+
+    `hf` is only an export's.
+    """
     path = Path(model)
+    if path.suffix == ".gguf":
+        return path.stem
     if not path.is_dir() and "{" not in model:
         return model
     path = path.resolve() if path.is_dir() else path

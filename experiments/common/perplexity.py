@@ -129,6 +129,8 @@ def full_precision_row(bench: Bench) -> dict[str, Any]:
     choices = {"method": FULL_PRECISION, "bits": int(bits)}
     if known := bench.known(choices):
         return known
+    before = bench.identity.get("quantized_before")
+    source = "" if before is None else f" decoded from {before} of a GGUF file"
     return bench.keep(
         {
             **choices,
@@ -136,7 +138,8 @@ def full_precision_row(bench: Bench) -> dict[str, Any]:
             "stored_bits_per_weight": bits,
             "model_bits_per_weight": bits,
             "perplexity": bench.score(bench.loaded.model, {"config": None}),
-            "note": f"{bench.loaded.stored_dtype} checkpoint, computed in float32.",
+            "note": f"{bench.loaded.stored_dtype} checkpoint{source}, computed in "
+            "float32.",
             **bench.identity,
             "weights_sha256": bench.weights_sha256,
         }

@@ -20,7 +20,7 @@ from kashin_jax.evaluation import (
     score_windows,
     window_nll,
 )
-from kashin_jax.io import open_checkpoint, read_json
+from kashin_jax.io import open_checkpoint, quantized_before, read_json
 from kashin_jax.methods import JointKashin, config_from_json
 from kashin_jax.models.chat import chat_prompt
 from kashin_jax.models.context import own_context
@@ -71,8 +71,15 @@ def run_quantize(
     # Of a budget any width will do: layers get their own.
     width = min(JOINT_ERRORS) if budget else bits
     chosen = _rules({"bits": width, "method": method, **dict(settings)}, rules, skip)
+    source = open_checkpoint(src)
+    if types := quantized_before(source.config):
+        print(
+            f"{src} holds {types}: weights that were quantized once are quantized "
+            "again. Errors are counted from what they decode to, and grids like theirs "
+            "look better than they are.",
+            file=sys.stderr,
+        )
     if dry_run:
-        source = open_checkpoint(src)
         if budget is not None:
             chosen, widths = mixed_checkpoint_rules(source, chosen, budget, seed)
             print(widths)

@@ -31,6 +31,9 @@ Exit codes: 0 done; 1 a file or its content is unusable; 2 wrong use; 130 interr
 """
 
 
+_SOURCE = "directory, GGUF file, or id on the hub"
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose help may end in something that takes time to find out."""
 
@@ -105,10 +108,11 @@ def _quantize(commands: Any) -> None:
         "quantize",
         help="quantize a checkpoint, tensor by tensor",
         description="Quantizes SRC, a checkpoint in Hugging Face's layout (safetensors "
-        "or flax_model.msgpack), into DST. Repeat the same command to go on after an "
+        "or flax_model.msgpack) or a GGUF file of the kind of Llama or Qwen (needs the "
+        "extra `gguf`), into DST. Repeat the same command to go on after an "
         "interruption.",
     )
-    parser.add_argument("src", metavar="SRC", help="directory, or id on the hub")
+    parser.add_argument("src", metavar="SRC", help=_SOURCE)
     parser.add_argument("dst", metavar="DST", help="directory, which is made")
     _add_choices(parser)
     parser.add_argument(
@@ -190,7 +194,7 @@ def _inspect(commands: Any) -> None:
         description="Lists the tensors of a checkpoint, their stored bits and errors, "
         "and verifies hashes. Exit code 1 if a file has changed since it was written.",
     )
-    parser.add_argument("src", metavar="DIR", help="directory, or id on the hub")
+    parser.add_argument("src", metavar="SRC", help=_SOURCE)
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="verify no hashes"
     )
@@ -225,7 +229,7 @@ def _eval(commands: Any) -> None:
         "do not overlap; all but the first token of each are predicted. Needs the "
         "extra `cli`.",
     )
-    parser.add_argument("src", metavar="DIR", help="directory, or id on the hub")
+    parser.add_argument("src", metavar="SRC", help=_SOURCE)
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument(
         "--max-tokens", type=read_count, help="only so many, from the first on"
@@ -248,7 +252,7 @@ def _generate(commands: Any) -> None:
         description="Prints a text and its continuation, up to a token that ends it. "
         "Needs the extra `cli`.",
     )
-    parser.add_argument("src", metavar="DIR", help="directory, or id on the hub")
+    parser.add_argument("src", metavar="SRC", help=_SOURCE)
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument(
         "--chat",

@@ -16,6 +16,7 @@ from kashin_jax.io.format import describe as describe
 from kashin_jax.io.format import from_leaves as from_leaves
 from kashin_jax.io.format import leaf_specs as leaf_specs
 from kashin_jax.io.format import to_leaves as to_leaves
+from kashin_jax.io.gguf import quantized_before as quantized_before
 from kashin_jax.io.hub import checkpoint_directory as checkpoint_directory
 from kashin_jax.io.safetensors import DTYPES as DTYPES
 from kashin_jax.io.safetensors import Sink as Sink
@@ -67,6 +68,7 @@ __all__ = [
     "plan_plain",
     "plan_shards",
     "quantization_config",
+    "quantized_before",
     "read_json",
     "record_file",
     "save_checkpoint",

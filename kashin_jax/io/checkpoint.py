@@ -22,6 +22,7 @@ from kashin_jax.io.format import (
     from_leaves,
     parse_description,
 )
+from kashin_jax.io.gguf import open_gguf
 from kashin_jax.io.hub import WeightFiles, checkpoint_directory, find_weights
 from kashin_jax.io.safetensors import Sink, TensorFile, TensorSpec, open_safetensors
 from kashin_jax.io.whole_files import WHOLE_SUFFIXES, open_whole_files, pytorch_name
@@ -145,14 +146,15 @@ class Checkpoint:
 
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
-    """Opens a directory of safetensors, else of Flax's, else of PyTorch's files.
+    """Opens a directory of safetensors, of Flax's or PyTorch's files, or a GGUF file.
 
     One file or shards and their index; trusts none of it. Of safetensors only headers
     are read, and memory is that of one tensor whenever one is loaded. Files of Flax
     and PyTorch are read whole, one at a time, so that the largest of them bounds it.
+    Tensors of a GGUF file are decoded one by one, under Hugging Face's names.
 
     Args:
-      path_or_id: A directory, or a hub id, which is downloaded.
+      path_or_id: A directory, a GGUF file, or a hub id, which is downloaded.
 
     Raises:
       CheckpointError: If a file is missing, damaged or of a newer schema, the index
@@ -160,6 +162,8 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
         agree; names the file and the tensor.
     """
     directory = checkpoint_directory(path_or_id)
+    if (found := open_gguf(directory)) is not None:
+        return _of_gguf(directory, *found)
     weights = find_weights(directory)
     config = _read_config(directory)
     index = directory / weights.index_file
@@ -187,6 +191,18 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
         places=places,
         descriptions=descriptions,
         sha256=sha256,
+    )
+
+
+def _of_gguf(directory: Path, file: TensorFile, sha256: str) -> Checkpoint:
+    name = file.path.name
+    return Checkpoint(
+        directory=directory,
+        config=_read_config(directory),
+        files={name: file},
+        places=dict.fromkeys(file.specs, name),
+        descriptions={},
+        sha256={name: sha256},
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kashin_jax.errors import CheckpointError
+from kashin_jax.io.gguf import gguf_directory
 
 __all__ = ["WeightFiles", "checkpoint_directory", "find_weights"]
 
@@ -49,7 +50,7 @@ _UNREAD = (
         "model-*-of-*.safetensors",
         "shards without their index; copy or download model.safetensors.index.json",
     ),
-    ("*.gguf", "a GGUF file; name the original model, in safetensors"),
+    ("*.gguf", "a GGUF file; name the file itself, as a path that ends in .gguf"),
     ("*.onnx", "an ONNX file; name the original model, in safetensors"),
     (
         "*.h5",
@@ -144,20 +145,24 @@ def checkpoint_directory(path_or_id: str | Path) -> Path:
     """The local directory of a checkpoint, downloaded first where it must be.
 
     Only one set of weights is fetched, safetensors before msgpack before torch. Without
-    a connection an earlier download is used.
+    a connection an earlier download is used. A GGUF file has a directory in a cache,
+    see `gguf_directory`.
 
     Args:
-      path_or_id: A directory, or a hub id such as `facebook/opt-125m`.
+      path_or_id: A directory, a GGUF file, or a hub id such as `facebook/opt-125m`.
 
     Raises:
       CheckpointError: If there is no such directory and nothing could be downloaded;
-        says which files to put where.
+        says which files to put where. If a GGUF file cannot be read.
+      UsageError: If what reads a GGUF file is not installed.
     """
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.exists():
+        return gguf_directory(path)
     if path.exists():
-        if path.suffix in (".gguf", ".onnx", ".h5"):
+        if path.suffix in (".onnx", ".h5"):
             raise CheckpointError(f"{path_or_id}: is {_unread([path.name])}.")
         raise CheckpointError(
             f"{path_or_id}: is a file; pass the directory that holds the checkpoint."
