@@ -400,6 +400,7 @@ FIELDS = {
     "rope.scaling.type": ("yarn", "`linear` is known alone"),
     "attention.sliding_window": (8, "that computation is not known here"),
     "expert_count": (8, "that computation is not known here"),
+    "a\x1b[2J\nb": (8, r"'llama.a\x1b[2J\nb' is 8, but that computation"),
 }
 
 

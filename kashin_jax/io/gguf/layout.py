@@ -224,9 +224,12 @@ def _check_fields(header: GGUFHeader, architecture: str) -> None:
 
 
 def _refused(header: GGUFHeader, key: str, value: Any, reason: str) -> CheckpointError:
+    name = f"{_architecture(header)}.{key}"
+    # Of a field that is not known, the name is a stranger's text.
+    name = f"`{name}`" if key in _KNOWN else shown(name)
     return CheckpointError(
-        f"{header.path}: `{_architecture(header)}.{key}` is {shown(value)}, but "
-        f"{reason}; name the original model, in safetensors."
+        f"{header.path}: {name} is {shown(value)}, but {reason}; name the original "
+        "model, in safetensors."
     )
 
 
