@@ -10,15 +10,21 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """A checkpoint in float16 without its weights.
+    """A checkpoint without its weights.
 
     Attributes:
       tensors: Shapes by name.
       config: Its `config.json`.
+      dtype: Type of all tensors.
+      shard_bytes: Most bytes of a file.
+      runs: Whether it is whole: a model that can be loaded.
     """
 
     tensors: Mapping[str, Shape]
     config: Mapping[str, Any]
+    dtype: str = "float16"
+    shard_bytes: int = 10**9
+    runs: bool = False
 
 
 def _opt(*, layers: int, width: int, ffn: int, vocabulary: int) -> Layout:
@@ -46,10 +52,43 @@ def _opt(*, layers: int, width: int, ffn: int, vocabulary: int) -> Layout:
         "num_attention_heads": 32, "max_position_embeddings": 2048,
         "do_layer_norm_before": True, "activation_function": "relu",
     }  # fmt: skip
-    return Layout(tensors, config)
+    return Layout(tensors, config, runs=True)
 
 
 _OPT_ATTENTION = ("k_proj", "v_proj", "q_proj", "out_proj")
+
+
+def _llama(
+    *, layers: int, width: int, ffn: int, key_values: int, vocabulary: int
+) -> Layout:
+    """Llama 3.2 with its tied head, in bfloat16 and four files."""
+    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (vocabulary, width)}
+    linears = {
+        "self_attn.q_proj": (width, width), "self_attn.k_proj": (key_values, width),
+        "self_attn.v_proj": (key_values, width), "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (ffn, width), "mlp.up_proj": (ffn, width),
+        "mlp.down_proj": (width, ffn),
+    }  # fmt: skip
+    for i in range(layers):
+        block = f"model.layers.{i}"
+        for name, shape in linears.items():
+            tensors[f"{block}.{name}.weight"] = shape
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{block}.{name}.weight"] = (width,)
+    tensors["model.norm.weight"] = (width,)
+    config = {
+        "model_type": "llama", "vocab_size": vocabulary, "hidden_size": width,
+        "intermediate_size": ffn, "num_hidden_layers": layers,
+        "num_attention_heads": width // 64, "num_key_value_heads": key_values // 64,
+        "head_dim": 64, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072, "tie_word_embeddings": True,
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    }  # fmt: skip
+    return Layout(tensors, config, "bfloat16", 650 * 10**6, runs=True)
 
 
 def _square(*, layers: int, width: int, vocabulary: int) -> Layout:
@@ -70,6 +109,9 @@ def _matrix(*, width: int) -> Layout:
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "opt-1.3b": _opt(layers=24, width=2048, ffn=8192, vocabulary=50272),
+        "llama-3.2-1b": _llama(
+            layers=16, width=2048, ffn=8192, key_values=512, vocabulary=128256
+        ),
         "4gb": _square(layers=21, width=4096, vocabulary=152064),
         "matrix": _matrix(width=4096),
         "bare": _square(layers=1, width=128, vocabulary=256),

@@ -3,10 +3,12 @@
     python -m benchmarks.streaming
     python -m benchmarks.streaming --layout=4gb --method=rtn --bits=4
     python -m benchmarks.streaming --layout=opt-1.3b --method=kashin-joint --effort=fast
+    python -m benchmarks.streaming --layout=llama-3.2-1b --method=kashin-joint
     python -m benchmarks.streaming --layout=matrix --method=kashin
 
-Writes a checkpoint of random weights, quantizes it in a process of its own, and adds a
-record to bench_streaming.jsonl in `--out`. Needs Linux, which tells the memory of a
+Writes a checkpoint of random weights, quantizes it in a process of its own, loads the
+result in another one where it is a whole model, and adds a record to
+bench_streaming.jsonl in `--out`. Needs Linux, which tells the memory of a
 process that no file backs, and as much free disk as the checkpoint and its result
 take. With rtn a few minutes on two CPU cores; with joint coding about ten minutes per
 10^9 weights.
@@ -16,6 +18,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -50,8 +53,19 @@ __all__ = ["main", "write_checkpoint"]
 
 # Seconds between two looks at the memory of `kashin`; large matrices take longer.
 _INTERVAL = 0.005
-_SHARD_BYTES = 10**9
 _SLICE = 2**22  # weights
+# What `kashin eval` does before its first window. All arrays are read, as all of them
+# are needed; importing the library is apart.
+_LOAD = """
+import sys, time
+import jax
+from flax import nnx
+from kashin_jax.pipeline import load_quantized
+start = time.perf_counter()
+loaded = load_quantized(sys.argv[1])
+jax.block_until_ready(nnx.state(loaded.model))
+print(time.perf_counter() - start)
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,8 +104,8 @@ class StreamingConfig:
 def write_checkpoint(directory: Path, layout: Layout) -> None:
     """Random weights, slice by slice and the same every time."""
     directory.mkdir(parents=True)
-    planned = [plan_plain(n, "float16", s) for n, s in layout.tensors.items()]
-    shards = plan_shards(planned, _SHARD_BYTES)
+    planned = [plan_plain(n, layout.dtype, s) for n, s in layout.tensors.items()]
+    shards = plan_shards(planned, layout.shard_bytes)
     records = []
     for name, shard in zip(shard_names(len(shards)), shards, strict=True):
         with open_shard(directory / name, shard) as writer:
@@ -109,7 +123,7 @@ def _write_random(writer: TensorWriter, tensor: PlannedTensor, seed: int) -> Non
     while left:
         count = min(left, _SLICE)
         values = rng.standard_normal(count, np.float32) * np.float32(0.02)
-        writer.append(tensor.name, values.astype(np.float16).tobytes())
+        writer.append(tensor.name, values.astype(spec.dtype).tobytes())
         left -= count
 
 
@@ -118,9 +132,12 @@ def measure(work: Path, layout: Layout, rules: dict[str, Any]) -> dict[str, Any]
     source, target, file = work / "source", work / "target", work / "rules.json"
     write_checkpoint(source, layout)
     file.write_text(json.dumps(rules), "utf-8")
+    module = [sys.executable, "-m", "kashin_jax.cli", "quantize"]
+    command = [*module, str(source), str(target), f"--rules={file}"]
     start = time.perf_counter()
-    peak = _quantize(source, target, file)
+    peak, _ = _watched(command)
     seconds = time.perf_counter() - start
+    load = os.getloadavg()[0]
     before = inspect_checkpoint(source, verify=False)
     after = inspect_checkpoint(target, verify=False)
     packed = [t for t in after.tensors if t.relative_squared_error is not None]
@@ -138,24 +155,30 @@ def measure(work: Path, layout: Layout, rules: dict[str, Any]) -> dict[str, Any]
         "model_bits_per_weight": after.model_bits_per_weight,
         "minutes": seconds / 60,
         "peak_bytes": peak,
-    }
+        "load": load,
+    } | (_loading(target) if layout.runs else {})
 
 
-def _quantize(source: Path, target: Path, rules: Path) -> int:
-    """Runs the command; the most anonymous memory that was seen, in bytes.
+def _loading(target: Path) -> dict[str, Any]:
+    """Seconds until a quantized model is in memory, and what that takes."""
+    peak, output = _watched([sys.executable, "-c", _LOAD, str(target)])
+    return {"load_seconds": float(output), "load_peak_bytes": peak}
+
+
+def _watched(command: list[str]) -> tuple[int, str]:
+    """Runs a program; the most anonymous memory seen, in bytes, and what it printed.
 
     What the kernel may drop at any time, mapped files, is not counted.
     """
-    module = [sys.executable, "-m", "kashin_jax.cli", "quantize"]
-    command = [*module, str(source), str(target), f"--rules={rules}"]
     peak = 0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         while child.poll() is None:
             peak = max(peak, _anonymous_bytes(child.pid))
             time.sleep(_INTERVAL)
+        output = "" if child.stdout is None else child.stdout.read()
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command)
-    return peak
+    return peak, output
 
 
 def _anonymous_bytes(pid: int) -> int:

@@ -23,7 +23,8 @@ from kashin_jax.models import (
     save_model,
 )
 from kashin_jax.models.architecture import abstract_state
-from kashin_jax.models.registry import ARCHITECTURES, layer_names, names_of, tied_copy
+from kashin_jax.models.registry import ARCHITECTURES, names_of, tied_copy
+from kashin_jax.models.tensor_roles import FAMILIES, tensor_roles
 from kashin_jax.pipeline import quantize_checkpoint
 
 CLASSIFIERS = HERE / "golden" / "classifier"
@@ -39,6 +40,13 @@ def test_every_architecture_is_tested_here():
     assert DIRECTORIES.keys() == ARCHITECTURES.keys()
 
 
+def layer(stored, config):
+    """The path and the orientation of a matrix."""
+    role = tensor_roles(config).of(stored, (4, 6))
+    assert role.is_matrix, stored
+    return role.path, role.is_transposed
+
+
 def config_of(name):
     content = json.loads((DIRECTORIES[name] / "config.json").read_text())
     return ARCHITECTURES[name].config.from_dict(content, name)
@@ -51,14 +59,13 @@ def test_published_names_lead_back_to_parameters_and_layers(name):
     paths = [path for path, _ in nnx.to_flat_state(state)]
     published = {path: entry.names.published(path) for path in paths}
     assert len(set(published.values())) == len(paths) > 14
-    layers = layer_names(published.values(), {"model_type": name})
     for path, stored in published.items():
         assert entry.names.parse(stored).name == entry.names.stem(path)
         if path[-1] in ("kernel", "embedding"):
             # GPT-2's Conv1D.
             is_transposed = path[-1] == "kernel" and name != "gpt2"
             expected = ("/".join(map(str, path[:-1])), is_transposed)
-            assert layers[stored] == expected
+            assert layer(stored, {"model_type": name}) == expected
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
@@ -78,16 +85,16 @@ def test_one_loader_and_one_saver_do_for_all(name, tmp_path):
 
 
 def test_layers_of_unknown_architectures_are_called_by_their_stored_names():
-    stored = ["model.layers.0.self_attn.q_proj.weight", "transformer.wte.weight",
-              "model.norm.bias", "encoder/block_0/dense/kernel"]  # fmt: skip
-    found = layer_names(stored, {"model_type": "unheard-of"})
-    assert found == {
-        stored[0]: ("layers/0/self_attn/q_proj", True),
-        stored[1]: ("transformer/wte", False),
-        stored[3]: ("encoder/block_0/dense", False),
-    }
-    gpt = layer_names(["h.0.attn.c_attn.weight"], {"model_type": "imagegpt"})
-    assert gpt == {"h.0.attn.c_attn.weight": ("h/0/attn/c_attn", False)}
+    unknown = {"model_type": "unheard-of"}
+    for stored, expected in [
+        ("model.layers.0.self_attn.q_proj.weight", ("layers/0/self_attn/q_proj", True)),
+        ("transformer.wte.weight", ("transformer/wte", False)),
+        ("encoder/block_0/dense/kernel", ("encoder/block_0/dense", False)),
+    ]:
+        assert layer(stored, unknown) == expected
+    assert not tensor_roles(unknown).of("model.norm.bias", (4,)).is_matrix
+    gpt = layer("h.0.attn.c_attn.weight", {"model_type": "imagegpt"})
+    assert gpt == ("h/0/attn/c_attn", False)
     assert names_of("unheard-of").published(("lm_head", "kernel")) == "lm_head.weight"
 
 
@@ -128,15 +135,22 @@ def test_the_weights_of_another_architecture_are_refused(tmp_path):
 
 def test_conv1d_is_untransposed_by_name_and_family_and_nothing_else():
     """Heads of GPT-2 are ordinary linears; so is all of another family's c_attn."""
-    names = ["encoder.h.0.attn.c_attn.weight", "predict_action.0.weight"]
-    layers = layer_names(names, {"model_type": "decision_transformer"})
-    assert [layers[name].is_transposed for name in names] == [False, True]
+    conv, head = "encoder.h.0.attn.c_attn.weight", "predict_action.0.weight"
+    transformer = {"model_type": "decision_transformer"}
+    assert not layer(conv, transformer)[1] and layer(head, transformer)[1]
     parts = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
-    assert not layer_names(names, parts)[names[0]].is_transposed
-    assert layer_names(names, {"model_type": "gpt_bigcode"})[names[0]].is_transposed
-    neox = ["gpt_neox.embed_in.weight", "embed_out.weight"]
-    layers = layer_names(neox, {"model_type": "gpt_neox"})
-    assert [layers[name].is_transposed for name in neox] == [False, True]
+    assert not layer(conv, parts)[1]
+    assert layer(conv, {"model_type": "gpt_bigcode"})[1]
+    neox = {"model_type": "gpt_neox"}
+    assert not layer("gpt_neox.embed_in.weight", neox)[1]
+    assert layer("embed_out.weight", neox)[1]
+
+
+def test_what_runs_here_has_no_kinds_of_its_own():
+    """A model in memory knows no family: both have to be quantized alike."""
+    for name in ARCHITECTURES.keys() & FAMILIES.keys():
+        row = FAMILIES[name]
+        assert not (row.kinds or row.matrices or row.experts), name
 
 
 @pytest.mark.parametrize(("model_type", "embedding", "is_tied"), [

@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from kashin_jax.io import open_checkpoint
 from kashin_jax.methods import RTN, JointKashin
-from kashin_jax.models.registry import expert_layer
+from kashin_jax.models.tensor_roles import tensor_roles
 from kashin_jax.pipeline import (
     Rules,
     dequantize_checkpoint,
@@ -86,18 +86,29 @@ def test_packed_stacks_are_handed_out_as_inputs_by_outputs(source, tmp_path):
         (GATE_UP, (4, 32, 8), True),
         (DOWN, (4, 32, 8), False),
         (DOWN, (4, 8, 32), True),
-        # Nothing tells: as each kind of library does it.
-        (GATE_UP, (4, 8, 8), False),
+        # Nothing tells: as nearly all families are.
+        (GATE_UP, (4, 8, 8), True),
         (GRANITE, (4, 8, 8), True),
     ],
 )
 def test_hidden_features_tell_how_experts_are_stored(name, shape, is_transposed):
-    layer = expert_layer(name, shape, {"hidden_size": 8})
-    assert layer.is_transposed == is_transposed
+    role = tensor_roles({"hidden_size": 8}).of(name, shape)
+    assert (role.kind, role.is_transposed) == ("experts", is_transposed)
+
+
+@pytest.mark.parametrize(
+    ("family", "is_transposed"),
+    [("gpt_oss", False), ("llama4", False), ("aria", False), ("qwen3_moe", True)],
+)
+def test_a_table_tells_where_all_sides_are_equal(family, is_transposed):
+    """GPT-OSS has as many features within its experts as without."""
+    role = tensor_roles({"model_type": family, "hidden_size": 8}).of(DOWN, (4, 8, 8))
+    assert role.is_transposed == is_transposed
 
 
 @pytest.mark.parametrize(
     ("name", "shape"), [(CONV, (8, 4, 3)), (GATE_UP, (8, 4)), ("experts", (2, 3, 4))]
 )
 def test_other_arrays_are_no_experts(name, shape):
-    assert expert_layer(name, shape, {}) is None
+    role = tensor_roles({}).of(name, shape)
+    assert role.kind != "experts" and not role.is_matrix

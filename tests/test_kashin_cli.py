@@ -145,7 +145,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(kashin, source, tmp_path):
     flags = ["--bits=3.5", "--skip=layers/0/", "--dry-run"]
     code, out, err = kashin("quantize", source, tmp_path / "q", *flags)
     assert (code, err) == (0, "")
-    head, *lines, share, left, last = out.splitlines()
+    roles, head, *lines, share, left, last = out.splitlines()
+    assert roles.startswith("Tensors by the names of `opt`, which runs here: 12 linear")
     rows = [line for line in lines if "stays: " not in line]
     assert len(lines) == 14 and any("stays: skipped by default" in e for e in lines)
     assert sum("stays: skipped by the rules" in line for line in lines) == 6
@@ -229,7 +230,8 @@ def test_inspecting_lists_every_tensor(kashin, quantized):
     names = open_checkpoint(quantized).names()
     assert [row.split()[0] for row in rows[: len(names)]] == names
     found = inspect_checkpoint(quantized)
-    weights, share, left, total, intact = rows[len(names) :]
+    roles, weights, share, left, total, intact = rows[len(names) :]
+    assert roles.startswith("Tensors by the names of `opt`, which runs here: 12 linear")
     assert share.startswith("Quantized: 71.4% of the weights") and "embed" in left
     assert f"{found.packed_weights:,} weights quantized, " in weights
     assert f"{found.bits_per_weight:.3f} stored bits each." in weights
@@ -243,6 +245,7 @@ def test_inspecting_as_json_tells_the_same(kashin, quantized):
     assert code == 0
     assert read["bits_per_weight"] == found.bits_per_weight
     assert read["damaged"] == []
+    assert read["roles"]["counts"] == found.roles.counts
     assert read["coverage"]["inner"] == found.coverage.inner == 1
     assert read["coverage"]["left"][0]["name"] == "model.decoder.embed_tokens.weight"
     assert [row["name"] for row in read["tensors"]] == [r.name for r in found.tensors]
@@ -314,7 +317,9 @@ def test_ctrl_c_is_exit_code_130_and_the_run_goes_on(
         return quantize(*args, **kwargs)
 
     monkeypatch.setattr(pipeline_run, "quantize_stack", interrupted)
-    failed(kashin(*arguments), 130, "interrupted")
+    code, out, err = kashin(*arguments)
+    assert (code, err) == (130, "kashin quantize: interrupted.\n")
+    assert out.startswith("Tensors by the names of `opt`")
     assert kashin(*arguments)[0] == 0
     again, expected = content(tmp_path / "q"), content(quantized)
     # It holds the seconds that layers took.

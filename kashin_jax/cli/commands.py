@@ -40,6 +40,7 @@ from kashin_jax.pipeline import (
 )
 from kashin_jax.pipeline.allocate import JOINT_ERRORS
 from kashin_jax.pipeline.mixed_widths import mixed_checkpoint_rules
+from kashin_jax.pipeline.role_counts import count_roles
 from kashin_jax.pipeline.table import aligned
 
 __all__ = [
@@ -83,7 +84,9 @@ def run_quantize(
         if budget is not None:
             chosen, widths = mixed_checkpoint_rules(source, chosen, budget, seed)
             print(widths)
-        _print_plan(plan_checkpoint(source, chosen))
+        plan = plan_checkpoint(source, chosen)
+        print(count_roles(source))
+        _print_plan(plan)
         return 0
     result = quantize_checkpoint(
         src,
@@ -94,6 +97,7 @@ def run_quantize(
         max_shard_bytes=max_shard_size,
         exist_ok=True,
         replace="finished" if force else "unfinished" if restart else None,
+        announce=lambda source: print(count_roles(source), flush=True),
     )
     if result.is_old:
         print(f"Already done: {dst} holds the result of this command.")
@@ -178,6 +182,7 @@ def run_inspect(src: str, *, verify: bool, as_json: bool) -> int:
         print(_as_json(found))
     else:
         print(aligned(_table(found), left=3))
+        print(found.roles)
         _print_totals(found)
     if found.damaged:
         names = ", ".join(found.damaged)
@@ -204,7 +209,9 @@ def _as_json(found: Inspection) -> str:
     tensors = {"tensors": [row._asdict() for row in found.tensors]}
     left = [part._asdict() for part in found.coverage.left]
     coverage = {"coverage": found.coverage._asdict() | {"left": left}}
-    return json.dumps(found._asdict() | bits | tensors | coverage, indent=2)
+    roles = {"roles": found.roles._asdict()}
+    content = found._asdict() | bits | tensors | coverage | roles
+    return json.dumps(content, indent=2)
 
 
 def _print_totals(found: Inspection) -> None:
@@ -222,7 +229,7 @@ def _print_totals(found: Inspection) -> None:
         print("Every file is as it was written.")
 
 
-def run_dequantize(src: str, dst: str, *, max_shard_size: int) -> int:
+def run_dequantize(src: str, dst: str, *, max_shard_size: int | None) -> int:
     """Decodes a checkpoint."""
     dequantize_checkpoint(src, dst, max_shard_bytes=max_shard_size)
     _print_totals(inspect_checkpoint(dst, verify=False))

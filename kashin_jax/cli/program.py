@@ -215,9 +215,9 @@ def _dequantize(commands: Any) -> None:
     parser.add_argument(
         "--max-shard-size",
         type=read_size,
-        default="5GB",
         metavar="SIZE",
-        help="bytes of a file of weights, such as 500MB; default: 5GB",
+        help="bytes of a file of weights, such as 500MB; default: the files that the "
+        "original had",
     )
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["LayerName", "Names", "StoredName", "tensor_name"]
+__all__ = ["TABLES", "LayerName", "Names", "StoredName", "tensor_name"]
 
 # The first BERT checkpoints call scale and bias of a layer norm gamma and beta.
 _LEAVES = {
@@ -22,10 +22,11 @@ _LEAVES = {
     "bias": "bias",
     "beta": "bias",
 }
-# A row for every token, there and here; `embed_out` is a head.
-_EMBEDDING = re.compile(
-    r"(^|[/_])(embed|embeddings?|embed_(?!out$)\w+|wte|wpe|shared)$"
-)
+TABLES = r"embed|emb|embeddings?|embedder|embed_(?!out\b)\w+|wte|wpe|shared"
+"""What tables with a row for every token are called; `embed_out` is a head."""
+
+# Rows there and here.
+_EMBEDDING = re.compile(rf"(^|[/_])({TABLES}|relative_attention_bias)$")
 
 
 class StoredName(NamedTuple):

@@ -1,7 +1,6 @@
 """The architectures that checkpoints are loaded as: a file or a row for each."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -10,15 +9,13 @@ from kashin_jax.models.architecture import Architecture
 from kashin_jax.models.bert import BERT, DISTILBERT, ROBERTA
 from kashin_jax.models.decoder import DECODERS
 from kashin_jax.models.gpt import GPTS
-from kashin_jax.models.names import LayerName, Names
+from kashin_jax.models.names import Names
 from kashin_jax.models.opt import OPT
 
 __all__ = [
     "ARCHITECTURES",
     "TiedCopy",
-    "expert_layer",
     "find_architecture",
-    "layer_names",
     "names_of",
     "tied_copy",
 ]
@@ -31,15 +28,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 )
 """By the `model_type` of their `config.json`."""
 
-# What holds a matrix, by its last name: PyTorch's, Flax's, Flax's of embeddings.
-_MATRICES = ("weight", "kernel", "embedding")
-# Their Conv1D, under these names, calls a matrix `weight` and stores it as [in, out].
-_CONV1D = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt"})
-_UNTRANSPOSED = re.compile(r"(^|/)(c_attn|c_proj|c_fc|q_attn)$")
-# Experts in one array, an axis for them in front: `experts.gate_up_proj` and Granite's
-# `block_sparse_moe.input_linear.weight`.
-_EXPERTS = re.compile(r"(^|[./])(experts|block_sparse_moe)[./]")
-_OUTPUT = re.compile(r"(^|[./])(down_proj|w2|wo|output_linear)([./]|$)")
 # Most language models that are published call their decoder `model`.
 _UNKNOWN = Names()
 
@@ -110,73 +98,3 @@ def tied_copy(stored: Iterable[str], config: Mapping[str, Any]) -> TiedCopy | No
     by_stem = {found.name: name for name, found in parsed.items() if found is not None}
     head, embedding = (by_stem.get(entry.names.stem(path)) for path in entry.tied)
     return TiedCopy(head, embedding) if head and embedding else None
-
-
-def layer_names(
-    names: Iterable[str], config: Mapping[str, Any]
-) -> dict[str, LayerName]:
-    """The layers of the tensors that could be a matrix or an embedding, by stored name.
-
-    Args:
-      names: Names of all tensors.
-      config: The checkpoint's `config.json`; may be empty.
-    """
-    model_type = str(config.get("model_type", ""))
-    table = names_of(model_type)
-    found = {
-        name: table.layer(name)
-        for name in names
-        if name.replace("/", ".").rsplit(".", 1)[-1] in _MATRICES
-    }
-    if not _has_conv1d(config):
-        return found
-    return {
-        name: layer._replace(
-            is_transposed=layer.is_transposed and not _UNTRANSPOSED.search(layer.path)
-        )
-        for name, layer in found.items()
-    }
-
-
-def expert_layer(
-    name: str, shape: Sequence[int], config: Mapping[str, Any]
-) -> LayerName | None:
-    """The layer of a stack of experts' matrices; None for other arrays.
-
-    Libraries store them as `[experts, in, out]` or `[experts, out, in]`, which the
-    number of hidden features tells apart. Where it does not, PyTorch's linears are
-    taken to be transposed and bare parameters not to be: of no consequence but for
-    which side has the scales of inputs.
-
-    Args:
-      name: As stored.
-      shape: Of the array.
-      config: The checkpoint's `config.json`; may be empty.
-    """
-    if len(shape) != 3 or _EXPERTS.search(name) is None:
-        return None
-    last = name.replace("/", ".").rsplit(".", 1)[-1]
-    path, _ = names_of(str(config.get("model_type", ""))).layer(
-        name if last in _MATRICES else f"{name}.weight"
-    )
-    hidden = _hidden_size(config)
-    # Of the last two axes the one that is the hidden features.
-    sides = [axis for axis in (1, 2) if shape[axis] == hidden]
-    if len(sides) != 1:
-        return LayerName(path, last == "weight")
-    inputs = 2 if _OUTPUT.search(name) is None else 1
-    return LayerName(path, sides[0] == inputs)
-
-
-def _hidden_size(config: Mapping[str, Any]) -> int | None:
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
-        if isinstance(part.get("hidden_size"), int):
-            return int(part["hidden_size"])
-    return None
-
-
-def _has_conv1d(config: Mapping[str, Any]) -> bool:
-    """Whether a model, or one that it is made of, has their Conv1D."""
-    parts = [part for part in config.values() if isinstance(part, Mapping)]
-    return any(str(part.get("model_type")) in _CONV1D for part in (config, *parts))

@@ -33,6 +33,7 @@ from kashin_jax.pipeline.checkpoint_plan import (
 )
 from kashin_jax.pipeline.coverage import Coverage
 from kashin_jax.pipeline.mixed_widths import Widths, mixed_checkpoint_rules
+from kashin_jax.pipeline.original_shards import keep_shards, original_shards
 from kashin_jax.pipeline.other_files import copy_other_files
 from kashin_jax.pipeline.plan import (
     Plan,
@@ -96,6 +97,7 @@ def quantize_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     exist_ok: bool = False,
     replace: Literal["finished", "unfinished"] | None = None,
+    announce: Callable[[Checkpoint], None] | None = None,
 ) -> StreamResult:
     """Quantizes a checkpoint into a directory of safetensors files, tensor by tensor.
 
@@ -122,6 +124,8 @@ def quantize_checkpoint(
         rules, seed, shards and versions) and the seconds that layers took.
       replace: What to remove from `target` first, whatever call it is of: a checkpoint
         that was `finished`, with all files in the directory, or an `unfinished` one.
+      announce: Called with the source before the work begins, which may take hours,
+        and once nothing was found wrong; not where there is none to do.
 
     Raises:
       UsageError: If the rules do not suit the checkpoint, or `target` is taken.
@@ -142,6 +146,8 @@ def quantize_checkpoint(
         return StreamResult(target, found, count, plan.coverage, is_old=True)
     widths = None
     with claimed_directory(target, run, replace):
+        if announce is not None:
+            announce(checkpoint)
         if budget is not None:
             kept = kept_numbers(target)
             rules, widths = mixed_checkpoint_rules(
@@ -196,9 +202,11 @@ def _quantize(
         return report
 
     work = {name: math.prod(each.candidate.shape) for name, each in choices.items()}
-    shards, resumed = _write_shards(target, plan.tensors, max_shard_bytes, write, work)
-    reports = join_parts(target, shards)
+    shards = _cut(plan.tensors, max_shard_bytes)
+    resumed = _write_shards(target, shards, write, work)
+    reports = join_parts(target, [name for name, _ in shards])
     copy_other_files(checkpoint.directory, target)
+    keep_shards(checkpoint, target)
     described = quantization_config(rules_to_json(rules), seed, plan.tensors)
     write_config(target, checkpoint.config, described)
     return reports, resumed
@@ -210,31 +218,35 @@ def _separate(source: Path, target: Path) -> Path:
     return target
 
 
+def _cut(
+    tensors: Sequence[PlannedTensor], max_shard_bytes: int
+) -> list[tuple[str, list[PlannedTensor]]]:
+    """Tensors by the file that they go into."""
+    shards = plan_shards(tensors, max_shard_bytes)
+    return list(zip(shard_names(len(shards)), shards, strict=True))
+
+
 def _write_shards(
     target: Path,
-    tensors: Sequence[PlannedTensor],
-    max_shard_bytes: int,
+    shards: Sequence[tuple[str, Sequence[PlannedTensor]]],
     write: WriteTensor,
     work: Mapping[str, int],
-) -> tuple[list[str], int]:
-    """Writes what is missing, then the index; names, and how many were there.
+) -> int:
+    """Writes what is missing, then the index; returns how many files were there.
 
     Args:
       target: The directory.
-      tensors: All, in order.
-      max_shard_bytes: Most bytes of data in a file.
-      write: Writes one of them.
+      shards: Names of files, and what goes into them.
+      write: Writes one tensor.
       work: Weights to code or decode, by tensor: copies take next to no time.
     """
-    shards = plan_shards(tensors, max_shard_bytes)
-    names = shard_names(len(shards))
-    finished = {name for name in names if (target / name).exists()}
-    sizes = [sum(work.get(tensor.name, 0) for tensor in shard) for shard in shards]
+    finished = {name for name, _ in shards if (target / name).exists()}
+    sizes = {name: sum(work.get(t.name, 0) for t in shard) for name, shard in shards}
     # Not part of the rate, which would otherwise promise the rest in no time.
-    done = sum(n for name, n in zip(names, sizes, strict=True) if name in finished)
+    done = sum(sizes[name] for name in finished)
     records = []
-    with progress_bar(sum(sizes), "weights", initial=done) as progress:
-        for name, shard in zip(names, shards, strict=True):
+    with progress_bar(sum(sizes.values()), "weights", initial=done) as progress:
+        for name, shard in shards:
             path = target / name
             if name not in finished:
                 with open_shard(path, shard) as writer:
@@ -251,21 +263,22 @@ def _write_shards(
             forget_tensors(target, shard)
             records.append(record_file(path))
     write_index(target, records)
-    return names, len(finished)
+    return len(finished)
 
 
 def dequantize_checkpoint(
     source: str | Path,
     target: str | Path,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
 ) -> Path:
     """Decodes every packed matrix: the original layout and types, as others load it.
 
     Args:
       source: From `quantize_checkpoint`.
       target: Must not exist, or be empty.
-      max_shard_bytes: Most bytes of data in a file.
+      max_shard_bytes: Most bytes of data in a file; None takes the files that the
+        original had, where the quantized checkpoint knows them.
 
     Raises:
       UsageError: If `source` holds nothing packed, or `target` is taken.
@@ -282,7 +295,10 @@ def dequantize_checkpoint(
         )
     target = _separate(checkpoint.directory, Path(target))
     planned = [stored_tensor(checkpoint, name, None) for name in checkpoint.names()]
-    run = fingerprint(checkpoint, Rules(), 0, max_shard_bytes, planned)
+    shards = None if max_shard_bytes else original_shards(checkpoint, planned)
+    if shards is None:
+        shards = _cut(planned, max_shard_bytes or MAX_SHARD_BYTES)
+    run = fingerprint(checkpoint, Rules(), 0, max_shard_bytes or 0, planned)
 
     def write(writer: TensorWriter, planned: PlannedTensor) -> None:
         name = planned.name
@@ -297,8 +313,8 @@ def dequantize_checkpoint(
     with claimed_directory(target, run):
         packed = checkpoint.descriptions
         work = {name: math.prod(checkpoint.spec(name).shape) for name in packed}
-        shards, _ = _write_shards(target, planned, max_shard_bytes, write, work)
-        remove_parts(target, shards)
+        _write_shards(target, shards, write, work)
+        remove_parts(target, [name for name, _ in shards])
         copy_other_files(checkpoint.directory, target)
         write_config(target, checkpoint.config)
         release_directory(target)

@@ -19,7 +19,8 @@ from kashin_jax.io import (
     plan_plain,
 )
 from kashin_jax.methods import distinct_values
-from kashin_jax.models.registry import expert_layer, layer_names, tied_copy
+from kashin_jax.models.registry import tied_copy
+from kashin_jax.models.tensor_roles import is_bias, tensor_roles
 from kashin_jax.pipeline.plan import (
     Candidate,
     Choice,
@@ -33,7 +34,6 @@ from kashin_jax.pipeline.sharing import find_groups
 
 __all__ = [
     "check_copy",
-    "is_bias",
     "is_float",
     "plan_checkpoint",
     "refuse_foreign",
@@ -105,29 +105,28 @@ def _without_copy(source: Checkpoint) -> list[str]:
 def _candidates(source: Checkpoint, rules: Rules) -> list[Candidate]:
     found = []
     copy = tied_copy(source.names(), source.config)
-    layers = layer_names(source.names(), source.config)
+    roles = tensor_roles(source.config)
     for name in _without_copy(source):
         spec = source.spec(name)
         if len(spec.shape) < 2 or 0 in spec.shape or not is_float(spec.dtype):
             continue
         if is_bias(name):
             continue
-        layer = expert_layer(name, spec.shape, source.config)
-        if layer is None and len(spec.shape) == 2:
-            layer = layers.get(name)
-        path, is_transposed = layer or (name.replace(".", "/"), False)
+        role = roles.of(name, spec.shape)
         *stack, m, n = spec.shape
-        paths: tuple[str, ...] = (path,)
+        paths: tuple[str, ...] = (role.path,)
         if copy is not None and name == copy.embedding:
-            paths = _named((path, layers[copy.head].path), rules) or paths
+            head = roles.of(copy.head, source.spec(copy.head).shape).path
+            paths = _named((role.path, head), rules) or paths
         found.append(
             Candidate(
                 paths=paths,
-                shape=(*stack, *((n, m) if is_transposed else (m, n))),
+                shape=(*stack, *((n, m) if role.is_transposed else (m, n))),
                 dtype=spec.dtype,
-                left=_why_left(spec, is_layer=layer is not None),
+                left=_why_left(spec, is_layer=role.is_matrix),
                 stored_name=name,
-                is_transposed=is_transposed,
+                is_transposed=role.is_transposed,
+                kind=role.kind if role.by_table else None,
             )
         )
     return found
@@ -197,14 +196,6 @@ def _rows(source: Checkpoint, name: str, start: int) -> Shaped[np.ndarray, "..."
 def is_float(dtype: str) -> bool:
     """Whether NumPy's name of a type is that of a floating-point one."""
     return dtype.startswith(("float", "bfloat"))
-
-
-def is_bias(name: str) -> bool:
-    """Whether a stored tensor is added, however many axes it has, by its name.
-
-    Biases of experts have two, and GPT-2's mask, which is called one, has four.
-    """
-    return re.search(r"(^|[./_])bias$", name) is not None
 
 
 def _why_left(spec: TensorSpec, *, is_layer: bool) -> str | None:

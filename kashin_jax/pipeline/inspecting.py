@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kashin_jax.io import Checkpoint, open_checkpoint
-from kashin_jax.models.registry import layer_names
-from kashin_jax.pipeline.checkpoint_plan import is_bias, is_float
+from kashin_jax.models.tensor_roles import is_bias, tensor_roles
+from kashin_jax.pipeline.checkpoint_plan import is_float
 from kashin_jax.pipeline.coverage import Coverage, Part, cover
 from kashin_jax.pipeline.report import REPORT_NAME, read_report
-from kashin_jax.pipeline.rules import is_head_or_embedding
+from kashin_jax.pipeline.role_counts import RoleCounts, count_roles
 
 __all__ = ["Inspection", "TensorRow", "inspect_checkpoint"]
 
@@ -46,6 +46,7 @@ class Inspection(NamedTuple):
       damaged: Shards whose bytes have changed since they were written; None if the
         checkpoint records no hashes.
       coverage: How much is quantized, and what is not.
+      roles: How many tensors are linears, heads, norms and so on.
     """
 
     tensors: tuple[TensorRow, ...]
@@ -55,6 +56,7 @@ class Inspection(NamedTuple):
     disk_bytes: int
     damaged: tuple[str, ...] | None
     coverage: Coverage
+    roles: RoleCounts
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -86,12 +88,13 @@ def inspect_checkpoint(directory: str | Path, *, verify: bool = True) -> Inspect
         disk_bytes=sum(f.path.stat().st_size for f in checkpoint.files.values()),
         damaged=tuple(checkpoint.verify()) if hashed else None,
         coverage=_coverage(checkpoint),
+        roles=count_roles(checkpoint),
     )
 
 
 def _coverage(checkpoint: Checkpoint) -> Coverage:
     parts, others = [], []
-    layers = layer_names(checkpoint.names(), checkpoint.config)
+    roles = tensor_roles(checkpoint.config)
     for name in checkpoint.names():
         spec = checkpoint.spec(name)
         if not is_float(spec.dtype):
@@ -99,9 +102,8 @@ def _coverage(checkpoint: Checkpoint) -> Coverage:
         if len(spec.shape) < 2 or is_bias(name):
             others.append(spec)
             continue
-        path = layers[name].path if name in layers else name.replace(".", "/")
         reason = None if checkpoint.is_packed(name) else f"stored as {spec.dtype}"
-        outer = is_head_or_embedding(path)
+        outer = roles.of(name, spec.shape).is_outer
         parts.append(Part(name, spec.shape, spec.size, reason, outer))
     weights = sum(math.prod(spec.shape) for spec in others)
     return cover(parts, weights, sum(spec.size for spec in others))

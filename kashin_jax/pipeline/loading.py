@@ -13,7 +13,8 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import Checkpoint, open_checkpoint
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.loading import LoadedClassifier, LoadedModel, load_model
-from kashin_jax.models.registry import expert_layer, layer_names, names_of
+from kashin_jax.models.registry import names_of
+from kashin_jax.models.tensor_roles import tensor_roles
 from kashin_jax.pipeline.checkpoint_plan import refuse_foreign
 from kashin_jax.pipeline.targets import packed_layer
 from kashin_jax.tensors import QuantizedTensor
@@ -65,23 +66,20 @@ def packed_layers(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
     Raises:
       CheckpointError: If one is damaged, or orientations do not fit the names.
     """
-    named = layer_names(checkpoint.descriptions, checkpoint.config)
+    roles = tensor_roles(checkpoint.config)
     tensors: dict[str, QuantizedTensor] = {}
     for name in checkpoint.descriptions:
         described = checkpoint.described(name)
-        layer = named.get(name)
-        if described.stack:
-            # Either orientation is used for experts.
-            layer = expert_layer(name, described.shape, checkpoint.config)
-        elif layer is not None and layer.is_transposed != described.is_transposed:
-            layer = None
-        if layer is None:
+        role = roles.of(name, described.shape)
+        # Either orientation is used for experts.
+        fits = described.stack or role.is_transposed == described.is_transposed
+        if not (role.is_matrix and fits):
             raise CheckpointError(
                 f"{checkpoint.directory}: packed tensor `{name}` is no layer's matrix "
                 "by its name and orientation; quantize the original again."
             )
         tensor: Any = checkpoint.load(name)
-        tensors[layer.path] = tensor
+        tensors[role.path] = tensor
     return tensors
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from kashin_jax.errors import UsageError
 from kashin_jax.io import PlannedTensor
 from kashin_jax.methods import Method, encode, encode_few_values
+from kashin_jax.models.tensor_roles import default_kind, is_outer
 from kashin_jax.pipeline.coverage import Coverage, Part, cover
-from kashin_jax.pipeline.rules import Rule, Rules, is_head_or_embedding, resolve_rules
+from kashin_jax.pipeline.rules import Rule, Rules, resolve_rules
 from kashin_jax.pipeline.table import aligned
 from kashin_jax.tensors import KernelAxes, stored_bits
 
@@ -53,6 +54,7 @@ class Candidate(NamedTuple):
       axes: Of a model in memory, which axes of the array are inputs; None where that is
         not known, or the array stays.
       original: Shape of the array, where it differs.
+      kind: What it is by the table of its family; None where that says nothing.
     """
 
     paths: tuple[str, ...]
@@ -64,6 +66,7 @@ class Candidate(NamedTuple):
     is_transposed: bool = False
     axes: KernelAxes | None = None
     original: tuple[int, ...] | None = None
+    kind: str | None = None
 
 
 class Choice(NamedTuple):
@@ -205,12 +208,12 @@ def choose_methods(
     _check_axes(meant, possible)
     meant.check(path for each in possible for path in each.paths)
 
-    def decide(path: str, only_by_rule: bool) -> tuple[Method | None, str]:
-        if only_by_rule and not meant.names(path):
+    def decide(path: str, each: Candidate) -> tuple[Method | None, str]:
+        if each.only_by_rule and not meant.names(path):
             return None, "no rule names it"
         if select is not None and not select(path):
             return None, "not selected"
-        return meant.decide(path)
+        return meant.decide(path, each.kind)
 
     choices = [_choose(each, decide) for each in known]
     if all(choice.config is None for choice in choices):
@@ -232,7 +235,7 @@ def part_of(choice: Choice) -> Part:
         each.shape,
         _dense_bits(each) // 8,
         choice.reason if choice.config is None else None,
-        any(map(is_head_or_embedding, each.paths)),
+        any(is_outer(each.kind or default_kind(path)) for path in each.paths),
     )
 
 
@@ -323,11 +326,11 @@ def _check_axes(rules: Rules, possible: Sequence[Candidate]) -> None:
 
 
 def _choose(
-    each: Candidate, decide: Callable[[str, bool], tuple[Method | None, str]]
+    each: Candidate, decide: Callable[[str, Candidate], tuple[Method | None, str]]
 ) -> Choice:
     if each.left is not None:
         return Choice(each, None, each.left)
-    found = {path: decide(path, each.only_by_rule) for path in each.paths}
+    found = {path: decide(path, each) for path in each.paths}
     kept = [path for path, (config, _) in found.items() if config is None]
     if kept:
         # What shares a matrix stays together: all packed, or none.

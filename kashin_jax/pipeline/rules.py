@@ -1,6 +1,7 @@
 """Which layers are quantized, and how: ordered patterns on their paths."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,11 @@ from kashin_jax.methods import (
     config_to_json,
 )
 from kashin_jax.methods.base import require_method
+from kashin_jax.models.tensor_roles import (
+    DEFAULT_KINDS,
+    QUANTIZED_KINDS,
+    default_kind,
+)
 
 __all__ = [
     "DEFAULT_SKIPS",
@@ -20,44 +26,20 @@ __all__ = [
     "Rule",
     "Rules",
     "default_select",
-    "is_head_or_embedding",
     "resolve_rules",
     "rules_from_json",
     "rules_to_json",
 ]
 
-# By what they are. A head is whatever turns the last features into answers.
-_HEADS = (
-    r"(^|/)((\w+_)?head|(\w+_)?classifier|score|qa_outputs|\w*logits(_\w+)?)(/|$)",
-    r"(^|/)(embed_out|output_layer|vocab_projector|dense_prediction|to_logits)(/|$)",
-    r"(^|/)(predictions/decoder|seq_relationship|predict_(state|action|return))(/|$)",
-    # Names that blocks have, too: heads at the top alone.
-    r"^(proj_out|decoder|output|unembed(ding)?)$",
-)
-_EMBEDDINGS = (
-    r"(^|[/_])(embed|emb|embeddings?|embedder|embed_\w+|wte|wpe|shared)(/|$)",
-    r"(^|/)(relative_(attention|position)_bias|rel_pos_bias|position_bias)(/|$)",
-)
-_NORMS = (r"(^|[/_])(norm|layer_?norm|rms_?norm|ln(_\w+)?)(/|$)",)
-# Who gets a token hangs on small differences of a few numbers. Not `gate_proj`.
-_ROUTERS = (r"(^|/)((\w+_)?router|gate|shared_expert_gate)(/|$)",)
-
 _PAGE = "docs/guides/rules.md has every field."
 
-DEFAULT_SKIPS = (*_HEADS, *_EMBEDDINGS, *_NORMS, *_ROUTERS)
+DEFAULT_SKIPS = tuple(itertools.chain.from_iterable(DEFAULT_KINDS.values()))
 """Heads, embeddings and tables of positions, norms, routers of experts.
 
-What published tables leave in full precision, as common families of models call it. The
-only list of this kind. A method that has a `default_skip` puts it in the place of this
-one.
+What published tables leave in full precision, as common families of models call it;
+the list is in `models.tensor_roles`. A method that has a `default_skip` puts it in the
+place of this one.
 """
-
-_KINDS = (
-    ("head", _HEADS),
-    ("embedding", _EMBEDDINGS),
-    ("norm", _NORMS),
-    ("router", _ROUTERS),
-)
 
 SHARED_INPUTS = (
     r"\b[qkv]_proj$",
@@ -155,22 +137,24 @@ class Rules:
         """The method of a layer; None leaves it in full precision."""
         return self.decide(path)[0]
 
-    def decide(self, path: str) -> tuple[Method | None, str]:
-        """The method of a layer, or None and the reason why it stays."""
+    def decide(self, path: str, kind: str | None = None) -> tuple[Method | None, str]:
+        """The method of a layer, or None and the reason why it stays.
+
+        Args:
+          path: Path of the layer.
+          kind: What the layer is by the table of its family, which then stands in the
+            place of the patterns that are skipped by default; None if it says nothing.
+        """
         if _any_found(self.skip, path):
             return None, "skipped by the rules"
         if (rule := self.rule_for(path)) is not None:
             return rule.config, "skipped by the rules"
-        if _any_found(self.default_skip, path):
-            return None, self._why_default(path)
-        return self.config, ""
-
-    def _why_default(self, path: str) -> str:
-        if self.config.default_skip is None:
-            for kind, patterns in _KINDS:
-                if _any_found(patterns, path):
-                    return f"skipped by default: {kind}"
-        return "skipped by default"
+        if self.config.default_skip is not None:
+            skipped = _any_found(self.default_skip, path)
+            return (None, "skipped by default") if skipped else (self.config, "")
+        if (kind := kind or default_kind(path)) in (None, *QUANTIZED_KINDS):
+            return self.config, ""
+        return None, f"skipped by default: {kind}"
 
     def names(self, path: str) -> bool:
         """Whether one of `rules` is about a path."""
@@ -210,11 +194,6 @@ class Rules:
                     f"{len(known)} layers share an input, such as "
                     f"{', '.join(known[:2]) or 'none'}. Correct or remove it."
                 )
-
-
-def is_head_or_embedding(path: str) -> bool:
-    """Whether a layer is one of those that a share of a model leaves out of account."""
-    return _any_found((*_HEADS, *_EMBEDDINGS), path)
 
 
 def default_select(path: str) -> bool:
