@@ -206,6 +206,8 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
             "benchmarks.streaming --layout=4gb --method=rtn",
             "benchmarks.streaming --layout=opt-1.3b --method=kashin-joint "
             "--effort=fast",
+            "benchmarks.streaming --layout=llama-3.2-1b --method=kashin-joint "
+            "--effort=fast",
             "benchmarks.streaming --layout=matrix --method=kashin",
             "benchmarks.streaming --layout=matrix --method=kashin-joint",
         ),
