@@ -130,7 +130,7 @@ FAMILIES: Mapping[str, FamilyRoles] = MappingProxyType(
     | dict.fromkeys(("sam3", "sam3_lite_text"), _REFERENCES)
     | dict.fromkeys(("gemma3", "shieldgemma2", "t5gemma2"), _SIGLIP_PROJECTOR)
     | {
-        "ctrl": FamilyRoles(kinds=((r"^transformer/w$", "embedding"),)),
+        "ctrl": FamilyRoles(kinds=((r"^(transformer/)?w$", "embedding"),)),
         # All experts of a layer below each other: w1 and v1 [experts x out, in], w2
         # [experts x in, out].
         "dbrx": FamilyRoles(

@@ -117,10 +117,7 @@ def random_model(family, seed=0):
     import transformers
 
     name, task, content = FAMILIES[family]
-    if "vision_config" in content:
-        config = transformers.AutoConfig.for_model(family, **content)
-    else:
-        config = transformers.AutoConfig.for_model(family, **content)
+    config = transformers.AutoConfig.for_model(family, **content)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{name}{task}")(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
