@@ -2,7 +2,8 @@
 
 Three steps, each usable alone: `make_windows` cuts the tokens and marks which of them
 are predicted where, `score_windows` runs a model over the windows and hands back one
-negative log likelihood per window, `perplexity` turns these into one number. Nothing
+negative log likelihood per window, `perplexity` turns these into one number, and
+`bits_per_byte` into one that other tokenizers' can be compared with. Nothing
 here knows a model: it arrives as a function, usually a jitted closure whose last step
 is `window_nll`.
 """
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64
 
 from kashin_jax.errors import DataError
 from kashin_jax.progress import progress_bar
@@ -24,6 +25,7 @@ __all__ = [
     "ScoredBatch",
     "Weighting",
     "Windows",
+    "bits_per_byte",
     "count_new",
     "count_scored",
     "make_windows",
@@ -42,11 +44,13 @@ class Windows(NamedTuple):
       scored: Whether token `j` of window `i` is a predicted target. Never true for the
         first token of a window; true at most once for each token of the text.
       num_new: Tokens of the window that are in no earlier window, its first included.
+      num_bytes: UTF-8 bytes of text that the scored tokens stand for; None if unknown.
     """
 
     tokens: Int32[np.ndarray, "w t"]
     scored: Bool[np.ndarray, "w t"]
     num_new: Int32[np.ndarray, " w"]
+    num_bytes: Int64[np.ndarray, " w"] | None = None
 
 
 Weighting = Callable[[Windows], Int[np.ndarray, " w"]]
@@ -70,6 +74,7 @@ def make_windows(
     context: int,
     stride: int | None = None,
     drop_last: bool,
+    token_bytes: Int[np.ndarray, " n"] | None = None,
 ) -> Windows:
     """Cuts a text into windows of `context` tokens that begin every `stride` tokens.
 
@@ -85,6 +90,7 @@ def make_windows(
         `[1, context]`; `context` when not given.
       drop_last: Whether a window that would run past the end of the text is dropped
         (GPTQ does so) or kept, filled up and masked.
+      token_bytes: Bytes of text that each token stands for, for `bits_per_byte`.
 
     Returns:
       The windows, at least one. A last window without a token to predict is left out.
@@ -106,13 +112,18 @@ def make_windows(
     positions = begins[:, None] + offsets[None, :]
     inside = positions < ends[:, None]
     scored = inside & (positions >= previous_ends[:, None]) & (offsets[None, :] > 0)
-    padded = np.where(inside, tokens[np.minimum(positions, num_tokens - 1)], 0)
+    index = np.minimum(positions, num_tokens - 1)
+    padded = np.where(inside, tokens[index], 0)
     useful = scored.any(axis=1)
     num_new = ends - previous_ends
+    num_bytes = None
+    if token_bytes is not None:
+        num_bytes = np.where(scored, token_bytes[index], 0).sum(axis=1, dtype=np.int64)
     return Windows(
         padded.astype(np.int32)[useful],
         scored[useful],
         num_new.astype(np.int32)[useful],
+        None if num_bytes is None else num_bytes[useful],
     )
 
 
@@ -261,12 +272,45 @@ def perplexity(
       ValueError: If there is not exactly one value per window.
     """
     scored = count_scored(windows)
-    if window_nlls.shape != scored.shape:
-        raise ValueError(
-            f"`window_nlls` must hold one value for each of {scored.size} windows. "
-            f"Got shape {window_nlls.shape}."
-        )
+    _check_nlls(window_nlls, windows)
     weights = weigh(windows)
     means = window_nlls.astype(np.float64) / scored
     with np.errstate(over="ignore"):
         return float(np.exp(np.sum(means * weights) / np.sum(weights)))
+
+
+def bits_per_byte(
+    window_nlls: Float[np.ndarray, " w"], windows: Windows
+) -> float | None:
+    """The information in a byte of the text: it does not depend on the tokenizer.
+
+    Negative log likelihood of all scored tokens, in bits, over the UTF-8 bytes of the
+    text that they stand for. Tokens that nothing predicts, the first of every window,
+    count on neither side.
+
+    Args:
+      window_nlls: Nats per window, summed over its scored tokens; one per window.
+      windows: The windows they belong to, made with `token_bytes`.
+
+    Returns:
+      Bits; None if the scored tokens stand for no byte.
+
+    Raises:
+      ValueError: If there is not exactly one value per window, or the windows were
+        made without `token_bytes`.
+    """
+    _check_nlls(window_nlls, windows)
+    if windows.num_bytes is None:
+        raise ValueError("`windows` know no bytes; give `make_windows` `token_bytes`.")
+    total = int(windows.num_bytes.sum())
+    nats = float(np.sum(window_nlls.astype(np.float64)))
+    return nats / np.log(2).item() / total if total else None
+
+
+def _check_nlls(window_nlls: Float[np.ndarray, " _"], windows: Windows) -> None:
+    count = windows.tokens.shape[0]
+    if window_nlls.shape != (count,):
+        raise ValueError(
+            f"`window_nlls` must hold one value for each of {count} windows. "
+            f"Got shape {window_nlls.shape}."
+        )

@@ -15,7 +15,7 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.models import generate, load_model
 from kashin_jax.models.chat import chat_prompt
 from kashin_jax.models.generation import likeliest, stop_tokens
-from kashin_jax.models.tokenizer import load_tokenizer
+from kashin_jax.models.tokenizer import load_tokenizer, prefix_token_id
 
 TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}
@@ -114,6 +114,12 @@ def test_stop_tokens_are_those_of_the_generation_config(directory, tmp_path):
     ({"model_type": "llama", "bos_token_id": 3}, {}, None),
     ({"model_type": "qwen2"}, {}, None),
     ({"model_type": "opt"}, {}, 2),
+    # A file that asks for one of its own tokens in front, as texts or with its flags.
+    ({"model_type": "qwen2"}, {"add_bos_token": True, "bos_token": "<s>"}, 1),
+    ({"model_type": "qwen2"},
+     {"add_bos_token": True, "bos_token": {"content": "user"}}, 3),
+    ({"model_type": "qwen2"}, {"add_bos_token": True, "bos_token": None}, None),
+    ({"model_type": "qwen2"}, {"bos_token": "<s>"}, None),
 ])  # fmt: skip
 def test_a_text_begins_as_the_model_was_taught(
     directory, tmp_path, model, tokenizer, bos
@@ -122,6 +128,36 @@ def test_a_text_begins_as_the_model_was_taught(
     write(tmp_path / "config.json", **model)
     write(tmp_path / "tokenizer_config.json", **tokenizer)
     assert load_tokenizer(tmp_path).bos_id == bos
+
+
+@pytest.mark.parametrize(("template", "bos"), [("<s> $A", 1), ("$A </s>", None)])
+def test_a_tokenizer_may_put_a_token_on_either_side(directory, tmp_path, template, bos):
+    """Guards against an end of text that is taken for what texts begin with."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path / "config.json", model_type="qwen2")
+    assert load_tokenizer(tmp_path).bos_id == bos
+
+
+@pytest.mark.parametrize(("model", "stated", "prefix"), [
+    ({"model_type": "llama", "bos_token_id": 1}, {}, 1),
+    # The harness's own backend takes these of models that put nothing in front.
+    ({"model_type": "gpt2", "bos_token_id": 5}, {"bos_token": "w7"}, 7),
+    ({"model_type": "qwen2", "bos_token_id": 5},
+     {"bos_token": None, "eos_token": {"content": "w8"}}, 8),
+    ({"model_type": "qwen2", "eos_token_id": [6, 9]}, {}, 6),
+    ({"model_type": "qwen2"}, {}, None),
+])  # fmt: skip
+def test_an_empty_context_has_a_token_of_its_own(
+    directory, tmp_path, model, stated, prefix
+):
+    shutil.copy(directory / "tokenizer.json", tmp_path)
+    write(tmp_path / "config.json", **model)
+    write(tmp_path / "tokenizer_config.json", **stated)
+    assert prefix_token_id(tmp_path, load_tokenizer(tmp_path)) == prefix
 
 
 @pytest.mark.parametrize(("top_k", "top_p", "kept"), [

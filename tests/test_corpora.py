@@ -11,6 +11,7 @@ from experiments.common import corpora
 from experiments.common.corpora import DATASETS
 from experiments.common.text import load_text
 from kashin_jax.errors import DataError
+from kashin_jax.models.tokenizer import TokenizedText
 
 PTB = ["no it was n't <unk> monday", "the index fell N points"]
 C4 = [f"Text {i}\nof two lines." for i in range(1105)]
@@ -40,6 +41,10 @@ class Characters:
 
     def encode(self, text):
         return np.asarray([ord(c) for c in text], np.int32)
+
+    def encode_with_bytes(self, text):
+        sizes = [len(c.encode()) for c in text]
+        return TokenizedText(self.encode(text), np.asarray(sizes, np.int32))
 
     def decode(self, ids):
         return "".join(map(chr, ids.tolist()))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kashin_jax.errors import DataError
 from kashin_jax.evaluation import (
+    bits_per_byte,
     count_new,
     make_windows,
     perplexity,
@@ -298,3 +299,31 @@ def test_a_function_that_returns_one_number_per_batch_is_refused():
     windows = make_windows(tokens_of(12), context=4, drop_last=False)
     with pytest.raises(ValueError, match=r"shape \(2,\). Got \(\)"):
         score_all(windows, batch_size=2, nll_fn=lambda t, s: jnp.zeros(()))
+
+
+@pytest.mark.parametrize(("context", "stride"), [(8, None), (8, 3), (20, 5)])
+def test_bits_per_byte_count_what_is_predicted_and_nothing_else(context, stride):
+    """Tokens of 0 to 4 bytes: the first of a window is on neither side."""
+    tokens = tokens_of(43)
+    sizes = np.random.default_rng(5).integers(0, 5, 43)
+    windows = make_windows(
+        tokens, context=context, stride=stride, drop_last=False, token_bytes=sizes
+    )
+    starts = set(range(0, 43, context)) if stride is None else {0}
+    scored = [i for i in range(43) if i not in starts]
+    nats = np.sum(bigram_losses(tokens)[scored])
+    expected = nats / np.log(2) / sizes[scored].sum()
+    found = bits_per_byte(score_all(windows), windows)
+    assert np.isclose(found, expected, rtol=1e-5)
+
+
+def test_bits_per_byte_need_bytes():
+    windows = make_windows(tokens_of(9), context=8, drop_last=False)
+    with pytest.raises(ValueError, match="give `make_windows` `token_bytes`"):
+        bits_per_byte(score_all(windows), windows)
+    nothing = make_windows(
+        tokens_of(9), context=8, drop_last=False, token_bytes=np.zeros(9, np.int32)
+    )
+    assert bits_per_byte(score_all(nothing), nothing) is None
+    with pytest.raises(ValueError, match="one value for each of 1 windows"):
+        bits_per_byte(np.zeros(2), nothing)

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ROOT / "docs" / "guides"
 RULES = (GUIDES / "rules.md").read_text("utf-8")
 BLOCK = re.compile(r'^```(\w+)(?: title="(\S+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
-SCORED = re.compile(r" perplexity, \d+ predictions, context 64$", re.MULTILINE)
+SCORED = re.compile(
+    r" perplexity, \d\.\d+ bits per byte, \d+ predictions, context 64, begins with ",
+    re.MULTILINE,
+)
 # What a guide takes as given. Readers have a trained model there.
 SMALL_RUN = "--epochs=0.2 --batch_size=16 --max_length=24 --checkpoint_every=100"
 
@@ -59,7 +62,7 @@ def run_page(name):
         for kind, title, code in BLOCK.findall((GUIDES / name).read_text("utf-8")):
             if kind == "python":
                 exec(compile(code, name, "exec"), names)
-            elif kind == "json":
+            elif kind in ("json", "yaml"):
                 Path(title).write_text(code, "utf-8")
             else:
                 assert kind == "sh", f"{name} has a block of the kind {kind}"
@@ -107,6 +110,15 @@ def test_the_guide_of_saving_runs(here):
 def test_the_guide_of_choosing_runs(here):
     _, printed = run_page("choosing.md")
     assert len(SCORED.findall(printed)) == 2
+
+
+def test_the_guide_of_evaluating_runs(here, monkeypatch):
+    # Not where the user's own data sets are.
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", here / "cache")
+    _, printed = run_page("evaluating.md")
+    assert len(SCORED.findall(printed.replace("stride 32, ", ""))) == 2
+    assert "stride 32" in printed
+    assert re.search(r"^last_word +acc +0 +2 ", printed, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ LIBRARY_INIT = ROOT / "kashin_jax" / "__init__.py"
 SOURCES = LIBRARY + sorted((ROOT / "experiments").rglob("*.py"))
 HEAVY = {
     "datasets",
+    "evaluate",
     "huggingface_hub",
+    "lm_eval",
     "matplotlib",
     "orbax",
     "scipy.optimize",

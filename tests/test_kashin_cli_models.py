@@ -14,10 +14,16 @@ from tiny_classifier import make_classifier
 
 from kashin_jax import Rules, quantize_model
 from kashin_jax.cli import main
-from kashin_jax.evaluation import make_windows, perplexity, score_windows, window_nll
+from kashin_jax.evaluation import (
+    bits_per_byte,
+    make_windows,
+    perplexity,
+    score_windows,
+    window_nll,
+)
 from kashin_jax.models.generation import generate
 from kashin_jax.models.loading import load_opt
-from kashin_jax.models.tokenizer import load_tokenizer
+from kashin_jax.models.tokenizer import load_tokenizer, with_bos
 
 # Bits, or numbers that another program made, are compared.
 # Whole programs on tiny models: their numbers, resumption and files.
@@ -47,11 +53,14 @@ def in_memory(source):
     ).model
 
 
-def perplexity_of(model, source, *, context, batch_size, max_tokens=None):
-    tokenizer = load_tokenizer(source)
-    tokens = tokenizer.encode(source.with_suffix(".txt").read_text("utf-8"))
-    tokens = np.insert(tokens, 0, tokenizer.bos_id)[:max_tokens]
-    windows = make_windows(tokens, context=context, drop_last=False)
+def perplexity_of(model, source, *, context, batch_size, max_tokens=None, stride=None):
+    """Also bits per byte, and the number of predictions."""
+    text = source.with_suffix(".txt").read_text("utf-8")
+    tokens, sizes = with_bos(load_tokenizer(source), text)
+    windows = make_windows(
+        tokens[:max_tokens], context=context, stride=stride, drop_last=False,
+        token_bytes=sizes[:max_tokens],
+    )  # fmt: skip
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -62,7 +71,8 @@ def perplexity_of(model, source, *, context, batch_size, max_tokens=None):
         lambda ids, scored: nll(ids, scored, state), windows, batch_size=batch_size
     )
     nlls = np.concatenate([batch.nlls for batch in batches])
-    return float(perplexity(nlls, windows)), int(windows.scored.sum())
+    value, bits = perplexity(nlls, windows), bits_per_byte(nlls, windows)
+    return float(value), bits, int(windows.scored.sum())
 
 
 @pytest.mark.parametrize(
@@ -73,24 +83,30 @@ def perplexity_of(model, source, *, context, batch_size, max_tokens=None):
             ["--context=16", "--batch-size=3", "--max-tokens=101"],
             {"context": 16, "batch_size": 3, "max_tokens": 101},
         ),
+        (
+            ["--context=16", "--batch-size=3", "--max-tokens=101", "--stride=5"],
+            {"context": 16, "batch_size": 3, "max_tokens": 101, "stride": 5},
+        ),
     ],
-    ids=["default", "flags"],
+    ids=["default", "flags", "stride"],
 )
 def test_the_perplexity_printed_is_bit_for_bit_that_of_quantizing_in_memory(
     source, quantized, in_memory, capsys, flags, options
 ):
     text = f"--text={source.with_suffix('.txt')}"
     assert main(["eval", str(quantized), text, *flags]) == 0
-    value, count = perplexity_of(in_memory, source, **options)
+    value, bits, count = perplexity_of(in_memory, source, **options)
+    stride = f"stride {options['stride']}, " if "stride" in options else ""
     assert capsys.readouterr().out == (
-        f"{value!r} perplexity, {count} predictions, context {options['context']}\n"
+        f"{value!r} perplexity, {bits:.4f} bits per byte, {count} predictions, "
+        f"{stride}context {options['context']}, begins with </s>\n"
     )
 
 
 @pytest.mark.slow
 def test_a_dense_checkpoint_is_evaluated_too(source, capsys):
     assert main(["eval", str(source), f"--text={source.with_suffix('.txt')}"]) == 0
-    value, _ = perplexity_of(load_opt(source).model, source, context=64, batch_size=4)
+    value, *_ = perplexity_of(load_opt(source).model, source, context=64, batch_size=4)
     assert float(capsys.readouterr().out.split()[0]) == value
 
 
@@ -101,7 +117,8 @@ def test_the_perplexity_is_that_of_the_table_on_the_same_text(source, tmp_path, 
     (tmp_path / "source" / "asset.json").write_text('{"trained_context": 24}')
     text = source.with_suffix(".txt")
     assert main(["eval", str(tmp_path / "source"), f"--text={text}"]) == 0
-    value, *_, context = capsys.readouterr().out.split()
+    printed = capsys.readouterr().out
+    value, context = printed.split()[0], re.findall(r"context (\d+)", printed)[0]
     flags = ("--methods=full precision", "--context=0")
     (record,) = table(tmp_path / "source", tmp_path / "out", *flags, text=text)
     assert (int(context), record["context"]) == (24, 24)
@@ -145,6 +162,9 @@ def test_what_cannot_be_evaluated_is_named(source, quantized, tmp_path, capsys):
     text = f"--text={source.with_suffix('.txt')}"
     assert "[2, 64]" in line(capsys, 2, "eval", quantized, text, "--context=65")
     assert "[2, 64]" in line(capsys, 2, "eval", quantized, text, "--context=1")
+    assert "must not exceed the context, 64" in line(
+        capsys, 2, "eval", quantized, text, "--stride=65"
+    )
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     assert "UTF-8" in line(
         capsys, 1, "eval", quantized, f"--text={tmp_path / 'binary'}"

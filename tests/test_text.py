@@ -12,7 +12,14 @@ from experiments.common import corpora
 from experiments.common.text import ASSETS, default_context, load_text, parse_max_tokens
 from kashin_jax.errors import CheckpointError, DataError, UsageError
 from kashin_jax.evaluation import count_new, count_scored
-from kashin_jax.models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from kashin_jax.models.tokenizer import (
+    TokenizedText,
+    Tokenizer,
+    bos_token,
+    check_vocabulary,
+    load_tokenizer,
+    with_bos,
+)
 
 MODEL = ASSETS / "opt-wiki-18m"
 
@@ -26,6 +33,10 @@ class CharacterTokenizer:
 
     def encode(self, text):
         return np.asarray([ord(c) for c in text], np.int32)
+
+    def encode_with_bytes(self, text):
+        sizes = [len(c.encode()) for c in text]
+        return TokenizedText(self.encode(text), np.asarray(sizes, np.int32))
 
     def decode(self, ids):
         return "".join(map(chr, ids.tolist()))
@@ -59,6 +70,62 @@ def test_the_embedded_tokenizer_adds_nothing_by_itself(opt_tokenizer):
     assert ids[0] != opt_tokenizer.bos_id
     assert opt_tokenizer.decode(ids) == " = Robert Boulter = \n"
     assert isinstance(opt_tokenizer, Tokenizer)
+
+
+HARD = " naïve — 東京\u2028 </s>  Once \n\n 😀😀 ﬁ e\u0301  x "
+
+
+def pieces_of_sentences(directory):
+    """A tokenizer as SentencePiece makes them: marks spaces, drops some, has bytes."""
+    import tokenizers
+
+    words = ["<s>", "▁", "▁Once", "n", "a", *(f"<0x{i:02X}>" for i in range(256))]
+    model = tokenizers.models.BPE(
+        {word: i for i, word in enumerate(words)}, [], byte_fallback=True
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    normalizers = tokenizers.normalizers
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Strip(), normalizers.Prepend("▁"),
+         normalizers.Replace(" ", "▁")]
+    )  # fmt: skip
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("text", ["", "a", "😀", "  ", HARD, f"\u0301{HARD}"])
+def test_every_byte_of_a_text_counts_with_one_token(text, opt_tokenizer, tmp_path):
+    for tokenizer in (opt_tokenizer, pieces_of_sentences(tmp_path)):
+        ids, sizes = tokenizer.encode_with_bytes(text)
+        assert ids.tolist() == tokenizer.encode(text).tolist()
+        assert sizes.sum() == (len(text.encode()) if ids.size else 0)
+        assert (sizes >= 0).all()
+        assert sizes.shape == ids.shape
+
+
+def test_tokens_count_the_bytes_that_they_decode_to(opt_tokenizer):
+    """Wherever a text is cut between characters, of up to four bytes."""
+    text = corpora.wiki_vital(None)[:5000] + HARD
+    ids, sizes = opt_tokenizer.encode_with_bytes(text)
+    places = 0
+    for end in range(1, ids.size):
+        if "\ufffd" not in (start := opt_tokenizer.decode(ids[:end])):
+            assert sizes[:end].sum() == len(start.encode())
+            places += 1
+    assert ids.size - 30 < places < ids.size - 1
+
+
+def test_what_begins_a_text_stands_for_no_byte(opt_tokenizer):
+    ids, sizes = with_bos(opt_tokenizer, "The city")
+    assert ids[0] == opt_tokenizer.bos_id and sizes[0] == 0
+    assert ids[1:].tolist() == opt_tokenizer.encode("The city").tolist()
+    assert bos_token(opt_tokenizer) == "</s>"
+    without = load_tokenizer(MODEL, bos="none")
+    assert without.bos_id is None and bos_token(without) is None
+    assert with_bos(without, "The city").ids.tolist() == ids[1:].tolist()
+    assert load_tokenizer(MODEL, bos="<pad>").bos_id == 1
+    with pytest.raises(UsageError, match="`--bos` must be `auto`, `none` or a token"):
+        load_tokenizer(MODEL, bos="<none>")
 
 
 def test_published_opt_files_give_the_same_tokens(tmp_path, opt_tokenizer):

@@ -10,30 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
-from kashin_jax.errors import DataError, UsageError
-from kashin_jax.evaluation import (
-    make_windows,
-    perplexity,
-    score_windows,
-    window_nll,
-)
+from kashin_jax.cli.evaluate import language_model, run_eval
+from kashin_jax.errors import UsageError
 from kashin_jax.io import open_checkpoint, quantized_before, read_json
 from kashin_jax.methods import JointKashin, config_from_json
 from kashin_jax.models.chat import chat_prompt
-from kashin_jax.models.context import own_context
 from kashin_jax.models.generation import generate, stop_tokens
-from kashin_jax.models.loading import LoadedModel
-from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
+from kashin_jax.models.tokenizer import load_tokenizer
 from kashin_jax.pipeline import (
     Inspection,
     Plan,
     Rules,
     dequantize_checkpoint,
     inspect_checkpoint,
-    load_quantized,
     plan_checkpoint,
     quantize_checkpoint,
     rules_from_json,
@@ -236,55 +226,6 @@ def run_dequantize(src: str, dst: str, *, max_shard_size: int | None) -> int:
     return 0
 
 
-def run_eval(
-    src: str,
-    *,
-    text: str,
-    max_tokens: int | None,
-    context: int | None,
-    batch_size: int,
-) -> int:
-    """Prints the perplexity of a language model."""
-    loaded = _language_model(src)
-    tokenizer = load_tokenizer(loaded.directory)
-    check_vocabulary(tokenizer, loaded.config.vocab_size)
-    tokens = tokenizer.encode(_read_text(Path(text)))
-    if tokenizer.bos_id is not None:
-        tokens = np.insert(tokens, 0, tokenizer.bos_id)
-    limit = loaded.config.context_length
-    length = context or own_context(loaded)
-    if not 2 <= length <= limit:
-        raise UsageError(
-            f"`--context` must lie in [2, {limit}] for this model. Got {length}."
-        )
-    windows = make_windows(tokens[:max_tokens], context=length, drop_last=False)
-    graphdef, state = nnx.split(loaded.model)
-    batches = score_windows(
-        lambda ids, scored: _nll(graphdef, state, ids, scored),
-        windows,
-        batch_size=batch_size,
-    )
-    nlls = np.concatenate([batch.nlls for batch in batches])
-    count = int(windows.scored.sum())
-    value = float(perplexity(nlls, windows))
-    print(f"{value!r} perplexity, {count} predictions, context {length}")
-    return 0
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error.reason}).") from error
-
-
-@jax.jit(static_argnums=0)
-def _nll(
-    graphdef: Any, state: Any, tokens: Int[Array, "b t"], scored: Bool[Array, "b t"]
-) -> Float[Array, " b"]:
-    return window_nll(nnx.merge(graphdef, state)(tokens), tokens, scored)
-
-
 def run_generate(
     src: str,
     prompt: str,
@@ -297,7 +238,7 @@ def run_generate(
     seed: int,
 ) -> int:
     """Prints the prompt and its continuation, or the answer of a chat model."""
-    loaded = _language_model(src)
+    loaded = language_model(src)
     tokenizer = load_tokenizer(loaded.directory)
     if chat:
         messages = [{"role": "user", "content": prompt}]
@@ -326,10 +267,3 @@ def run_generate(
     end = ids.size + stops[0] if stops.size else text.size
     print(tokenizer.decode(text[shown:end]))
     return 0
-
-
-def _language_model(src: str) -> LoadedModel:
-    loaded = load_quantized(src)
-    if not isinstance(loaded, LoadedModel):
-        raise UsageError(f"{src}: is a classifier; name a language model.")
-    return loaded

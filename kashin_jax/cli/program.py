@@ -18,6 +18,7 @@ __all__ = [
     "main",
     "read_bits",
     "read_count",
+    "read_none_or_more",
     "read_probability",
     "read_seed",
     "read_setting",
@@ -224,24 +225,61 @@ def _dequantize(commands: Any) -> None:
 def _eval(commands: Any) -> None:
     parser: _Parser = commands.add_parser(
         "eval",
-        help="perplexity of a language model, quantized or not, on a text",
-        description="Prints the perplexity on a text, which is cut into windows that "
-        "do not overlap; all but the first token of each are predicted. Needs the "
-        "extra `cli`.",
+        help="perplexity of a language model on a text, or its scores on benchmarks",
+        description="Prints the perplexity of a model, quantized or not, and its bits "
+        "per UTF-8 byte, on a text, which is cut into windows; or its scores on tasks "
+        "of lm-evaluation-harness. Needs the extra `cli`, and `eval` for tasks.",
     )
     parser.add_argument("src", metavar="SRC", help=_SOURCE)
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", help="UTF-8 text")
+    what.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="list of tasks, such as lambada_openai,arc_easy; their data come from the "
+        "hub, or from where the task's file says",
+    )
     parser.add_argument(
-        "--max-tokens", type=read_count, help="only so many, from the first on"
+        "--tasks-dir",
+        metavar="DIR",
+        help="folder with more tasks, as YAML files of lm-evaluation-harness",
+    )
+    parser.add_argument(
+        "--num-fewshot", type=read_none_or_more, help="solved examples in front of each"
+    )
+    parser.add_argument(
+        "--limit", type=read_count, help="only so many examples of each task"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=read_count,
+        help="only so many of a text, from the first on",
     )
     parser.add_argument(
         "--context",
         type=read_count,
-        help="tokens of a window; when left out, as many as the model was trained at, "
-        "if the checkpoint says so, else 2048 or as many as it has positions for",
+        help="tokens of a window, of tasks too; when left out, as many as the model "
+        "was trained at, if the checkpoint says so, else 2048 or as many as it has "
+        "positions for",
+    )
+    parser.add_argument(
+        "--stride",
+        type=read_count,
+        help="tokens between the beginnings of two windows; when left out they do not "
+        "overlap, and all but the first token of each are predicted",
+    )
+    parser.add_argument(
+        "--bos",
+        default="auto",
+        metavar="TOKEN",
+        help="what a text begins with: auto, the default, for what the tokenizer's "
+        "files say, none, or a token such as <s>",
     )
     parser.add_argument(
         "--batch-size", type=read_count, default=4, help="windows at a time"
+    )
+    parser.add_argument(
+        "--json", dest="as_json", action="store_true", help="print a JSON object"
     )
 
 
@@ -322,6 +360,11 @@ def read_size(text: str) -> int:
 def read_count(text: str) -> int:
     """A whole number of at least 1."""
     return _whole(text, 1, 2**31)
+
+
+def read_none_or_more(text: str) -> int:
+    """A whole number of at least 0."""
+    return _whole(text, 0, 2**31)
 
 
 def read_seed(text: str) -> int:

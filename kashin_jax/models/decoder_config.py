@@ -106,6 +106,8 @@ _QWEN = {
     "eos_token_id": None,
 }
 
+_TOKENS = ("bos_token_id", "eos_token_id")
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family(architecture="LlamaForCausalLM"),
@@ -390,8 +392,9 @@ class DecoderConfig:
         for field in dataclasses.fields(self):
             name = family.aliases.get(field.name, field.name)
             value = getattr(self, field.name)
-            # What is not theirs would mean something to other libraries.
-            if value != field.default or name in family.defaults:
+            # What is not theirs would mean something to other libraries; tokenizers
+            # read there with which token a text begins.
+            if value != field.default or name in family.defaults or name in _TOKENS:
                 content[name] = value
         del content["layer_types"]
         content.pop("local_rope", None)

@@ -2,7 +2,7 @@
 
 A language model's text is tokenized with nothing added and nothing cut: special tokens
 are the business of the evaluation protocol, and `bos_id` says which one the protocols
-put in front. A classifier's sentences get the special tokens
+put in front, as `with_bos` does. A classifier's sentences get the special tokens
 that the checkpoint was trained with, and are cut to the model's length.
 """
 
@@ -18,15 +18,26 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import read_json
 
 __all__ = [
+    "AUTO",
+    "NO_BOS",
     "Encoded",
     "PairTokenizer",
+    "TokenizedText",
     "Tokenizer",
+    "bos_token",
     "check_padding",
     "check_vocabulary",
     "load_pair_tokenizer",
     "load_tokenizer",
+    "prefix_token_id",
     "read_tokenizer_json",
+    "with_bos",
 ]
+
+AUTO = "auto"
+"""Begin a text as the files of the checkpoint say."""
+NO_BOS = "none"
+"""Begin a text with its own first token."""
 
 # Files that make a tokenizer, in the order in which they are looked for; the last two
 # are read by `transformers`, by the model type that `config.json` names.
@@ -35,6 +46,20 @@ _FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _BEGINNINGS = frozenset({"<s>", "</s>", "<bos>", "<|begin_of_text|>"})
 # The library keeps 5 kB for an encoded pair of 31 tokens: 2 GB for the train of MNLI.
 _CHUNK = 4096
+
+
+class TokenizedText(NamedTuple):
+    """A text as a model reads it.
+
+    Attributes:
+      ids: Token ids.
+      num_bytes: UTF-8 bytes of the text that each of them stands for; all together
+        have those of the text. A character of several tokens counts with the first,
+        what the tokenizer drops with the token behind it, or else with the last.
+    """
+
+    ids: Int32[np.ndarray, " n"]
+    num_bytes: Int32[np.ndarray, " n"]
 
 
 @runtime_checkable
@@ -55,6 +80,10 @@ class Tokenizer(Protocol):
         """Token ids of the whole text, without added special tokens."""
         ...
 
+    def encode_with_bytes(self, text: str) -> TokenizedText:
+        """As `encode`, with the bytes of the text that each token stands for."""
+        ...
+
     def decode(self, ids: Int[np.ndarray, " n"]) -> str:
         """The text of some token ids."""
         ...
@@ -71,8 +100,46 @@ class _BackendTokenizer:
             self.backend.encode(text, add_special_tokens=False).ids, np.int32
         )
 
+    def encode_with_bytes(self, text: str) -> TokenizedText:
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        ends = np.asarray([end for _, end in encoding.offsets], np.int64)
+        ids = np.asarray(encoding.ids, np.int32)
+        return TokenizedText(ids, _bytes_up_to(text, ends))
+
     def decode(self, ids: Int[np.ndarray, " n"]) -> str:
         return self.backend.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def _bytes_up_to(text: str, ends: Int[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
+    """Bytes from each token's end back to the end of the one before."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = sum((codes >= least).astype(np.int32) for least in (0, 0x80, 0x800, 2**16))
+    upto = np.concatenate([[0], np.cumsum(sizes)])
+    # Normalizers may let a token end before the one in front of it.
+    ends = np.maximum.accumulate(ends)
+    ends[-1:] = len(text)
+    return np.diff(upto[ends], prepend=0).astype(np.int32)
+
+
+def with_bos(tokenizer: Tokenizer, text: str) -> TokenizedText:
+    """The tokens of a text behind the one that begins it, if there is one.
+
+    That one stands for no byte.
+    """
+    ids, num_bytes = tokenizer.encode_with_bytes(text)
+    if tokenizer.bos_id is None:
+        return TokenizedText(ids, num_bytes)
+    front = np.asarray([tokenizer.bos_id], np.int32)
+    return TokenizedText(
+        np.concatenate([front, ids]), np.concatenate([front * 0, num_bytes])
+    )
+
+
+def bos_token(tokenizer: Tokenizer) -> str | None:
+    """The token that stands in front of a text, as it is written; None for none."""
+    if tokenizer.bos_id is None:
+        return None
+    return tokenizer.decode(np.asarray([tokenizer.bos_id], np.int32))
 
 
 class Encoded(NamedTuple):
@@ -127,7 +194,7 @@ class PairTokenizer:
         ]
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def load_tokenizer(directory: str | Path, *, bos: str = AUTO) -> Tokenizer:
     """Reads the tokenizer that lies beside a language model's checkpoint.
 
     `tokenizer.json` is read by the `tokenizers` library. Published OPT directories have
@@ -136,40 +203,96 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
     Args:
       directory: A checkpoint directory, such as `LoadedModel.directory`.
+      bos: What a text begins with: `auto` for what the files of the checkpoint say,
+        `none`, or a token of the vocabulary as it is written there.
 
     Returns:
       The tokenizer, with truncation and padding switched off.
 
     Raises:
       CheckpointError: If there is no tokenizer or its file is damaged.
-      UsageError: If the library that reads it is not installed.
+      UsageError: If the library that reads it is not installed, or `bos` is no token.
     """
     directory = Path(directory)
     backend = _read_backend(directory)
-    bos_id = _bos_id(backend, directory)
+    if bos == AUTO:
+        bos_id = _bos_id(backend, directory)
+    elif bos == NO_BOS:
+        bos_id = None
+    elif (bos_id := backend.token_to_id(bos)) is None:
+        raise UsageError(
+            f"`--bos` must be `{AUTO}`, `{NO_BOS}` or a token of the vocabulary. "
+            f"Got {bos!r}."
+        )
     return _BackendTokenizer(backend, bos_id, _vocab_size(backend))
 
 
 def _bos_id(backend: Any, directory: Path) -> int | None:
     """What the model was taught a text begins with.
 
-    What the tokenizer puts in front of an empty text is its own choice. Where it puts
-    nothing, a file beside it may say that this is meant so; if none does, it is the
+    What the tokenizer puts in front of a text is its own choice. Where it puts
+    nothing, a file beside it may say whether this is meant so; if none does, it is the
     model's token that begins a text, unless that is one which separates texts, such as
     `<|endoftext|>`: nothing is put in front by models that have no other.
     """
-    if prefix := backend.encode("", add_special_tokens=True).ids:
-        return int(prefix[0])
-    stated, model = (
-        read_json(path) if (path := directory / name).is_file() else {}
-        for name in ("tokenizer_config.json", "config.json")
-    )
+    # Not an empty text: of one nobody could tell what is put in front from an end.
+    encoding = backend.encode("a", add_special_tokens=True)
+    if encoding.special_tokens_mask[:1] == [1]:
+        return int(encoding.ids[0])
+    stated, model = _configs(directory)
     if stated.get("add_bos_token") is False:
         return None
+    named = backend.token_to_id(_as_written(stated.get("bos_token")))
+    if stated.get("add_bos_token") is True and named is not None:
+        return named
     if (bos := model.get("bos_token_id")) is None:
         is_opt = model.get("model_type", "opt") == "opt"
         return backend.token_to_id("</s>") if is_opt else None
     return bos if backend.id_to_token(bos) in _BEGINNINGS else None
+
+
+def _configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the tokenizer's and the model's own file say; empty where there is none."""
+    stated, model = (
+        dict(read_json(path)) if (path := directory / name).is_file() else {}
+        for name in ("tokenizer_config.json", "config.json")
+    )
+    return stated, model
+
+
+def _as_written(token: Any) -> str:
+    """Of a token as `tokenizer_config.json` has it: a text, or one with its flags."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def prefix_token_id(directory: str | Path, tokenizer: Tokenizer) -> int | None:
+    """The token that stands in for a context where a text has none.
+
+    The one that begins a text; for models without, the tokenizer's `bos_token`, or else
+    its `eos_token`, whether or not texts get it, as lm-evaluation-harness takes it.
+
+    Args:
+      directory: A checkpoint directory, such as `LoadedModel.directory`.
+      tokenizer: What `load_tokenizer` read there.
+
+    Returns:
+      Its id; None if no file names one.
+    """
+    if tokenizer.bos_id is not None:
+        return tokenizer.bos_id
+    stated, model = _configs(Path(directory))
+    for name in ("bos_token", "eos_token"):
+        # A text of one special token is that token.
+        ids = tokenizer.encode(_as_written(stated.get(name)))
+        if ids.size == 1:
+            return int(ids[0])
+    for name in ("bos_token_id", "eos_token_id"):
+        found = model.get(name)
+        found = found[0] if isinstance(found, list) and found else found
+        if isinstance(found, int):
+            return found
+    return None
 
 
 def load_pair_tokenizer(directory: str | Path) -> PairTokenizer:
