@@ -90,10 +90,17 @@ $(ORACLE)/.installed: Makefile $(VENV)/.installed
 	  tensorboardX==2.6.5 sentencepiece==0.2.3 perfetto==0.59.1
 	touch $@
 
-oracle-torch: setup   ## compare with Hugging Face's torch models; torch is installed apart
-	test -d $(TORCH) || $(BIN)/python -m pip install --quiet --target=$(TORCH) \
-	  --extra-index-url=https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+oracle-torch: setup $(TORCH)/.harness  ## compare with Hugging Face's torch models, and lm-eval's of them
 	PYTHONPATH=$(TORCH) $(BIN)/python -m pytest -m oracle tests/oracle_torch
+
+$(TORCH):
+	$(BIN)/python -m pip install --quiet --target=$(TORCH) \
+	  --extra-index-url=https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+
+# What lm-evaluation-harness needs of its own backend for torch models.
+$(TORCH)/.harness: | $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-deps --target=$(TORCH) accelerate==1.15.0
+	touch $@
 
 bench: setup          ## time and memory of the decomposition, the coders and matmul
 	$(BIN)/python -m benchmarks.core

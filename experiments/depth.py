@@ -97,7 +97,7 @@ from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.methods import Method
 from kashin_jax.models import LoadedClassifier
 from kashin_jax.models.context import own_context
-from kashin_jax.models.loading import LoadedModel, load_opt
+from kashin_jax.models.loading import LoadedModel, load_language_model
 from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
 
 __all__ = [
@@ -217,7 +217,7 @@ class DepthConfig:
         tuple(METRICS), f"What is measured: a list of {', '.join(METRICS)}.", _METRICS
     )
     model: str = flag(
-        str(ASSETS / "opt-wiki-18m"), "OPT checkpoint: directory or hub id.", GIVEN
+        str(ASSETS / "opt-wiki-18m"), "Language model: directory or hub id.", GIVEN
     )
     dataset: str = flag("wiki_vital", f"One of {', '.join(DATASETS)}.", _DATASET)
     text_file: str = flag("", "Score this UTF-8 text instead of a data set.")
@@ -435,8 +435,10 @@ def load_inputs(config: DepthConfig, tasks: Sequence[Task]) -> Inputs:
       CheckpointError: If a model or its tokenizer cannot be used.
       DataError: If a text or a task's file cannot be used.
     """
-    language = load_opt(config.model) if config.needs_language_model else None
-    text = None if language is None else _text(config, language)
+    language = text = None
+    if config.needs_language_model:
+        language = load_language_model(config.model)
+        text = _text(config, language)
     with _about_glue_model():
         benches = tuple(
             load_task_bench(

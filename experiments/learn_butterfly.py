@@ -56,7 +56,7 @@ from kashin_jax.bases.learn import (
 from kashin_jax.codebooks.gaussian import lloyd_max_levels
 from kashin_jax.codebooks.line import fit_scalars
 from kashin_jax.errors import DataError, UsageError
-from kashin_jax.models.loading import load_opt
+from kashin_jax.models.loading import load_language_model
 from kashin_jax.pipeline import path_key, selected_kernels
 
 __all__ = ["COLUMNS", "LearnButterflyConfig", "main", "run"]
@@ -80,7 +80,7 @@ class LearnButterflyConfig:
     """
 
     model: str = flag(
-        str(ASSETS / "opt-wiki-18m"), "Directory of an OPT checkpoint.", GIVEN
+        str(ASSETS / "opt-wiki-18m"), "Directory or hub id of a language model.", GIVEN
     )
     layers: tuple[str, ...] = flag(
         (
@@ -117,12 +117,14 @@ def run(config: LearnButterflyConfig) -> int:
     """Makes, prints and writes the table; returns the exit code.
 
     Raises:
-      UsageError: If a layer is not in the model, or the output cannot be written.
+      UsageError: If it is a classifier, a layer is not in the model, or the output
+        cannot be written.
       CheckpointError: If the model is missing or damaged.
       DataError: If a layer is zero.
     """
     out = prepare_output(config.out)
-    kernels = _chosen(config, selected_kernels(load_opt(config.model).model))
+    model = load_language_model(config.model).model
+    kernels = _chosen(config, selected_kernels(model))
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     # One object for all rows: another one would compile anew.
     optimizer = optax.adam(schedule)

@@ -1,4 +1,4 @@
-"""Perplexity of a quantized OPT model: the 2024 paper's table, with its controls.
+"""Perplexity of a quantized language model: the 2024 paper's table, with its controls.
 
     python -m experiments.opt_ppl --bits=4
     python -m experiments.opt_ppl --bits=2,3,4 --max_tokens=all --seed=0,1,2
@@ -65,7 +65,7 @@ from kashin_jax.errors import UsageError
 from kashin_jax.io import quantized_before, read_json
 from kashin_jax.models.context import own_context
 from kashin_jax.models.loading import LoadedModel, load_language_model
-from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
+from kashin_jax.models.tokenizer import AUTO, check_vocabulary, load_tokenizer
 
 __all__ = ["OptPplConfig", "main", "run"]
 
@@ -89,7 +89,7 @@ class OptPplConfig:
         ("4",), "Code widths, 1 to 8, as a list; 2.7, say, is a total budget.", _GIVEN
     )
     model: str = flag(
-        str(EMBEDDED), "Checkpoint: directory, GGUF file or hub id.", _GIVEN
+        str(EMBEDDED), "Language model: directory, GGUF file or hub id.", _GIVEN
     )
     dataset: str = flag("wiki_vital", f"One of {', '.join(DATASETS)}.", _DATASET)
     data_dir: str = flag(
@@ -103,6 +103,12 @@ class OptPplConfig:
         0, "Window in tokens; 0: the length the model was trained at.",
         (lambda x: x == 0 or x >= 2, "0 or at least 2"),
     )  # fmt: skip
+    bos: str = flag(
+        AUTO,
+        "What the text begins with: auto (as the tokenizer's files say), none, or a "
+        "token.",
+        _GIVEN,
+    )
     max_tokens: str = flag("8192", "Tokens scored, from the first on; or `all`.")
     methods: tuple[str, ...] = flag(
         ("all",), f"all, or a list of: {', '.join(METHODS)}."
@@ -182,7 +188,7 @@ def _identity(
 
 
 def _load_text(config: OptPplConfig, loaded: LoadedModel) -> EvaluationText:
-    tokenizer = load_tokenizer(loaded.directory)
+    tokenizer = load_tokenizer(loaded.directory, bos=config.bos)
     check_vocabulary(tokenizer, loaded.config.vocab_size)
     limit = loaded.config.context_length
     if config.context > limit:
@@ -197,6 +203,7 @@ def _load_text(config: OptPplConfig, loaded: LoadedModel) -> EvaluationText:
         text_file=config.text_file or None,
         max_tokens=parse_max_tokens(config.max_tokens),
         data_dir=Path(config.data_dir) if config.data_dir else None,
+        names_bos=config.bos != AUTO,
     )
 
 
@@ -249,7 +256,9 @@ def _present(
     first, limit = records[0], parse_max_tokens(config.max_tokens)
     before = first.get("quantized_before")
     facts = [
-        f"Model {first['model']}; {first['tokens']} predictions scored."
+        f"Model {first['model']}; {first['tokens']} predictions scored, which stand "
+        f"for {first['bytes']} bytes; the text begins with "
+        f"{first['bos_token'] or 'no token of its own'}."
         + (_LIMITED if text.tokens.size == limit else ""),
         *([] if before is None else [_AGAIN.format(types=before)]),
         f"{text.name}: {text.protocol}.",
@@ -296,6 +305,8 @@ _AGAIN = (
 
 def _columns(config: OptPplConfig, records: list[dict[str, Any]]) -> tuple[Column, ...]:
     columns = list(PERPLEXITY_COLUMNS)
+    place = 1 + [column.key for column in columns].index("perplexity")
+    columns.insert(place, Column("bits_per_byte", "bits/byte", fixed(4)))
     if len(config.seed) > 1:
         columns.insert(1, Column("seed", "seed"))
     if len(config.basis) > 1:

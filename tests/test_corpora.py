@@ -46,7 +46,7 @@ class Characters:
         sizes = [len(c.encode()) for c in text]
         return TokenizedText(self.encode(text), np.asarray(sizes, np.int32))
 
-    def decode(self, ids):
+    def decode(self, ids, *, skip_special=False):
         return "".join(map(chr, ids.tolist()))
 
 

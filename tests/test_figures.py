@@ -4,6 +4,7 @@ import importlib
 import json
 
 import pytest
+from decoders import GOLDEN as DECODERS
 
 from experiments import fig1, fig5, fig7, paper
 from experiments.common import figures
@@ -56,16 +57,22 @@ def test_records_of_another_seed_are_kept_beside_ours(tmp_path):
     assert seeds == sorted([0, 4] * (len(seeds) // 2), reverse=True)
 
 
-def test_another_model_and_seed_stand_in_the_records(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("model", "layer"), [
+    (MODEL, "decoder/layers/0/self_attn/q_proj"),
+    (DECODERS / "llama", "layers/1/self_attn/o_proj"),
+])  # fmt: skip
+def test_another_model_and_seed_stand_in_the_records(
+    tmp_path, monkeypatch, model, layer
+):
     monkeypatch.setattr(fig7, "FAMILIES_SHOWN", ("dct",))
-    arguments = [f"--model={MODEL}", "--seed=4", f"--out={tmp_path}"]
+    arguments = [f"--model={model}", "--seed=4", f"--out={tmp_path}"]
     assert fig7.main(arguments) == 0
     assert {path.stem for path in tmp_path.iterdir()} == {"fig7"}
     records = read_jsonl(tmp_path / "fig7.jsonl")
-    assert {(r["model"], r["seed"]) for r in records} == {("prenorm", 4)}
+    assert {(r["model"], r["seed"]) for r in records} == {(model.name, 4)}
     assert [len(r["centroids"]) for r in records] == [16]
     for record in records:
-        assert record["layer"] == "decoder/layers/0/self_attn/q_proj"
+        assert record["layer"] == layer
         assert sum(record["shares"]) == pytest.approx(1)
 
 

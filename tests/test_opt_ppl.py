@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 from tiny_checkpoint import (
     CONTEXT,
     POSITIONS,
@@ -35,6 +36,7 @@ SCHEMA = {
     "dataset", "protocol", "context", "stride", "bos", "tokens", "text_sha256",
     "kashin_jax_version", "jax_version", "device", "increase", "note",
     "widths", "rtol", "max_steps", "max_tokens", "weights_sha256", "date",
+    "bits_per_byte", "bytes", "bos_token",
 }  # fmt: skip
 
 
@@ -61,6 +63,23 @@ def test_records_say_what_was_scored(finished):
         for record in finished.records
     }
     assert identity == ("tiny", "text_file:tiny.txt", CONTEXT, CONTEXT, True)
+
+
+def test_bits_per_byte_are_those_of_the_text_that_was_scored(finished, tiny):
+    """By hand: of a window of 32 tokens the first one is not predicted."""
+    text = tiny.with_suffix(".txt").read_text("utf-8")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    ids = tokenizer.encode(text).ids
+    # The text begins with a token of no bytes.
+    starts = range(CONTEXT - 1, len(ids), CONTEXT)
+    left_out = sum(len(tokenizer.decode([ids[i]]).encode()) for i in starts)
+    for record in finished.records:
+        assert record["bos_token"] == "</s>"
+        assert record["bytes"] == len(text.encode()) - left_out
+        bits = record["tokens"] * math.log2(record["perplexity"])
+        assert record["bits_per_byte"] == pytest.approx(bits / record["bytes"])
+    assert "the text begins with </s>" in finished.printed
+    assert "bits/byte" in finished.printed
 
 
 def test_fields_that_mean_nothing_for_a_method_are_null(finished):

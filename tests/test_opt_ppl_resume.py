@@ -152,6 +152,39 @@ def test_finished_rows_are_taken_from_the_result_file(
     assert all(f"{record['perplexity']:.2f}" in text for record in whole)
 
 
+def test_rows_of_older_versions_get_their_bits_per_byte_without_being_scored(
+    tiny, tmp_path, whole, quantize, nll
+):
+    added = {"bits_per_byte", "bytes", "bos_token"}
+    older = [
+        {key: value for key, value in record.items() if key not in added}
+        for record in table(tiny, tmp_path, METHODS)
+    ]
+    write_jsonl(tmp_path / "table2_opt.jsonl", older)
+    quantize.count = nll.count = 0
+    for found, expected in zip(
+        numbers(table(tiny, tmp_path, METHODS)), whole, strict=True
+    ):
+        bits = found.pop("bits_per_byte")
+        assert bits == pytest.approx(expected["bits_per_byte"], rel=1e-12)
+        assert found == {k: v for k, v in expected.items() if k != "bits_per_byte"}
+    assert quantize.count == nll.count == 0
+
+
+def test_another_beginning_of_the_text_is_another_row(tiny, tmp_path, quantize, nll):
+    """Guards against rows of one protocol that are taken for those of another."""
+    only = "--methods=full precision"
+    (own,) = table(tiny, tmp_path, only)
+    for flag, token in (("--bos=none", None), ("--bos=<pad>", "<pad>")):
+        record = table(tiny, tmp_path, only, flag)[-1]
+        assert record["bos_token"] == token and record["bos"] == (token is not None)
+        assert record["perplexity"] != own["perplexity"]
+    assert len(read_jsonl(tmp_path / "table2_opt.jsonl")) == 3
+    scored = nll.count
+    assert numbers(table(tiny, tmp_path, only))[0]["bos_token"] == "</s>"
+    assert nll.count == scored
+
+
 def test_no_row_of_other_choices_is_taken_and_none_if_fresh(tiny, tmp_path, quantize):
     table(tiny, tmp_path, "--methods=kashin")
     for flag in ("--max_steps=150", "--seed=7", "--bits=3", "--fresh"):

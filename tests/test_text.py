@@ -38,7 +38,7 @@ class CharacterTokenizer:
         sizes = [len(c.encode()) for c in text]
         return TokenizedText(self.encode(text), np.asarray(sizes, np.int32))
 
-    def decode(self, ids):
+    def decode(self, ids, *, skip_special=False):
         return "".join(map(chr, ids.tolist()))
 
 
@@ -120,6 +120,8 @@ def test_what_begins_a_text_stands_for_no_byte(opt_tokenizer):
     assert ids[0] == opt_tokenizer.bos_id and sizes[0] == 0
     assert ids[1:].tolist() == opt_tokenizer.encode("The city").tolist()
     assert bos_token(opt_tokenizer) == "</s>"
+    assert opt_tokenizer.decode(ids) == "</s>The city"
+    assert opt_tokenizer.decode(ids, skip_special=True) == "The city"
     without = load_tokenizer(MODEL, bos="none")
     assert without.bos_id is None and bos_token(without) is None
     assert with_bos(without, "The city").ids.tolist() == ids[1:].tolist()

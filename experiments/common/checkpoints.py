@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from experiments.common.text import ASSETS
 from kashin_jax.errors import UsageError
 from kashin_jax.io import checkpoint_directory, read_json
-from kashin_jax.models import head_names, load_classifier
-from kashin_jax.models.loading import load_opt
+from kashin_jax.models import head_names, load_classifier, load_language_model
+from kashin_jax.models.registry import find_architecture
 from kashin_jax.pipeline import selected_kernels
 
 __all__ = [
@@ -36,15 +36,16 @@ def model_kernels(path_or_id: str | Path) -> Kernels:
     """Every linear layer but the heads, `[in, out]` in float32, by path.
 
     Args:
-      path_or_id: Directory or hub id of an OPT model or of a classifier; of a
+      path_or_id: Directory or hub id of a language model or of a classifier; of a
         classifier with several heads the first one is loaded, and left out here.
 
     Raises:
       CheckpointError: If the checkpoint is missing, damaged, or of another kind.
     """
     directory = checkpoint_directory(path_or_id)
-    if read_json(directory / "config.json").get("model_type") == "opt":
-        return MappingProxyType(selected_kernels(load_opt(directory).model))
+    path = directory / "config.json"
+    if find_architecture(read_json(path), str(path)).head is None:
+        return MappingProxyType(selected_kernels(load_language_model(directory).model))
     heads = head_names(directory)
     classifier = load_classifier(directory, head=heads[0] if heads else None)
     return MappingProxyType(selected_kernels(classifier.model))

@@ -30,7 +30,7 @@ from experiments.common.results import (
 from experiments.common.tables import Column, Record
 from experiments.common.text import ASSETS
 from kashin_jax import BasisSpec, KroneckerBasis, kashin_decompose, make_pair
-from kashin_jax.models.loading import load_opt
+from kashin_jax.models.loading import load_language_model
 from kashin_jax.pipeline import path_key, selected_kernels
 
 __all__ = [
@@ -126,7 +126,7 @@ class Setting:
     """Loaded and measured when first asked for, then kept.
 
     Attributes:
-      model: Directory or hub id of an OPT checkpoint.
+      model: Directory or hub id of a language model's checkpoint.
       seed: Of everything random.
     """
 
@@ -149,8 +149,9 @@ class Setting:
 
         Raises:
           CheckpointError: If the checkpoint is missing or damaged.
+          UsageError: If it is a classifier.
         """
-        return selected_kernels(load_opt(self.model).model)
+        return selected_kernels(load_language_model(self.model).model)
 
     @cached_property
     def survey(self) -> list[dict[str, Any]]:
@@ -248,7 +249,7 @@ class ModelFigureConfig(FigureConfig):
     """A figure of layers of a model; meanings are in the flags."""
 
     model: str = flag(
-        str(ASSETS / "opt-wiki-18m"), "Directory or hub id of an OPT checkpoint.", GIVEN
+        str(ASSETS / "opt-wiki-18m"), "Directory or hub id of a language model.", GIVEN
     )
 
 

@@ -1,6 +1,7 @@
 """Rows of the perplexity table: quantize, score, count bits, for one method each."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -30,7 +31,13 @@ from experiments.common.tables import Record
 from experiments.common.text import EvaluationText
 from kashin_jax import BasisSpec, JointKashin, Rule, Rules
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.evaluation import ScoredBatch, perplexity, window_nll
+from kashin_jax.evaluation import (
+    ScoredBatch,
+    bits_per_byte,
+    count_scored,
+    perplexity,
+    window_nll,
+)
 from kashin_jax.methods import Method, QuantizationReport
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.pipeline import quantize_model, replace_kernels, selected_kernels
@@ -55,9 +62,9 @@ MIXED_NOTE = (
 
 # Every record has every field, so that a reader of the file needs no special cases.
 _ABSENT = dict.fromkeys((
-    "stored_bits_per_weight", "model_bits_per_weight", "perplexity", "increase",
-    "relative_error", "converged_share", "quantize_seconds", "seed", "basis", "widths",
-    "rtol", "max_steps",
+    "stored_bits_per_weight", "model_bits_per_weight", "perplexity", "bits_per_byte",
+    "increase", "relative_error", "converged_share", "quantize_seconds", "seed",
+    "basis", "widths", "rtol", "max_steps",
 ))  # fmt: skip
 
 
@@ -91,7 +98,24 @@ class Bench:
         """The finished row of these choices, if there is one."""
         of_bench = {**self.identity, "weights_sha256": self.weights_sha256}
         found = self.finished.find({**of_bench, **choices}) if self.finished else []
-        return found[0] if found else None
+        return {**self.text_fields(), **self._with_bits(found[0])} if found else None
+
+    def text_fields(self) -> dict[str, Any]:
+        """What is known of the text beside its identity, which older rows have not."""
+        num_bytes = self.text.windows().num_bytes
+        total = None if num_bytes is None else int(num_bytes.sum())
+        return {"bos_token": self.text.bos_token, "bytes": total}
+
+    def _with_bits(self, row: Record) -> dict[str, Any]:
+        """An older row with its bits per byte, where they follow from what it has.
+
+        Where windows have weights of their own, perplexity does not tell the total.
+        """
+        value, total = row.get("perplexity"), self.text_fields()["bytes"]
+        if value is None or not total or self.text.weigh is not count_scored:
+            return {"bits_per_byte": None, **row}
+        bits = row["tokens"] * math.log2(value) / total
+        return {"bits_per_byte": bits, **row}
 
     def keep(self, row: dict[str, Any]) -> dict[str, Any]:
         """Remembers a finished row and gives it back."""
@@ -99,8 +123,8 @@ class Bench:
             self.finished.add(row)
         return row
 
-    def score(self, model: nnx.Module, computation: Record) -> float:
-        """Perplexity of the model that `computation` describes; resumes."""
+    def score(self, model: nnx.Module, computation: Record) -> dict[str, Any]:
+        """Perplexity and bits per byte of what `computation` describes; resumes."""
         graphdef, state = nnx.split(model)
         fingerprint = {
             **self.identity, **computation, "weights_sha256": self.weights_sha256
@@ -112,7 +136,10 @@ class Bench:
             PartialScores.in_directory(self.work, fingerprint),
             batch_size=min(self.batch_size, windows.tokens.shape[0]),
         )
-        return perplexity(nlls, windows, weigh=self.text.weigh)
+        return {
+            "perplexity": perplexity(nlls, windows, weigh=self.text.weigh),
+            "bits_per_byte": bits_per_byte(nlls, windows),
+        }
 
 
 # One compilation for all models of equal structure: parameters are arguments.
@@ -137,9 +164,10 @@ def full_precision_row(bench: Bench) -> dict[str, Any]:
             **_ABSENT,
             "stored_bits_per_weight": bits,
             "model_bits_per_weight": bits,
-            "perplexity": bench.score(bench.loaded.model, {"config": None}),
+            **bench.score(bench.loaded.model, {"config": None}),
             "note": f"{bench.loaded.stored_dtype} checkpoint{source}, computed in "
             "float32.",
+            **bench.text_fields(),
             **bench.identity,
             "weights_sha256": bench.weights_sha256,
         }
@@ -180,6 +208,7 @@ def quantized_row(
             **dict.fromkeys(("method", "bits")),
             **_ABSENT,
             **choices,
+            **bench.text_fields(),
             **bench.identity,
             "weights_sha256": bench.weights_sha256,
             **measured,
@@ -216,7 +245,7 @@ def _measured(
     width = stored_width(bench.loaded.stored_dtype)
     return {
         **size_fields(bench.loaded.model, width, layers, kept),
-        "perplexity": bench.score(model, computation),
+        **bench.score(model, computation),
         **loss_fields(layers, kept),
         "widths": plan.widths,
         "note": plan.note,

@@ -46,7 +46,8 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
     "table2_opt": ResultFile(
         "perplexity of quantized OPT models",
         (
-            *_MODEL, "dataset", "text_sha256", "context", "stride", "max_tokens", *_ROW
+            *_MODEL, "dataset", "protocol", "text_sha256", "context", "stride",
+            "max_tokens", *_ROW
         ),
         (
             f"experiments.opt_ppl --bits=2,2.5,3,3.5,4 {_THREE} "

@@ -11,11 +11,11 @@
 | `text_file` | any UTF-8 file | as `wiki_vital` |
 
 All are tokenized once, with the tokenizer's BOS in front of the text (`</s>` for OPT,
-whose own tokenizer puts it there too). `wiki_vital` is embedded; `data_dir` or the hub
-has the others. `wikitext2-gptq`, `ptb` and `c4` with a context of 2048 are GPTQ's
-protocols (`get_wikitext2`, `get_ptb_new`, `get_c4_new`), which published OPT numbers
-use. `lambada` with a context of 2048 is the protocol of the 2024 paper, where windows
-are weighted by their new tokens.
+whose own tokenizer puts it there too), if the model was taught one. `wiki_vital` is
+embedded; `data_dir` or the hub has the others. `wikitext2-gptq`, `ptb` and `c4` with a
+context of 2048 are GPTQ's protocols (`get_wikitext2`, `get_ptb_new`, `get_c4_new`),
+which published OPT numbers use. `lambada` with a context of 2048 is the protocol of the
+2024 paper, where windows are weighted by their new tokens.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from kashin_jax.evaluation import (
     count_new,
     make_windows,
 )
-from kashin_jax.models.tokenizer import Tokenizer
+from kashin_jax.models.tokenizer import Tokenizer, bos_token, with_bos
 
 __all__ = [
     "ASSETS",
@@ -63,7 +63,9 @@ class EvaluationText:
       tokens: The token ids to cut, BOS included, already limited to `max_tokens`.
       context: Window length in tokens.
       stride: Tokens between the beginnings of neighbouring windows.
+      token_bytes: Bytes of the text that each of them stands for.
       bos: Whether `tokens` begins with a BOS.
+      bos_token: Which one, as it is written; None for none.
       drop_last: Whether a last partial window is dropped.
       weigh: How windows are averaged, for `kashin_jax.evaluation.perplexity`.
       text_sha256: Of the UTF-8 bytes that were tokenized, before `max_tokens`.
@@ -73,9 +75,11 @@ class EvaluationText:
     name: str
     protocol: str
     tokens: Int32[np.ndarray, " n"]
+    token_bytes: Int32[np.ndarray, " n"]
     context: int
     stride: int
     bos: bool
+    bos_token: str | None
     drop_last: bool
     weigh: Weighting
     text_sha256: str
@@ -93,6 +97,7 @@ class EvaluationText:
             context=self.context,
             stride=self.stride,
             drop_last=self.drop_last,
+            token_bytes=self.token_bytes,
         )
 
     def record_fields(self) -> dict[str, Any]:
@@ -140,8 +145,8 @@ def parse_max_tokens(value: str) -> int | None:
     return int(value)
 
 
-def _describe(source: Dataset, *, stride: int, context: int, bos: bool) -> str:
-    start = " with a BOS in front" if bos else ""
+def _describe(source: Dataset, *, stride: int, context: int, bos: str | None) -> str:
+    start = f" with {bos} in front" if bos else ""
     if stride == context:
         cut = (
             f"non-overlapping windows of {context} tokens, all but the first predicted"
@@ -197,6 +202,7 @@ def load_text(
     text_file: str | Path | None = None,
     max_tokens: int | None = None,
     data_dir: Path | None = None,
+    names_bos: bool = False,
 ) -> EvaluationText:
     """Reads and tokenizes an evaluation text.
 
@@ -210,6 +216,7 @@ def load_text(
       text_file: A UTF-8 file to score in place of a data set, as `wiki_vital` is.
       max_tokens: Keep only the first tokens of the text, BOS included; None keeps all.
       data_dir: The user's folder, with `wikitext2/wiki.test.raw` and so on.
+      names_bos: Whether the protocol says which BOS, since it is not the model's own.
 
     Returns:
       The text; that it fills at least one window has been checked.
@@ -224,21 +231,23 @@ def load_text(
         raise UsageError(f"`--max_tokens` must be at least 2. Got {max_tokens}.")
     name, source = _find(dataset, text_file)
     text = source.read(data_dir)
-    all_tokens = tokenizer.encode(text)
-    bos = tokenizer.bos_id is not None
-    if tokenizer.bos_id is not None:
-        all_tokens = np.insert(all_tokens, 0, tokenizer.bos_id)
+    all_tokens, num_bytes = with_bos(tokenizer, text)
+    bos = bos_token(tokenizer)
+    # Rows that were measured before have no name for it.
+    described = "a BOS" if bos is not None and not names_bos else bos
     if source.max_windows is not None:
         all_tokens = all_tokens[: source.max_windows * context]
     tokens = all_tokens[:max_tokens]
     stride = min(source.max_stride or context, context)
     loaded = EvaluationText(
         name=name,
-        protocol=_describe(source, stride=stride, context=context, bos=bos),
+        protocol=_describe(source, stride=stride, context=context, bos=described),
         tokens=tokens,
+        token_bytes=num_bytes[: tokens.size],
         context=context,
         stride=stride,
-        bos=bos,
+        bos=bos is not None,
+        bos_token=bos,
         drop_last=source.drop_last,
         weigh=source.weigh,
         text_sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),

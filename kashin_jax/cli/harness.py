@@ -256,7 +256,7 @@ class HarnessModel:
         (holds,) = np.nonzero(np.isin(tokens, holding))
         # In front of a stop its token may have text; behind that token is filling.
         last = min([*ends[:1], *(holds[:1] + 1)], default=tokens.size)
-        return cut_at(self.tokenizer.decode(tokens[:last]), stops)
+        return cut_at(self.tokenizer.decode(tokens[:last], skip_special=True), stops)
 
 
 # One compilation per shape for all models of equal structure.

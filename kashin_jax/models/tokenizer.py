@@ -84,8 +84,8 @@ class Tokenizer(Protocol):
         """As `encode`, with the bytes of the text that each token stands for."""
         ...
 
-    def decode(self, ids: Int[np.ndarray, " n"]) -> str:
-        """The text of some token ids."""
+    def decode(self, ids: Int[np.ndarray, " n"], *, skip_special: bool = False) -> str:
+        """The text of some token ids, perhaps without those that are no text."""
         ...
 
 
@@ -106,8 +106,8 @@ class _BackendTokenizer:
         ids = np.asarray(encoding.ids, np.int32)
         return TokenizedText(ids, _bytes_up_to(text, ends))
 
-    def decode(self, ids: Int[np.ndarray, " n"]) -> str:
-        return self.backend.decode(ids.tolist(), skip_special_tokens=False)
+    def decode(self, ids: Int[np.ndarray, " n"], *, skip_special: bool = False) -> str:
+        return self.backend.decode(ids.tolist(), skip_special_tokens=skip_special)
 
 
 def _bytes_up_to(text: str, ends: Int[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
