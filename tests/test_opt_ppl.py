@@ -179,7 +179,7 @@ def test_a_method_that_does_not_exist_at_a_width_is_a_dash_and_a_reason(
     assert set(missing) == SCHEMA
     assert missing["perplexity"] is None
     printed = capsys.readouterr().out
-    (line,) = re.findall(r"^nf4-g64 \[(\d)\] +3((?: +-){7})$", printed, re.MULTILINE)
+    (line,) = re.findall(r"^nf4-g64 \[(\d)\] +3((?: +-){8})$", printed, re.MULTILINE)
     assert f"[{line[0]}] NF4 exists at 4 bits only" in printed
 
 
