@@ -123,6 +123,37 @@ def test_joint_codes(case, instruction_set):
     assert error(y, x, tensor.decode(bases)) < 1e-6
 
 
+# Decoded blocks have nothing of their own here, and neither have shapes like others.
+TRANSPOSED = [
+    *JOINT[:2], *JOINT[5:9], *JOINT[13:17], *JOINT[19:20],
+    (GreedyKashin(bits=3), (96, 40), 3, "float32"),
+    (joint(3, block_shape=(8, 16)), (48, 2224), 9, "bfloat16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRANSPOSED, ids=case_id)
+def test_products_with_the_transpose(case, instruction_set):
+    """Guards against sums of padded columns, and rows of W in another's place."""
+    config, shape, rows, dtype = case
+    draw = random_words if isinstance(config, JointKashin) else random_tensor
+    tensor = draw(config, shape)
+    bases = tensor.derive_bases()
+    x = activations(rows, shape[1], dtype)
+    y = cpu.cpu_kashin_transposed(x, tensor, bases, ProductOptions())
+    assert y.dtype == jnp.float32 and not kernels.report().declined
+    assert error(y, x, np.asarray(tensor.decode(bases)).T) < 1e-6
+
+
+def test_a_tied_head_calls_the_kernel_and_has_gradients(packed):
+    x = activations(3, 64, "float32")
+    assert is_called(lambda x, q: q.transposed_product(x), x, packed)
+    w = packed.tensor.decode()
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(packed.transposed_product(x)))))
+    exact = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(x @ w.T))))
+    scale = np.abs(exact(x)).max()
+    np.testing.assert_allclose(slope(x), exact(x), atol=1e-4 * scale)
+
+
 @pytest.mark.parametrize("case", OTHERS, ids=case_id)
 def test_general_pairs_and_grids(case, instruction_set):
     config, shape, rows, dtype = case
@@ -229,7 +260,7 @@ def test_among_several_devices_xla_divides_the_product(packed, monkeypatch):
 GOOD = {
     "x": (1, 2, 16), "codes": 16 * 8 // 2, "coarse": 0, "scale": (2, 1), "u": 4, "v": 4,
     "signs": (8, 8, 8, 8), "y": (1, 2, 8), "bits": 4, "v_bits": 2, "block_height": 8,
-    "instruction_set": 0, "is_decoded": 0,
+    "instruction_set": 0, "way": 0,
 }  # fmt: skip
 
 
@@ -241,7 +272,7 @@ def call(**changes):
         jnp.ones(given["u"]), jnp.ones(given["v"]),
         *(jnp.ones(size, jnp.int8) for size in given["signs"]),
     ]  # fmt: skip
-    names = ("bits", "v_bits", "block_height", "instruction_set", "is_decoded")
+    names = ("bits", "v_bits", "block_height", "instruction_set", "way")
     result = jax.ShapeDtypeStruct(given["y"], jnp.float32)
     attributes = {name: np.int64(given[name]) for name in names}
     return jax.ffi.ffi_call(library.TARGET, result)(*inputs, **attributes)
@@ -252,6 +283,7 @@ def test_calls_that_fit_are_answered():
     assert call().shape == (1, 2, 8)
     assert call(x=(1, 0, 16), y=(1, 0, 8)).shape == (1, 0, 8)
     assert call(y=(1, 2, 0), codes=0).shape == (1, 2, 0)
+    assert call(way=2, x=(1, 2, 8), y=(1, 2, 16)).shape == (1, 2, 16)
     # Nothing to add up.
     empty = call(x=(1, 2, 0), codes=0, scale=(0, 1))
     np.testing.assert_array_equal(empty, np.zeros((1, 2, 8)))
@@ -281,7 +313,24 @@ def test_calls_that_fit_are_answered():
         ({"x": (1, 3, 16)}, "do not fit each other"),
         ({"x": (2, 16)}, "axes"),
         ({"instruction_set": 7}, "instruction set"),
-        ({"is_decoded": 1}, "not decoded"),
+        ({"way": 1}, "not decoded"),
+        (
+            {
+                "way": 2,
+                "x": (1, 2, 8),
+                "y": (1, 2, 16),
+                "bits": 5,
+                "v_bits": 0,
+                "v": 0,
+                "u": 32,
+                "codes": 80,
+                "signs": (0, 0, 0, 0),
+            },
+            "no look-ups",
+        ),
+        ({"way": 2, "x": (1, 2, 8), "y": (1, 3, 16)}, "do not fit each other"),
+        ({"way": 2, "x": (1, 2, 8), "y": (1, 2, 16), "codes": 63}, "fewer codes"),
+        ({"way": 2, "x": (1, 2, 16), "y": (1, 2, 8)}, "scales do not fit"),
         ({"v_bits": 1, "u": 8}, ""),
     ],
 )

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "problem.h"
 
@@ -16,7 +17,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 
-#include "method.h"
+#include "transposed.h"
 
 namespace kashin {
 namespace {
@@ -127,7 +128,7 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels kAvx2 = {product<Avx2>, rotate<Avx2>};
+const Kernels kAvx2 = {product<Avx2>, transposed<Avx2>, rotate<Avx2>};
 
 }  // namespace kashin
 

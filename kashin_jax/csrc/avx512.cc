@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "problem.h"
 
@@ -18,7 +19,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,fma")
 #endif
 
-#include "method.h"
+#include "transposed.h"
 
 namespace kashin {
 namespace {
@@ -115,7 +116,7 @@ struct Avx512 {
 
 }  // namespace
 
-const Kernels kAvx512 = {product<Avx512>, rotate<Avx512>};
+const Kernels kAvx512 = {product<Avx512>, transposed<Avx512>, rotate<Avx512>};
 
 }  // namespace kashin
 

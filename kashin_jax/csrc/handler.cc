@@ -1,10 +1,11 @@
-// The entrances from XLA: checks every buffer, applies the transforms on the side of the
-// inputs and shares columns among threads.
+// The entrances from XLA: checks every buffer, applies the transforms on the side of x and
+// shares columns among threads.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -25,6 +26,7 @@ constexpr int64_t kMostInputs = int64_t{1} << 31;  // products of two fit 64 bit
 constexpr int kMostBits = 5;
 // Columns of a task: whole strips of every instruction set, whole cache lines of codes.
 constexpr int64_t kTaskColumns = 256;
+constexpr int64_t kTaskRows = 64;
 // Look-ups, about, that are worth waking a thread for.
 constexpr int64_t kWorthATask = int64_t{1} << 18;
 
@@ -49,11 +51,21 @@ struct Layout {
   int64_t v_bits;        // low bits that decide v; 0 without v, -1 where codes are pairs
   int64_t block_height;  // inputs that share scales
   int64_t instruction_set;
-  int64_t is_decoded;    // whether blocks are decoded, for many rows of x
+  int64_t way;           // how it is multiplied
+};
+
+enum Way : int64_t {
+  kLookUp = 0,
+  kDecode = 1,  // blocks are decoded, for many rows of x
+  kTranspose = 2,  // x @ W^T
 };
 
 ffi::Error invalid(const std::string& message) {
   return ffi::Error::InvalidArgument("kashin_product: " + message);
+}
+
+ffi::Error out_of_memory() {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "kashin_product: out of memory");
 }
 
 bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
@@ -88,23 +100,25 @@ bool set_signs(Signs& signs, const S8& buffer, int64_t n) {
   return signs == nullptr || fits;
 }
 
-// The inputs by field, transformed, those of a stream together.
+// x by field, transformed, inputs of a stream together.
 class Inputs {
  public:
   Inputs(Problem& p, const F32& x, int64_t stacked, Signs rotation, Signs basis,
          const Kernels& kernels) {
-    const int64_t size = p.rows * p.inputs;
+    const int64_t size = p.rows * (p.is_transposed ? p.outputs : p.inputs);
+    const int64_t block = p.is_transposed ? p.block_width : p.block_height;
+    const bool is_parted = p.streams == 2 && !p.is_transposed;
     const float* given[2] = {x.typed_data(), x.typed_data() + (stacked > 1 ? size : 0)};
     p.x[0] = given[0], p.x[1] = given[1];
-    const bool is_given = rotation == nullptr && basis == nullptr && p.streams == 1;
+    const bool is_given = rotation == nullptr && basis == nullptr && !is_parted;
     if (is_given) return;
     for (int f = 0; f < (p.is_decoded ? 1 : p.fields); ++f) {
       data_[f].assign(given[f], given[f] + size);
-      for (int64_t i = 0; i < size; i += p.block_height) {
-        if (rotation != nullptr) kernels.rotate(data_[f].data() + i, p.block_height, rotation);
-        if (basis != nullptr && f == 1) kernels.rotate(data_[f].data() + i, p.block_height, basis);
+      for (int64_t i = 0; i < size; i += block) {
+        if (rotation != nullptr) kernels.rotate(data_[f].data() + i, block, rotation);
+        if (basis != nullptr && f == 1) kernels.rotate(data_[f].data() + i, block, basis);
       }
-      if (p.streams == 2) part(data_[f], p.rows, p.inputs);
+      if (is_parted) part(data_[f], p.rows, p.inputs);
       p.x[f] = data_[f].data();
     }
   }
@@ -123,52 +137,67 @@ class Inputs {
   std::vector<float> data_[2];
 };
 
-// Tasks that the calling thread and those of a pool take one after the other.
+// Tasks that the calling thread and those of a pool take one after the other: columns of
+// a product, rows of W for the transposed.
 class Tasks {
  public:
-  Tasks(const Problem& problem, const Kernels& kernels, int64_t columns, int64_t count)
-      : problem_(problem), kernels_(kernels), columns_(columns), count_(count) {}
+  Tasks(const Problem& problem, const Kernels& kernels, int64_t unit, int64_t count)
+      : problem_(problem), product_(problem.is_transposed ? kernels.transposed : kernels.product),
+        size_(problem.is_transposed ? problem.inputs : problem.outputs), unit_(unit),
+        count_(count) {}
 
   void work() {
     for (int64_t task; (task = next_.fetch_add(1)) < count_;) {
-      const int64_t units = (problem_.outputs + columns_ - 1) / columns_;
-      const int64_t first = units * task / count_ * columns_;
-      const int64_t last = std::min(units * (task + 1) / count_ * columns_, problem_.outputs);
-      if (first < last && !kernels_.product(problem_, first, last)) is_unknown_ = true;
+      const int64_t units = (size_ + unit_ - 1) / unit_;
+      const int64_t first = units * task / count_ * unit_;
+      const int64_t last = std::min(units * (task + 1) / count_ * unit_, size_);
+      // Nothing may be thrown into XLA, whose thread this may be.
+      try {
+        if (first < last && !product_(problem_, first, last)) is_unknown_ = true;
+      } catch (const std::bad_alloc&) {
+        is_out_of_memory_ = true;
+      }
       done_.fetch_add(1, std::memory_order_release);
     }
   }
 
-  // Whether all widths were known. Threads that come late find no task and touch
-  // nothing of the problem.
-  bool finish() {
+  // Threads that come late find no task and touch nothing of the problem.
+  ffi::Error finish() {
     for (int spins = 0; done_.load(std::memory_order_acquire) < count_; ++spins)
       if (spins > 1000) std::this_thread::yield();
-    return !is_unknown_;
+    if (is_out_of_memory_) return out_of_memory();
+    return is_unknown_ ? invalid("no look-ups for these widths") : ffi::Error::Success();
   }
 
  private:
   const Problem problem_;
-  const Kernels& kernels_;
-  const int64_t columns_, count_;
+  bool (*const product_)(const Problem&, int64_t, int64_t);
+  const int64_t size_, unit_, count_;
   std::atomic<int64_t> next_{0}, done_{0};
-  std::atomic<bool> is_unknown_{false};
+  std::atomic<bool> is_unknown_{false}, is_out_of_memory_{false};
 };
 
-int64_t task_columns(const Problem& p) {
-  const bool is_whole = p.is_summed && (p.is_decoded || p.right_basis != nullptr || p.right_rotation != nullptr);
+// Columns, or rows of W, that a task has at least: whole blocks if y is transformed.
+int64_t unit_of(const Problem& p) {
+  if (p.is_transposed) return (kTaskRows + p.block_height - 1) / p.block_height * p.block_height;
+  const bool is_whole =
+      p.is_summed && (p.is_decoded || p.out_basis != nullptr || p.out_rotation != nullptr);
   return is_whole ? std::max(kTaskColumns, p.block_width) : kTaskColumns;
 }
 
-bool share(ffi::ThreadPool& pool, const Problem& p, const Kernels& kernels) {
-  const int64_t columns = task_columns(p);
-  const int64_t units = (p.outputs + columns - 1) / columns;
+ffi::Error share(ffi::ThreadPool& pool, const Problem& p, const Kernels& kernels) {
+  const int64_t unit = unit_of(p);
+  const int64_t units = ((p.is_transposed ? p.inputs : p.outputs) + unit - 1) / unit;
   const int64_t worth = p.rows * p.inputs / 16 * p.outputs / kWorthATask + 1;
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   // Two tasks a thread: one that is held up leaves half of its work to others.
   const int64_t count = std::min({units, worth, threads > 1 ? 2 * threads : 1});
-  auto tasks = std::make_shared<Tasks>(p, kernels, columns, count);
-  for (int64_t t = 1; t < std::min(threads, count); ++t) pool.Schedule([tasks] { tasks->work(); });
+  auto tasks = std::make_shared<Tasks>(p, kernels, unit, count);
+  try {
+    for (int64_t t = 1; t < std::min(threads, count); ++t) pool.Schedule([tasks] { tasks->work(); });
+  } catch (const std::bad_alloc&) {
+    // Threads that were asked already need what the caller holds: it does the rest.
+  }
   tasks->work();
   return tasks->finish();
 }
@@ -184,7 +213,9 @@ ffi::Error set_sizes(Problem& p, const Buffers& b, const F32& y, const Layout& l
   const auto x = b.x.dimensions(), out = y.dimensions(), scale = b.scale.dimensions();
   if (x.size() != 3 || out.size() != 3 || scale.size() != 2)
     return invalid("x, y and scale need 3, 3 and 2 axes");
-  p.rows = x[1], p.inputs = x[2], p.outputs = out[2];
+  p.is_transposed = layout.way == kTranspose;
+  p.rows = x[1];
+  p.inputs = p.is_transposed ? out[2] : x[2], p.outputs = p.is_transposed ? x[2] : out[2];
   p.fields = layout.v_bits == 0 ? 1 : 2;
   p.streams = b.coarse.element_count() > 0 ? 2 : 1;
   p.block_height = layout.block_height;
@@ -222,7 +253,22 @@ ffi::Error set_streams(Problem& p, const Buffers& b, const Layout& layout) {
   return ffi::Error::Success();
 }
 
-ffi::Error run(ffi::ThreadPool pool, const Buffers& b, const F32& y, const Layout& layout) {
+// Signs of all bases; those of x are returned.
+bool set_transforms(Problem& p, const Buffers& b, Signs& rotation, Signs& basis) {
+  Signs left[2], right[2];  // rotation, Q1 or Q2
+  const bool fits = set_signs(left[0], b.left_rotation, p.block_height) &&
+                    set_signs(left[1], b.left_basis, p.block_height) &&
+                    set_signs(right[0], b.right_rotation, p.block_width) &&
+                    set_signs(right[1], b.right_basis, p.block_width);
+  const bool is_left = left[0] != nullptr || left[1] != nullptr;
+  if (!fits || (is_left && p.inputs % p.block_height != 0)) return false;
+  const Signs *in = p.is_transposed ? right : left, *out = p.is_transposed ? left : right;
+  rotation = in[0], basis = in[1];
+  p.out_rotation = out[0], p.out_basis = out[1];
+  return true;
+}
+
+ffi::Error run(ffi::ThreadPool& pool, const Buffers& b, const F32& y, const Layout& layout) {
   const Kernels* kernels = kernels_of(layout.instruction_set);
   if (kernels == nullptr) return invalid("this processor lacks the instruction set");
   Problem p;
@@ -235,33 +281,30 @@ ffi::Error run(ffi::ThreadPool pool, const Buffers& b, const F32& y, const Layou
   }
   if (auto error = set_streams(p, b, layout); error.failure()) return error;
   Signs rotation = nullptr, basis = nullptr;
-  const bool fits = set_signs(rotation, b.left_rotation, p.block_height) &&
-                    set_signs(basis, b.left_basis, p.block_height) &&
-                    set_signs(p.right_basis, b.right_basis, p.block_width) &&
-                    set_signs(p.right_rotation, b.right_rotation, p.block_width);
-  if (!fits || (p.inputs % p.block_height != 0 && (rotation != nullptr || basis != nullptr)))
+  if (!set_transforms(p, b, rotation, basis))
     return invalid("signs of the bases do not fit the blocks");
   p.scale = b.scale.typed_data();
   p.y[0] = y.typed_data();
-  p.y[1] = y.typed_data() + (p.is_summed ? 0 : p.rows * p.outputs);
-  p.is_decoded = layout.is_decoded != 0;
+  p.y[1] = y.typed_data() + (p.is_summed ? 0 : p.rows * (p.is_transposed ? p.inputs : p.outputs));
+  p.is_decoded = layout.way == kDecode;
   if (p.is_decoded) {
     if (!can_decode(p, b.x.dimensions()[0])) return invalid("blocks of such sizes are not decoded");
     std::swap(p.left_basis, basis);
   }
   const Inputs inputs(p, b.x, b.x.dimensions()[0], rotation, basis, *kernels);
-  if (!share(pool, p, *kernels)) return invalid("no look-ups for these widths");
-  return ffi::Error::Success();
+  return share(pool, p, *kernels);
 }
 
 ffi::Error product(ffi::ThreadPool pool, F32 x, U8 codes, U8 coarse, F32 scale, F32 u_levels,
                    F32 v_levels, S8 left_rotation, S8 left_basis, S8 right_basis,
                    S8 right_rotation, ffi::ResultBuffer<ffi::F32> y, int64_t bits,
                    int64_t v_bits, int64_t block_height, int64_t instruction_set,
-                   int64_t is_decoded) {
+                   int64_t way) try {
   const Buffers buffers{x, codes, coarse, scale, u_levels, v_levels,
                         left_rotation, left_basis, right_basis, right_rotation};
-  return run(pool, buffers, *y, {bits, v_bits, block_height, instruction_set, is_decoded});
+  return run(pool, buffers, *y, {bits, v_bits, block_height, instruction_set, way});
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
 }
 
 }  // namespace
@@ -289,7 +332,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kashin_product, kashin::product,
                                   .Attr<int64_t>("v_bits")
                                   .Attr<int64_t>("block_height")
                                   .Attr<int64_t>("instruction_set")
-                                  .Attr<int64_t>("is_decoded"));
+                                  .Attr<int64_t>("way"));
 
 // Of the headers that this was built with: a runtime of an older one refuses to start.
 KASHIN_EXPORTED int kashin_ffi_version() {

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "problem.h"
 
@@ -43,17 +44,18 @@ T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-// Memory in whole cache lines.
+// Memory in whole cache lines. Throws std::bad_alloc.
 class Floats {
  public:
   explicit Floats(int64_t count)
-      : data_(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 127) / 64 * 64))) {}
-  ~Floats() { std::free(data_); }
+      : data_(static_cast<float*>(::operator new(sizeof(float) * count, kLine))) {}
+  ~Floats() { ::operator delete(data_, kLine); }
   Floats(const Floats&) = delete;
   Floats& operator=(const Floats&) = delete;
   float* get() const { return data_; }
 
  private:
+  static constexpr std::align_val_t kLine{64};
   float* data_;
 };
 
@@ -572,7 +574,7 @@ class Columns {
     }
   }
 
-  bool is_transformed() const { return p_.left_basis != nullptr || p_.right_basis != nullptr; }
+  bool is_transformed() const { return p_.left_basis != nullptr || p_.out_basis != nullptr; }
 
   // U and V of some rows of a stream, side by side with those of the other.
   template <class Known>
@@ -604,7 +606,7 @@ class Columns {
   // u <- scale (u + Q1 v Q2^T).
   void finish_tile(int64_t block, int rows, int64_t column, int64_t stride, float* u, float* v) {
     if constexpr (kFields > 1) {
-      if (p_.right_basis != nullptr)
+      if (p_.out_basis != nullptr)
         for (int i = 0; i < rows; ++i) hadamard<V>(v + i * stride, stride);
       if (p_.left_basis != nullptr) hadamard_columns<V>(v, rows, stride, stride);
     }
@@ -614,7 +616,7 @@ class Columns {
       scale_of(block, column + c, 0, scale);
       for (int i = 0; i < kStrip<V>; ++i)
         signs[i % 4 * V::kLanes + i / 4] =
-            root * (p_.right_basis == nullptr ? 1.0f : p_.right_basis[c + i]);
+            root * (p_.out_basis == nullptr ? 1.0f : p_.out_basis[c + i]);
       for (int i = 0; i < rows; ++i) {
         // Rows of a stream lie together; those of a block take turns.
         const int own = i % (rows / p_.streams) * p_.streams + i / (rows / p_.streams);
@@ -700,20 +702,20 @@ class Columns {
   // u <- u + v Q2^T, block by block.
   void sum(float* u, float* v) const {
     const int64_t n = p_.block_width, size = last_ - first_;
-    if (p_.right_basis != nullptr)
+    if (p_.out_basis != nullptr)
       for (int64_t c = 0; c < size; c += n) {
         hadamard<V>(v + c, n);
-        times_signs(v + c, n, p_.right_basis);
+        times_signs(v + c, n, p_.out_basis);
       }
     for (int64_t c = 0; c < size; ++c) u[c] += v[c];
   }
 
   void rotate_back(float* u) const {
     const int64_t n = p_.block_width, size = last_ - first_;
-    if (p_.right_rotation != nullptr)
+    if (p_.out_rotation != nullptr)
       for (int64_t c = 0; c < size; c += n) {
         hadamard<V>(u + c, n);
-        times_signs(u + c, n, p_.right_rotation);
+        times_signs(u + c, n, p_.out_rotation);
       }
   }
 

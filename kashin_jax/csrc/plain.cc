@@ -1,5 +1,5 @@
 // Plain C++: slow, for tests of the others and on processors without them.
-#include "method.h"
+#include "transposed.h"
 
 namespace kashin {
 namespace {
@@ -96,6 +96,6 @@ struct Plain {
 
 }  // namespace
 
-const Kernels kPlain = {product<Plain>, rotate<Plain>};
+const Kernels kPlain = {product<Plain>, transposed<Plain>, rotate<Plain>};
 
 }  // namespace kashin

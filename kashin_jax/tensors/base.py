@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.errors import UsageError
 from kashin_jax.tensors.partitioning import INPUTS, OUTPUTS, Axes, Names, specs_of
-from kashin_jax.tensors.products import matmul
+from kashin_jax.tensors.products import matmul, transposed_matmul
 
 __all__ = [
     "Bases",
@@ -205,7 +205,8 @@ class QuantizedTensor:
           x: Rows.
           bases: From `derive_bases`, where the caller keeps them.
         """
-        return times_transpose(x, self.decode(bases))
+        bases = self.derive_bases() if bases is None else bases
+        return transposed_matmul(x, self.fitted(), bases)
 
     def in_bands(self: T, most: int) -> tuple[int, T] | None:
         """Number of equal bands of rows of at most `most` weights, and a stack of them.
@@ -321,15 +322,6 @@ def stored_bits(tensor: PyTree[Array | jax.ShapeDtypeStruct]) -> int:
 def bits_per_weight(tensor: QuantizedTensor) -> float:
     """`stored_bits` over the number of weights, of a stack under `vmap` too."""
     return tensor.bits_per_weight
-
-
-@partial(jax.jit, inline=True)
-def times_transpose(
-    x: Float[Array, "r n"], w: Float[Array, "m n"]
-) -> Float[Array, "r m"]:
-    """`x @ W.T` in the type of `x`, accumulated in float32, of a decoded matrix."""
-    y = jnp.matmul(x, w.T.astype(x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
 
 
 def _fields(tensor: Any) -> dict[str, Any]:

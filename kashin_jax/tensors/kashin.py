@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.packing import pack_matrix, rows_of_bytes, unpack_matrix
-from kashin_jax.tensors.base import Bases, QuantizedTensor, times_transpose
+from kashin_jax.tensors.base import Bases, QuantizedTensor
 from kashin_jax.tensors.blocks import from_blocks, to_blocks
 from kashin_jax.tensors.levels import factor_codes, factor_levels, select_levels
 from kashin_jax.tensors.partitioning import INPUTS, OUTPUTS, Axes
-from kashin_jax.tensors.products import MAX_TILE
+from kashin_jax.tensors.products import MAX_TILE, ProductOptions, dot
 
 __all__ = [
     "KashinLayout",
@@ -188,13 +188,6 @@ class KashinTensor(QuantizedTensor):
         bases = self.derive_bases() if bases is None else bases
         return _rows(self.fitted(), index, bases)
 
-    def transposed_product(
-        self, x: Float[Array, "r n"], bases: Bases | None = None
-    ) -> Float[Array, "r m"]:
-        """`x @ W.T`, decoded in bands of a bounded size where the blocks allow it."""
-        bases = self.derive_bases() if bases is None else bases
-        return _transposed_product(x, self.fitted(), bases)
-
     def in_bands(self, most: int) -> "tuple[int, KashinTensor] | None":
         """The rows as a stack of equal bands of at most `most` weights, if possible."""
         bands = band_count(self.layout, most)
@@ -286,17 +279,28 @@ def _decoded(tensor: KashinTensor, bases: Bases) -> Float[Array, "m n"]:
     return w
 
 
-@partial(jax.jit, inline=True)
-def _transposed_product(
-    x: Float[Array, "r n"], tensor: KashinTensor, bases: Bases
+def transposed_by_bands(
+    x: Float[Array, "r n"],
+    tensor: KashinTensor,
+    bases: Bases,
+    options: ProductOptions,
 ) -> Float[Array, "r m"]:
+    """`x @ W.T` in float32, in bands of rows that are decoded one by one.
+
+    Args:
+      x: Rows.
+      tensor: The matrix.
+      bases: From `derive_bases`.
+      options: As kernels take them; not used.
+    """
+    del options
     size = math.prod(tensor.shape)
     fitting = bands_of_rows(tensor.layout)
     bands = min((k for k in fitting if size // k <= MAX_TILE), default=max(fitting))
     if bands == 1:
-        return times_transpose(x, tensor.decode(bases))
+        return dot(x, tensor.decode(bases).T, None)
     parts = jax.lax.map(
-        lambda i: times_transpose(x, _band(tensor, bands, i).decode(bases)),
+        lambda i: dot(x, _band(tensor, bands, i).decode(bases).T, None),
         jnp.arange(bands),
     )
     return parts.transpose(1, 0, 2).reshape(x.shape[0], -1)

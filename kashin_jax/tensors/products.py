@@ -26,6 +26,7 @@ __all__ = [
     "kernels_of",
     "matmul",
     "register_kernel",
+    "transposed_matmul",
 ]
 
 # Most weights decoded at a time: 4 MiB as float32, which a CPU core's cache holds.
@@ -59,11 +60,19 @@ class ProductOptions(NamedTuple):
 
 Kernel = Callable[[Array, Any, Any, ProductOptions], Array]
 
+_Registry = dict[type, dict[str | None, Kernel]]
 # By kind of tensor, then by platform; None stands for all others.
-_KERNELS: dict[type, dict[str | None, Kernel]] = {}
+_KERNELS: _Registry = {}
+_TRANSPOSED: _Registry = {}
 
 
-def register_kernel(kind: type, kernel: Kernel, platform: str | None = None) -> None:
+def register_kernel(
+    kind: type,
+    kernel: Kernel,
+    platform: str | None = None,
+    *,
+    is_transposed: bool = False,
+) -> None:
     """Says how matrices of a kind are multiplied.
 
     Args:
@@ -71,15 +80,21 @@ def register_kernel(kind: type, kernel: Kernel, platform: str | None = None) -> 
       kernel: Takes rows of x, the matrix, its bases and `ProductOptions`.
       platform: As JAX calls it when lowering: `cpu`, `cuda`, `rocm` or `tpu`; None for
         all that have no kernel of their own.
+      is_transposed: Whether its product is `x @ W.T`, that of a tied head, in place of
+        `x @ W`.
     """
-    _KERNELS.setdefault(kind, {})[platform] = kernel
+    registry = _TRANSPOSED if is_transposed else _KERNELS
+    registry.setdefault(kind, {})[platform] = kernel
 
 
-def kernels_of(kind: type) -> tuple[tuple[str | None, Kernel], ...]:
+def kernels_of(
+    kind: type, *, is_transposed: bool = False
+) -> tuple[tuple[str | None, Kernel], ...]:
     """The kernels of a kind of matrix by platform, that for all others first."""
-    found: dict[str | None, Kernel] = {None: _decoded_product}
+    default = _decoded_transposed if is_transposed else _decoded_product
+    found: dict[str | None, Kernel] = {None: default}
     for cls in reversed(kind.__mro__):
-        found |= _KERNELS.get(cls, {})
+        found |= (_TRANSPOSED if is_transposed else _KERNELS).get(cls, {})
     return tuple(found.items())
 
 
@@ -124,6 +139,33 @@ def matmul(
     options = ProductOptions(max_tile, precision, many)
     kernels = kernels_of(type(prepared.tensor))
     return _product(x, prepared.tensor.fitted(), prepared.bases, kernels, options)
+
+
+def transposed_matmul(
+    x: Float[Array, "r n"], tensor: Any, bases: Any
+) -> Float[Array, "r m"]:
+    """`x @ W.T` in the type of `x`, accumulated in float32, by the kernel for it.
+
+    Args:
+      x: Rows.
+      tensor: The matrix.
+      bases: From `derive_bases`.
+    """
+    kernels = kernels_of(type(tensor), is_transposed=True)
+    return _transposed(x, tensor, bases, kernels=kernels)
+
+
+@partial(jax.jit, static_argnames="kernels", inline=True)
+def _transposed(
+    x: Float[Array, "r n"],
+    tensor: Any,
+    bases: Any,
+    *,
+    kernels: tuple[tuple[str | None, Kernel], ...],
+) -> Float[Array, "r m"]:
+    # Over explicit axes, too, whatever multiplies is XLA's.
+    options = ProductOptions(is_local=_is_local())
+    return _whole_product(x, tensor, bases, kernels=kernels, options=options)
 
 
 # `inline`: one program where it is called as it is, and no trace of it in those of
@@ -239,6 +281,12 @@ def _decoded_product(
 ) -> Array:
     """Decodes the whole matrix: the product of kinds that have no kernel."""
     return dot(rows, tensor.decode(bases), options.precision)
+
+
+def _decoded_transposed(
+    rows: Array, tensor: Any, bases: Any, options: ProductOptions
+) -> Array:
+    return dot(rows, tensor.decode(bases).T, options.precision)
 
 
 def dot(

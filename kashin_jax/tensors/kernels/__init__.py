@@ -4,8 +4,12 @@
 """
 
 from kashin_jax.tensors.grouped import GroupedTensor
-from kashin_jax.tensors.kashin import KashinTensor
-from kashin_jax.tensors.kernels.cpu import cpu_grouped_product, cpu_kashin_product
+from kashin_jax.tensors.kashin import KashinTensor, transposed_by_bands
+from kashin_jax.tensors.kernels.cpu import (
+    cpu_grouped_product,
+    cpu_kashin_product,
+    cpu_kashin_transposed,
+)
 from kashin_jax.tensors.kernels.grouped import grouped_product
 from kashin_jax.tensors.kernels.kashin import kashin_product
 from kashin_jax.tensors.kernels.library import KernelReport, report
@@ -17,3 +21,5 @@ register_kernel(KashinTensor, kashin_product)
 register_kernel(GroupedTensor, grouped_product)
 register_kernel(KashinTensor, cpu_kashin_product, platform="cpu")
 register_kernel(GroupedTensor, cpu_grouped_product, platform="cpu")
+register_kernel(KashinTensor, transposed_by_bands, is_transposed=True)
+register_kernel(KashinTensor, cpu_kashin_transposed, platform="cpu", is_transposed=True)
