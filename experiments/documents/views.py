@@ -31,6 +31,7 @@ from experiments.common.tables import (
     Record,
     fixed,
     markdown_table,
+    share,
 )
 from experiments.depth_curves import (
     SUMMARY_COLUMNS,
@@ -225,6 +226,8 @@ _GENERATION = (
     Column("times_float32", "times float32, best over best", fixed(2)),
     Column("median_times_float32", "medians", fixed(2)),
     Column("megabytes", "MB of arrays", fixed(0)),
+    Column("resident_megabytes", "MB resident", fixed(0)),
+    Column("bandwidth_share", "of bandwidth", share),
     Column("load", "load", fixed(1)),
 )
 
