@@ -108,7 +108,7 @@ bench: setup          ## time and memory of the decomposition, the coders and ma
 # Releases that the committed record was made with.
 peers: setup          ## other libraries' products of packed weights, for benchmarks.peers
 	test -d .peers || $(BIN)/python -m pip install --quiet --no-deps --target=.peers \
-	  onnxruntime==1.32.0 onnx==1.23.2
+	  onnxruntime==1.32.0 onnx==1.23.2 xllamacpp==2026.10.11549
 
 # Hours; one file by ARTIFACT=table2_opt. Data that cannot be shipped: DATA=FOLDER.
 results: setup        ## make the committed results again, and what is rendered of them

@@ -5,9 +5,10 @@
 
 Four matrices of 4096 x 4096, one after the other. Beside dense float32 and bfloat16 and
 our codes: ONNX Runtime's `MatMulNBits` of 4 bits in groups of 32, with activations in
-float32 and rounded to int8, on as many threads. Weights are random, which changes no
-time. Ratios are to the faster of `x @ K` and `x @ W.T` in float32, within one run in
-which all take turns.
+float32 and rounded to int8, and ggml's Q4_0, Q4_K and Q2_K, whose activations are
+rounded to int8 (`benchmarks.ggml`), on as many threads. Weights are random, which
+changes no time. Ratios are to the faster of `x @ K` and `x @ W.T` in float32, within
+one run in which all take turns.
 
 Prints a table and adds a record per row to bench_peers.jsonl in `--out`.
 """
@@ -28,6 +29,7 @@ from jaxtyping import Array, Float
 
 from benchmarks.alternating import time_in_turn
 from benchmarks.blocks import random_layers, transposed
+from benchmarks.ggml import TYPES, Ggml
 from benchmarks.methods import method_config
 from experiments.common.flags import (
     check_flags,
@@ -79,6 +81,9 @@ def run(config: PeersConfig) -> int:
     """Times all programs for every number of rows; returns the exit code."""
     out = prepare_output(config.out)
     onnx, runtime = _libraries(config.libraries)
+    ggml = Ggml()
+    square = np.random.default_rng(0).normal(size=(_SIDE, _SIDE)).astype(np.float32)
+    square /= np.float32(_SIDE**0.5)
     widths = parse_widths("bits", config.bits, 2, 5)
     shown = []
     for rows in parse_numbers("rows", config.rows, 1, 2**12):
@@ -88,6 +93,11 @@ def run(config: PeersConfig) -> int:
             name = f"onnxruntime MatMulNBits, {kind} activations"
             programs[name] = _onnxruntime(onnx, runtime, np.asarray(x), level)
             stored[name] = 4 + 32 / _GROUP
+        for kind in TYPES:
+            name = f"ggml {kind} ({ggml.instruction_set})"
+            programs[name], stored[name] = ggml.chain(
+                np.asarray(x), square, kind, _COUNT
+            )
         times, load = time_in_turn(programs, config.repeats, config.seconds)
         dense = [times["float32 x @ K"], times["float32 x @ W.T"]]
         best, median = min(t.best for t in dense), min(t.median for t in dense)
@@ -99,7 +109,8 @@ def run(config: PeersConfig) -> int:
                 "times_dense": own.best / best,
                 "median_times_dense": own.median / median,
                 "instruction_set": report().instruction_set,
-                "onnxruntime": runtime.__version__, "load": load,
+                "onnxruntime": runtime.__version__, "xllamacpp": ggml.version,
+                "load": load,
             } | environment_fields())  # fmt: skip
         merge_records(out, ARTIFACT, shown)
     print(aligned_table(shown, COLUMNS))
