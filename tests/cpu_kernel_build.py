@@ -18,23 +18,29 @@ from tempfile import TemporaryDirectory
 SOURCES = Path(__file__).resolve().parents[1] / "kashin_jax" / "csrc"
 
 
-def build(directory, *more_flags):
-    """The library in `directory`, named after its sources; None without a compiler."""
+def build(directory, *more_flags, sources=()):
+    """The library in `directory`, named after its sources; None without a compiler.
+
+    Args:
+      directory: Where it goes.
+      *more_flags: Of the compiler.
+      sources: More of them.
+    """
     command = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(command[0]) is None:
         return None
     flags = [*(SOURCES / "flags.txt").read_text().split(), *more_flags, "-fPIC"]
     digest = hashlib.sha256(" ".join(command + flags).encode())
-    for path in sorted(SOURCES.rglob("*.[ch]*")):
+    for path in [*sorted(SOURCES.rglob("*.[ch]*")), *sources]:
         digest.update(path.read_bytes())
     library = Path(directory) / f"cpu_kernel-{digest.hexdigest()[:16]}.so"
     if not library.exists():
         with TemporaryDirectory(dir=directory) as work:
-            _compile([*command, *flags], more_flags, Path(work), library)
+            _compile([*command, *flags], more_flags, sources, Path(work), library)
     return library
 
 
-def _compile(command, link_flags, work, library):
+def _compile(command, link_flags, sources, work, library):
     def one(source):
         target = work / f"{source.stem}.o"
         includes = [f"-I{SOURCES}", f"-isystem{SOURCES / 'third_party'}"]
@@ -42,7 +48,7 @@ def _compile(command, link_flags, work, library):
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(one, sorted(SOURCES.glob("*.cc"))))
+        objects = list(pool.map(one, [*sorted(SOURCES.glob("*.cc")), *sources]))
     done = work / library.name
     link = [command[0], "-shared", *link_flags, *objects, "-o", done]
     subprocess.run(link, check=True)

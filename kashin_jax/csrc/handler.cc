@@ -64,8 +64,9 @@ ffi::Error invalid(const std::string& message) {
   return ffi::Error::InvalidArgument("kashin_product: " + message);
 }
 
+// So short that its text needs no memory.
 ffi::Error out_of_memory() {
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "kashin_product: out of memory");
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory");
 }
 
 bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
