@@ -13,7 +13,7 @@ PYTEST := -m pytest -n auto --dist=loadfile --no-loadscope-reorder --durations=2
 SLOW := -m 'slow and not oracle' --nbmake notebooks tests
 
 .PHONY: run test lint default slow second test-slow coverage setup oracle oracle-torch bench \
-  peers results docs notebooks sanitize wheel clean
+  peers results docs notebooks sanitize neon wheel clean
 
 run: setup            ## set up, then quantize the embedded OPT and print its table
 	$(BIN)/python -m experiments.opt_ppl $(FLAGS)
@@ -73,6 +73,19 @@ sanitize: setup       ## the tests of the CPU kernel, compiled to check what it 
 	KASHIN_JAX_KERNEL_LIBRARY=$$library ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest -n0 -q tests/test_cpu_kernel.py
+
+# Debian's g++-aarch64-linux-gnu and qemu-user; 64-bit ARM with Linux
+# needs neither: make neon ARM_CXX=c++ ARM_RUN=env
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64
+neon:                 ## the CPU kernel for 64-bit ARM, emulated: NEON, plain C++ and float64
+	@for tool in $(ARM_CXX) $(ARM_RUN); do command -v $$tool > /dev/null || { \
+	  echo "make neon needs $$tool (Debian: g++-aarch64-linux-gnu, qemu-user)" >&2; exit 1; }; done
+	mkdir -p build
+	$(ARM_CXX) $$(cat kashin_jax/csrc/flags.txt) -static -Ikashin_jax/csrc \
+	  -isystem kashin_jax/csrc/third_party kashin_jax/csrc/*.cc tests/neon_parity.cc \
+	  -o build/neon-parity
+	$(ARM_RUN) build/neon-parity
 
 wheel: setup          ## dist/: a wheel with the CPU kernel for this platform, and one without
 	$(BIN)/python -m build --wheel

@@ -5,6 +5,7 @@ scales of a neighbouring block, and reads beyond what a matrix holds.
 """
 
 import os
+from platform import machine
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,10 @@ from kashin_jax.tensors.products import ProductOptions
 pytestmark = pytest.mark.skipif(
     not os.environ.get("KASHIN_JAX_KERNEL_LIBRARY"), reason="needs a C++ compiler"
 )
+# Of this architecture, the better ones last; `tests/neon_parity.cc` runs NEON on any.
 SETS = {0: "plain", 1: "avx2", 2: "avx512"}
+if machine() in ("aarch64", "arm64"):
+    SETS = {0: "plain", 3: "neon"}
 RIGHT_ONLY = BasisSpec("identity", "hadamard")
 LEFT_ONLY = BasisSpec("hadamard", "identity")
 

@@ -1,6 +1,9 @@
 """Where the CPU kernel cannot be used, XLA multiplies and says so once."""
 
+import ctypes
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +64,38 @@ def test_a_library_for_another_ffi_is_not_registered(monkeypatch):
     assert not library._is_understood(1003)
     monkeypatch.setattr(library.jax.ffi, "include_dir", lambda: "nowhere")
     assert not library._is_understood(3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "best", "found"),
+    [
+        ("", 3, "neon"),
+        ("plain", 3, "plain"),
+        ("avx2", 3, None),
+        ("avx512", 3, None),
+        ("neon", 2, None),
+        ("avx2", 2, "avx2"),
+        ("avx512", 1, None),
+        ("", 0, None),
+    ],
+)
+def test_an_instruction_set_of_another_processor_is_not_used(
+    asked, best, found, monkeypatch, caplog
+):
+    """Guards against calls for AVX2 on an ARM, each of which would fail."""
+    built = SimpleNamespace(
+        kashin_instruction_set=lambda: best,
+        kashin_ffi_version=lambda: 3,
+        # Nothing calls it.
+        kashin_product=ctypes.CDLL(None).abort,
+    )
+    monkeypatch.setattr(library, "library_path", lambda: Path("library.so"))
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: built)
+    monkeypatch.setattr(library.jax.ffi, "register_ffi_target", lambda *a, **k: None)
+    monkeypatch.setenv("KASHIN_JAX_KERNELS", asked)
+    with caplog.at_level(logging.INFO, logger="kashin_jax"):
+        assert kernels.report().instruction_set == found
+    assert ("this processor" in caplog.text) == (found is None)
 
 
 def test_names_of_instruction_sets_are_checked(monkeypatch):

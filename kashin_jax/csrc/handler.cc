@@ -30,7 +30,7 @@ constexpr int64_t kTaskRows = 64;
 // Look-ups, about, that are worth waking a thread for.
 constexpr int64_t kWorthATask = int64_t{1} << 18;
 
-enum InstructionSet : int64_t { kUsePlain = 0, kUseAvx2 = 1, kUseAvx512 = 2 };
+enum InstructionSet : int64_t { kUsePlain = 0, kUseAvx2 = 1, kUseAvx512 = 2, kUseNeon = 3 };
 
 const Kernels* kernels_of(int64_t set) {
   if (set == kUsePlain) return &kPlain;
@@ -41,6 +41,9 @@ const Kernels* kernels_of(int64_t set) {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi"))
     return &kAvx512;
+#elif defined(__aarch64__)
+  // A part of the architecture: there is nothing to ask the processor.
+  if (set == kUseNeon) return &kNeon;
 #endif
   return nullptr;
 }
@@ -342,7 +345,7 @@ KASHIN_EXPORTED int kashin_ffi_version() {
 
 // The best that this processor has; 0 for none that is worth using.
 KASHIN_EXPORTED int kashin_instruction_set() {
-  for (int64_t set : {kashin::kUseAvx512, kashin::kUseAvx2})
+  for (int64_t set : {kashin::kUseNeon, kashin::kUseAvx512, kashin::kUseAvx2})
     if (kashin::kernels_of(set) != nullptr) return static_cast<int>(set);
   return 0;
 }

@@ -31,7 +31,9 @@ PATH_VARIABLE = "KASHIN_JAX_KERNEL_LIBRARY"
 
 TARGET = "kashin_jax_product"
 # As the handler numbers them. `plain` is for tests alone: XLA is faster.
-_SETS = {"plain": 0, "avx2": 1, "avx512": 2}
+_SETS = {"plain": 0, "avx2": 1, "avx512": 2, "neon": 3}
+# What a processor has, by its best: those of x86 contain each other, and NEON is ARM's.
+_AVAILABLE = {0: {0}, 1: {0, 1}, 2: {0, 1, 2}, 3: {0, 3}}
 
 _log = logging.getLogger("kashin_jax")
 # Products that XLA multiplied, by the reason why; for `report` alone.
@@ -42,7 +44,7 @@ class KernelReport(NamedTuple):
     """What multiplies by packed matrices on this machine's CPU.
 
     Attributes:
-      instruction_set: `avx512` or `avx2`; None where XLA multiplies everything.
+      instruction_set: `avx512`, `avx2` or `neon`; None where XLA multiplies everything.
       declined: How many traced products were left to XLA, by the reason why.
     """
 
@@ -105,8 +107,8 @@ def _registered(asked: str) -> int | str:
     best: int = library.kashin_instruction_set()
     wanted = _SETS.get(asked, best)
     if not best and not asked:
-        return "this processor has neither AVX2 nor AVX-512 with VBMI"
-    if wanted > best:
+        return "this processor has neither AVX2, AVX-512 with VBMI nor 64-bit NEON"
+    if wanted not in _AVAILABLE[best]:
         return f"this processor does not have {asked}"
     if not _is_understood(built := library.kashin_ffi_version()):
         return f"it was built for version {built} of XLA's FFI, which JAX lacks"
