@@ -11,7 +11,7 @@ from flax import nnx, serialization
 from jaxtyping import Array, Float
 
 from kashin_jax.bases import Basis, KroneckerBasis
-from kashin_jax.methods.quantize import is_traced
+from kashin_jax.methods.base import is_traced
 from kashin_jax.tensors import (
     AffineTensor,
     Bases,

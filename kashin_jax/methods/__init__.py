@@ -7,6 +7,7 @@ from kashin_jax.methods.base import config_from_json as config_from_json
 from kashin_jax.methods.base import config_to_json as config_to_json
 from kashin_jax.methods.base import method_names as method_names
 from kashin_jax.methods.base import register as register
+from kashin_jax.methods.feedback import output_loss as output_loss
 from kashin_jax.methods.hqq import HQQ as HQQ
 from kashin_jax.methods.joint.coder import JointKashin as JointKashin
 from kashin_jax.methods.kashin import GreedyKashin as GreedyKashin
@@ -21,6 +22,8 @@ from kashin_jax.methods.quantize import encode_few_values as encode_few_values
 from kashin_jax.methods.quantize import quantize as quantize
 from kashin_jax.methods.quantize import quantize_stack as quantize_stack
 from kashin_jax.methods.quantize import require_finite as require_finite
+from kashin_jax.methods.quantize import weight_error as weight_error
+from kashin_jax.methods.quantize import with_feedback as with_feedback
 from kashin_jax.methods.rotated import Rotated as Rotated
 from kashin_jax.methods.rtn import RTN as RTN
 from kashin_jax.methods.uniform import Uniform as Uniform
@@ -46,8 +49,11 @@ __all__ = [
     "encode",
     "encode_few_values",
     "method_names",
+    "output_loss",
     "quantize",
     "quantize_stack",
     "register",
     "require_finite",
+    "weight_error",
+    "with_feedback",
 ]

@@ -39,6 +39,7 @@ __all__ = [
     "add_method",
     "config_from_json",
     "config_to_json",
+    "is_traced",
     "method_names",
     "register",
     "require_method",
@@ -77,6 +78,7 @@ class Method:
       takes_inputs: Whether `encode` takes `importance` and `in_scale`.
       has_half_scales: Whether scales are stored in half precision, so that matrices of
         huge entries cannot be.
+      takes_feedback: Whether there is `with_feedback`.
     """
 
     if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class Method:
     default_skip: ClassVar[tuple[str, ...] | None] = None
     takes_inputs: ClassVar[bool] = False
     has_half_scales: ClassVar[bool] = True
+    takes_feedback: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._as_python()
@@ -134,6 +137,27 @@ class Method:
           key: As for `encode`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no code for few values.")
+
+    def for_feedback(self) -> "Method":
+        """The choices that suit `with_feedback`: these, unless a method has better."""
+        return self
+
+    def with_feedback(
+        self,
+        weight: Float[Array, "m n"],
+        free: QuantizedTensor,
+        moments: Float[Array, "m m"],
+    ) -> QuantizedTensor:
+        """Codes a matrix again so that its outputs lose less; pure.
+
+        Args:
+          weight: The matrix; must be finite.
+          free: What `encode` made of it, without any data. Seeds and levels stay, and
+            so does the structure.
+          moments: Second moments of its inputs, positive definite. Where they are not
+            in float32, the result holds NaN.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no error feedback.")
 
     def common_input_scale(
         self, weights: Iterable[Float[Array, "*stack m _"]]
@@ -299,6 +323,12 @@ def _parsed(name: str, value: Any, kind: Any) -> Any:
     elif type(value) in kinds:
         return value
     raise ValueError(f"`{name}` cannot be {value!r}.")
+
+
+def is_traced(value: Any) -> bool:
+    """Whether an array stands for one that is not known yet, as inside `jit`."""
+    # Only where there are data do arrays say where they are.
+    return isinstance(value, jax.Array) and not hasattr(value, "sharding")
 
 
 @jax.jit

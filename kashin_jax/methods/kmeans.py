@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from kashin_jax.codebooks import assign_scalars, fit_scalars
 from kashin_jax.methods.base import Encoded, Method, register, split_key
-from kashin_jax.tensors import CodebookTensor
+from kashin_jax.methods.feedback import RowCode, code_rows
+from kashin_jax.tensors import CodebookTensor, QuantizedTensor
 from kashin_jax.tensors.grouped import GroupLayout
 
 __all__ = [
@@ -35,6 +36,8 @@ class KMeans(Method):
     bits: int = 4
     num_restarts: int = 4
 
+    takes_feedback: ClassVar[bool] = True
+
     def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
         """Encodes a matrix; the key seeds the starts of k-means."""
         _, codebook_key = split_key(key)
@@ -43,6 +46,32 @@ class KMeans(Method):
         layout = GroupLayout.of(weight, None, self.bits)
         codes = layout.pack(code.codes)
         return Encoded(CodebookTensor(codes, code.levels, code.scale, None, layout))
+
+    def with_feedback(
+        self,
+        weight: Float[Array, "m n"],
+        free: QuantizedTensor,
+        moments: Float[Array, "m m"],
+    ) -> CodebookTensor:
+        """Codes a matrix again with the levels of `free`, input after input."""
+        assert isinstance(free, CodebookTensor), "a tensor of this method"
+        return _fed(weight.astype(jnp.float32), free, moments)
+
+
+@jax.jit
+def _fed(
+    x: Float[Array, "m n"], free: CodebookTensor, moments: Float[Array, "m m"]
+) -> CodebookTensor:
+    levels, scale = free.levels, free.scale.reshape(())
+    assert levels is not None, "only those of NF4 are not stored"
+    unit = jnp.where(scale > 0, scale, 1.0)
+
+    def code(_: None, row: Float[Array, " n"]) -> RowCode:
+        codes = assign_scalars(row / unit, levels)
+        return RowCode(codes, scale * levels[codes])
+
+    codes, _ = code_rows(x, moments, lambda rows: None, code)
+    return free.replace(packed_codes=free.layout.pack(codes))
 
 
 @register("k-means-channel")

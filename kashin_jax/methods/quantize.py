@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float16, Int, Key, Num
 
 from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.methods.base import Encoded, Method, require_method
+from kashin_jax.methods.base import Encoded, Method, is_traced, require_method
+from kashin_jax.methods.feedback import damped
 from kashin_jax.methods.joint.coder import JointKashin
 from kashin_jax.tensors import Prepared, QuantizedTensor, prepare
 
@@ -24,6 +25,8 @@ __all__ = [
     "quantize",
     "quantize_stack",
     "require_finite",
+    "weight_error",
+    "with_feedback",
 ]
 
 DEFAULT_CONFIG = JointKashin()
@@ -135,12 +138,6 @@ def quantize(
     )
 
 
-def is_traced(value: Any) -> bool:
-    """Whether an array stands for one that is not known yet, as inside `jit`."""
-    # Only where there are data do arrays say where they are.
-    return isinstance(value, jax.Array) and not hasattr(value, "sharding")
-
-
 def _on_one_device(
     weight: Num[Array, "*shape"],
 ) -> tuple[Num[Array, "*shape"], NamedSharding | None]:
@@ -237,6 +234,32 @@ def encode_few_values(
     return _reported(weight, config.encode_few_values(weight, values, key))
 
 
+def with_feedback(
+    weight: Float[Array, "m n"],
+    config: Method,
+    free: QuantizedTensor,
+    moments: Float[Array, "m m"],
+    damping: float,
+) -> QuantizedTensor:
+    """Codes a matrix again so that its outputs lose less; pure, without checks.
+
+    Args:
+      weight: The matrix, `[in, out]`; must be finite.
+      config: The method, one with `takes_feedback`.
+      free: What `encode` made of the matrix by the same method.
+      moments: E[x x^T] of the inputs x.
+      damping: Share of their mean square that is added to the square of each.
+    """
+    return config.with_feedback(weight, free, damped(moments, damping))
+
+
+def weight_error(
+    weight: Float[Array, "m n"], tensor: QuantizedTensor
+) -> Float[Array, ""]:
+    """The relative squared error of a report, of any tensor."""
+    return _relative_squared_error(weight, prepare(tensor))
+
+
 def distinct_values(
     parts: Iterable[Num[np.ndarray, "..."]], most: int
 ) -> Float[np.ndarray, " k"] | None:
@@ -257,7 +280,7 @@ def distinct_values(
 def _reported(
     weight: Float[Array, "m n"], coded: Encoded
 ) -> tuple[QuantizedTensor, QuantizationReport]:
-    error = _relative_squared_error(weight, prepare(coded.tensor))
+    error = weight_error(weight, coded.tensor)
     return coded.tensor, QuantizationReport(error, coded.decomposition)
 
 

@@ -16,6 +16,7 @@ from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.methods.base import Encoded, Method, add_method, split_key
 from kashin_jax.methods.kmeans import KMeans
 from kashin_jax.methods.rtn import RTN
+from kashin_jax.tensors import QuantizedTensor
 from kashin_jax.tensors.grouped import GroupedTensor
 
 __all__ = ["Rotated"]
@@ -70,6 +71,30 @@ class Rotated(Method):
             tensor.layout, basis=self.basis, dtype=weight.dtype.name
         )
         return Encoded(tensor.replace(seed=seed, layout=layout))
+
+    @property
+    def takes_feedback(self) -> bool:  # type: ignore[override]
+        """Whether the inner method does."""
+        return self.inner.takes_feedback
+
+    def with_feedback(
+        self,
+        weight: Float[Array, "m n"],
+        free: QuantizedTensor,
+        moments: Float[Array, "m m"],
+    ) -> GroupedTensor:
+        """The inner method's, of rotated weights and moments."""
+        assert isinstance(free, GroupedTensor), "a tensor of this method"
+        pair = free.derive_bases().basis
+        assert pair is not None, "it was rotated"
+        x = _rotate(weight.astype(jnp.float32), pair)
+        both = KroneckerBasis(pair.left, pair.left)
+        inner = free.replace(
+            seed=None, layout=dataclasses.replace(free.layout, basis=None)
+        )
+        found = self.inner.with_feedback(x, inner, _rotate(moments, both))
+        assert isinstance(found, GroupedTensor), "as `encode` gives"
+        return found.replace(seed=free.seed, layout=free.layout)
 
     def to_fields(self) -> dict[str, Any]:
         """The choices of the inner method, then the basis."""

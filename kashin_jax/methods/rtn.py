@@ -6,15 +6,16 @@ its own, as everybody's groups do (torch weights are `[out, in]`).
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 from kashin_jax.methods.base import Encoded, Method, register
+from kashin_jax.methods.feedback import RowCode, code_rows
 from kashin_jax.packing import pack_matrix
-from kashin_jax.tensors import AffineTensor
+from kashin_jax.tensors import AffineTensor, QuantizedTensor
 from kashin_jax.tensors.grouped import GroupLayout, group_rows
 
 __all__ = ["RTN", "AffineCode", "rtn_code"]
@@ -34,11 +35,23 @@ class RTN(Method):
     bits: int = 4
     group_size: int | None = 128
 
+    takes_feedback: ClassVar[bool] = True
+
     def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
         """Encodes without any randomness."""
         size = self.group_size or weight.shape[0]
         layout = GroupLayout.of(weight, size, self.bits)
         return Encoded(_encode(weight.astype(jnp.float32), layout))
+
+    def with_feedback(
+        self,
+        weight: Float[Array, "m n"],
+        free: QuantizedTensor,
+        moments: Float[Array, "m m"],
+    ) -> AffineTensor:
+        """GPTQ: inputs in their order, the step of a group from its targets."""
+        assert isinstance(free, AffineTensor), "a tensor of this method"
+        return _fed(weight.astype(jnp.float32), free, moments)
 
 
 @partial(jax.jit, static_argnames="layout")
@@ -47,6 +60,36 @@ def _encode(x: Float[Array, "m n"], layout: GroupLayout) -> AffineTensor:
     zero = pack_matrix(code.zero.astype(jnp.uint8)[:, 0], layout.bits)
     scale = code.scale.astype(jnp.float16)
     return AffineTensor(layout.pack(code.codes), scale, zero, layout)
+
+
+@jax.jit
+def _fed(
+    x: Float[Array, "m n"], free: AffineTensor, moments: Float[Array, "m m"]
+) -> AffineTensor:
+    layout = free.layout
+    bits = layout.bits
+
+    def code(grid: _Grid, row: Float[Array, " n"]) -> RowCode:
+        codes = _nearest(row, grid.scale[0], grid.zero[0], bits)
+        values = grid.scale[0] * (codes.astype(jnp.float32) - grid.zero[0])
+        return RowCode(codes, values)
+
+    codes, grids = code_rows(
+        x, moments, lambda rows: _grid(rows, bits, 0), code,
+        group_size=layout.group_size,
+    )  # fmt: skip
+    return free.replace(
+        packed_codes=layout.pack(codes),
+        scale=grids.scale.astype(jnp.float16),
+        zero=pack_matrix(grids.zero.astype(jnp.uint8)[:, 0], bits),
+    )
+
+
+class _Grid(NamedTuple):
+    """Step and zero point of groups: half precision and whole numbers, as floats."""
+
+    scale: Float[Array, "*g 1 n"]
+    zero: Float[Array, "*g 1 n"]
 
 
 class AffineCode(NamedTuple):
@@ -72,12 +115,25 @@ def rtn_code(groups: Float[Array, "g s n"], bits: int) -> AffineCode:
 
     An overflowing fp16 step shows as infinity.
     """
+    scale, zero = _grid(groups, bits, 1)
+    return AffineCode(_nearest(groups, scale, zero, bits), scale, zero)
+
+
+def _grid(rows: Float[Array, "*g s n"], bits: int, axis: int) -> _Grid:
     levels = 2**bits - 1
-    low = jnp.minimum(jnp.min(groups, axis=1, keepdims=True), 0.0)
-    high = jnp.maximum(jnp.max(groups, axis=1, keepdims=True), 0.0)
+    low = jnp.minimum(jnp.min(rows, axis=axis, keepdims=True), 0.0)
+    high = jnp.maximum(jnp.max(rows, axis=axis, keepdims=True), 0.0)
     # Rounded to its stored type first, so that the codes fit the step they decode by.
     scale = ((high - low) / levels).astype(jnp.float16).astype(jnp.float32)
+    zero = jnp.clip(jnp.round(-low / jnp.where(scale > 0, scale, 1.0)), 0, levels)
+    return _Grid(scale, zero)
+
+
+def _nearest(
+    x: Float[Array, "*s n"],
+    scale: Float[Array, "*g n"],
+    zero: Float[Array, "*g n"],
+    bits: int,
+) -> UInt8[Array, "*s n"]:
     safe = jnp.where(scale > 0, scale, 1.0)
-    zero = jnp.clip(jnp.round(-low / safe), 0, levels)
-    codes = jnp.clip(jnp.round(groups / safe) + zero, 0, levels)
-    return AffineCode(codes.astype(jnp.uint8), scale, zero)
+    return jnp.clip(jnp.round(x / safe) + zero, 0, 2**bits - 1).astype(jnp.uint8)

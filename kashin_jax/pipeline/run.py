@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from kashin_jax.methods import Method, QuantizationReport, quantize_stack
-from kashin_jax.methods.quantize import is_traced
+from kashin_jax.methods.base import is_traced
 from kashin_jax.pipeline.plan import Choice
 from kashin_jax.pipeline.report import LayerReport, warn_of_outliers
 from kashin_jax.pipeline.rules import Rules

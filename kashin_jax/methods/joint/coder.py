@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float16, Int, Key, UInt8
 from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
 from kashin_jax.methods.base import Encoded, Method, register, split_key
 from kashin_jax.methods.joint.anneal import anneal
+from kashin_jax.methods.joint.feedback import Search, code_with_feedback
 from kashin_jax.methods.joint.few_values import few_values_code
 from kashin_jax.methods.joint.scales import (
     as_half,
@@ -22,8 +23,14 @@ from kashin_jax.methods.joint.scales import (
     relative_rms,
 )
 from kashin_jax.methods.joint.schedules import SPLITS, Split
-from kashin_jax.methods.joint.words import Levels, Words, coarse_rows, decode_words
-from kashin_jax.tensors import KashinTensor
+from kashin_jax.methods.joint.words import (
+    Levels,
+    all_pairs,
+    decode_words,
+    levels_of_pairs,
+    pair_codes,
+)
+from kashin_jax.tensors import KashinTensor, QuantizedTensor
 from kashin_jax.tensors.blocks import from_blocks, resolve_block_shape, to_blocks
 from kashin_jax.tensors.kashin import KashinLayout, make_rotation, pack_rows
 
@@ -32,7 +39,9 @@ __all__ = ["EFFORTS", "JointCode", "JointKashin", "joint_block_shape", "joint_co
 EFFORTS = {"fast": 50, "default": 200, "max": 1600}
 """Steps of the annealing; the error falls little from `default` on."""
 
-_BLOCK_SIDE = 64
+_BLOCK_SIZE = 4096
+# Rows of blocks: without feedback squares; with it, low ones.
+_BLOCK_HEIGHT, _FEEDBACK_HEIGHT = 64, 16
 
 # Weights coded at a time, and weights that levels are fitted to where there are more.
 # The coder takes up to 7 times its part beside the matrix, half a GB at most.
@@ -48,7 +57,8 @@ class JointKashin(Method):
       bits: Code width, 2 to 5 in steps of a half; `SPLITS` says how u and v share it.
       basis: Families of Q1 and Q2.
       block_shape: Shape of the blocks, each searched alone with a scale of its own;
-        None takes the divisors nearest to 64 x 64, since long blocks code better.
+        None takes the divisors nearest to 64 x 64, since long blocks code better, or
+        of another `block_height`.
       effort: One of `EFFORTS`.
       balance: Power of the root-mean-square of an input's weights by which they are
         divided before coding, so that strong inputs are not coded at the cost of weak
@@ -62,6 +72,8 @@ class JointKashin(Method):
         was; undoing half of that costs a little error and lowers perplexity at 2 bits
         (35.7 against 36.7, six seeds), not at 3 or more. None: 1/2 below 3 bits, 0
         from there on.
+      block_height: Rows of blocks of 4096 weights where `block_shape` is None. Error
+        feedback is the finer the fewer they are; `for_feedback` takes 16.
     """
 
     bits: int | float = 4
@@ -71,9 +83,11 @@ class JointKashin(Method):
     balance: float = 1.0
     rotation: bool = True
     unshrink: float | None = None
+    block_height: int = 64
 
     takes_inputs: ClassVar[bool] = True
     has_half_scales: ClassVar[bool] = False
+    takes_feedback: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._as_python()
@@ -90,6 +104,11 @@ class JointKashin(Method):
             raise ValueError(f"`balance` must lie in [0, 1]. Got {self.balance}.")
         if self.unshrink is not None and not 0 <= self.unshrink <= 1:
             raise ValueError(f"`unshrink` must lie in [0, 1]. Got {self.unshrink}.")
+        if not 1 <= self.block_height <= _BLOCK_SIZE:
+            raise ValueError(
+                f"`block_height` must lie in [1, {_BLOCK_SIZE}]. Got "
+                f"{self.block_height}."
+            )
 
     @property
     def split(self) -> Split:
@@ -138,6 +157,50 @@ class JointKashin(Method):
             packed, code.centroids, code.scale, seed, layout,
             code.in_scale, code.out_scale, coarse,
         ))  # fmt: skip
+
+    def for_feedback(self) -> "JointKashin":
+        """With low and wide blocks, unless their shape was chosen."""
+        if self.block_shape is not None or self.block_height != _BLOCK_HEIGHT:
+            return self
+        return dataclasses.replace(self, block_height=_FEEDBACK_HEIGHT)
+
+    def with_feedback(
+        self,
+        weight: Float[Array, "m n"],
+        free: QuantizedTensor,
+        moments: Float[Array, "m m"],
+    ) -> KashinTensor:
+        """Codes a matrix again with the levels and bases of `free`, see the base."""
+        assert isinstance(free, KashinTensor), "a tensor of this method"
+        layout = free.layout
+        bases = free.derive_bases()
+        assert bases.basis is not None, "a Kashin tensor has one"
+        search = Search(
+            split=self.split,
+            steps=EFFORTS[self.effort],
+            block_shape=layout.block_shape,
+            distortion=self.distortion,
+            expansion=self.expansion,
+        )
+        levels = levels_of_pairs(free.centroids, self.split)
+        code = code_with_feedback(
+            weight, moments, levels, bases.basis, bases.rotation, search
+        )
+        packed, coarse = pack_rows(code.codes, layout)
+        return free.replace(
+            packed_codes=packed,
+            packed_coarse=coarse,
+            scale=code.scale,
+            in_scale=code.in_scale.astype(jnp.float16),
+            out_scale=code.out_scale.astype(jnp.float16),
+        )
+
+    def to_fields(self) -> dict[str, Any]:
+        """The static choices as JSON; the usual height of blocks is not written."""
+        fields = super().to_fields()
+        if self.block_height == _BLOCK_HEIGHT:
+            del fields["block_height"]
+        return fields
 
     @property
     def most_values(self) -> int:
@@ -213,7 +276,7 @@ class JointCode(NamedTuple):
 def joint_block_shape(
     shape: tuple[int, int], config: JointKashin
 ) -> tuple[int, int] | None:
-    """The block shape to use for a matrix: the given one, or near 64 x 64.
+    """The block shape to use for a matrix: the given one, or near 4096 weights.
 
     Raises:
       ValueError: If the width is not whole and blocks would have an odd number of rows.
@@ -222,7 +285,10 @@ def joint_block_shape(
     block_shape = config.block_shape
     if block_shape is None and 0 not in shape:
         step = 2 if half and shape[0] % 2 == 0 else 1
-        block_shape = _near_divisor(shape[0], step), _near_divisor(shape[1], 1)
+        block_shape = (
+            _near_divisor(shape[0], config.block_height, step),
+            _near_divisor(shape[1], _BLOCK_SIZE // config.block_height, 1),
+        )
     if half and block_shape is not None and block_shape[0] % 2:
         raise ValueError(
             f"At {config.bits} bits every second row of a block has one bit fewer, but "
@@ -232,9 +298,9 @@ def joint_block_shape(
     return block_shape
 
 
-def _near_divisor(size: int, step: int) -> int:
+def _near_divisor(size: int, side: int, step: int) -> int:
     divisors = [d for d in range(step, size + 1, step) if size % d == 0]
-    return min(divisors, key=lambda d: abs(math.log(d / _BLOCK_SIDE)))
+    return min(divisors, key=lambda d: abs(math.log(d / side)))
 
 
 class _Part(NamedTuple):
@@ -255,6 +321,7 @@ def joint_code(
     block_shape: tuple[int, int],
     importance: Float[Array, " m"] | None = None,
     in_scale: Float16[Array, " m"] | None = None,
+    levels: Levels | None = None,
     *,
     part_size: int = _PART,
 ) -> JointCode:
@@ -273,6 +340,7 @@ def joint_code(
         takes, say. The scales of inputs then are those of least weighted error, and
         `balance` is not used.
       in_scale: To use in place of what `balance` gives, see `common_input_scale`.
+      levels: Those of the codes, where they are known; None fits them.
       part_size: Weights coded at a time, one column of blocks at least.
     """
     (m, n), width = weight.shape, block_shape[1]
@@ -303,22 +371,25 @@ def joint_code(
 
     taken = _most_columns(m, n, width, part_size)
     if taken == n:
-        whole = coded(weight, out_scale)
+        whole = coded(weight, out_scale, levels)
         parts, levels = jax.tree.map(lambda leaf: leaf[None], whole), whole.levels
     else:
-        sampled = _most_columns(m, n, width, min(part_size, _SAMPLE))
-        columns = jnp.arange(n).reshape(sampled // width, -1, width)[:, 0].reshape(-1)
-        levels = coded(weight[:, columns], out_scale[columns]).levels
+        if levels is None:
+            sampled = _most_columns(m, n, width, min(part_size, _SAMPLE))
+            grid = jnp.arange(n).reshape(sampled // width, -1, width)
+            columns = grid[:, 0].reshape(-1)
+            levels = coded(weight[:, columns], out_scale[columns]).levels
+        known = levels
 
         def some(start: Int[Array, ""]) -> _Part:
             w = jax.lax.dynamic_slice_in_dim(weight, start, taken, axis=1)
             scale = jax.lax.dynamic_slice_in_dim(out_scale, start, taken)
-            return coded(w, scale, levels)
+            return coded(w, scale, known)
 
         parts = jax.lax.map(some, jnp.arange(0, n, taken))
     return JointCode(
         codes=jnp.moveaxis(parts.codes, 0, 1).reshape(m, n),
-        centroids=_all_pairs(levels),
+        centroids=all_pairs(levels),
         scale=jnp.moveaxis(parts.scale, 0, 1).reshape(m // block_shape[0], -1) * peak,
         in_scale=None if factor is None else factor.astype(jnp.float16),
         out_scale=parts.out_scale.reshape(-1).astype(jnp.float16),
@@ -361,22 +432,5 @@ def _code_part(
         coded = coded if rotation is None else rotation.synthesis(coded)
         gain = expansion(x, from_blocks(coded), in_scale) ** config.expansion
         out_scale = as_half(out_scale * gain)
-    codes = from_blocks(_pair_codes(words, config.split).reshape(blocks.shape))
+    codes = from_blocks(pair_codes(words, config.split).reshape(blocks.shape))
     return _Part(codes, scale, out_scale, words.levels)
-
-
-def _pair_codes(words: Words, split: Split) -> UInt8[Array, "k m n"]:
-    codes = (words.u << split.v) | words.v
-    if not split.half:
-        return codes
-    first_coarse = 2 ** (split.u + split.v)
-    return jnp.where(coarse_rows(codes.shape[1])[None], codes + first_coarse, codes)
-
-
-def _all_pairs(levels: Levels) -> Float[Array, "k 2"]:
-    tables = [levels.u] if levels.coarse is None else [levels.u, levels.coarse]
-    pairs = []
-    for table in tables:
-        both = jnp.meshgrid(table, levels.v, indexing="ij")
-        pairs.append(jnp.stack([pair.reshape(-1) for pair in both], axis=1))
-    return jnp.concatenate(pairs)

@@ -12,7 +12,9 @@ __all__ = [
     "common_input_scale",
     "expansion",
     "input_scale",
+    "relative_quarter",
     "relative_rms",
+    "weighted_scale",
 ]
 
 
@@ -33,18 +35,42 @@ def input_scale(
     """
     if importance is not None:
         root = relative_rms(x, axis=1, power=0.5)
-        quarter = jnp.sqrt(jnp.sqrt(importance.astype(jnp.float32)))
-        return as_half(root / _bounded(quarter, root, distortion, height))
+        quarter = relative_quarter(importance)
+        return weighted_scale(root, quarter, distortion, height)
     return relative_rms(x, axis=1, power=balance) if balance else None
 
 
-def _bounded(
+def relative_quarter(importance: Float[Array, " m"]) -> Float[Array, " m"]:
+    """Fourth roots of importances, over their mean."""
+    quarter = jnp.sqrt(jnp.sqrt(importance.astype(jnp.float32)))
+    mean = jnp.mean(quarter)
+    return quarter / jnp.where(mean > 0, mean, 1.0)
+
+
+def weighted_scale(
+    root: Float[Array, " m"],
     quarter: Float[Array, " m"],
+    distortion: float,
+    height: int,
+) -> Float[Array, " m"]:
+    """The scale of least weighted error, as it is stored; see `input_scale`.
+
+    Args:
+      root: Square roots of the root-mean-square of every input's weights, relative.
+      quarter: Of `relative_quarter`.
+      distortion: As for `input_scale`.
+      height: Rows of a block.
+    """
+    return as_half(root / _bounded(quarter, root, distortion, height))
+
+
+def _bounded(
+    relative: Float[Array, " m"],
     root: Float[Array, " m"],
     distortion: float,
     height: int,
 ) -> Float[Array, " m"]:
-    """Fourth roots of importances over their mean, none so small that a row is lost.
+    """Relative fourth roots of importances, none so small that a row is lost.
 
     With scales root / q a row loses distortion * mean(r q^2) / (r q^2) of itself, the
     mean being that of its block and r the squares of the roots: by the bound below a
@@ -52,8 +78,7 @@ def _bounded(
     few strong rows lose up to four times as much. Inputs that a calibration never met,
     of importance 0, would else lose 176 times themselves at 4 bits.
     """
-    mean = jnp.mean(quarter)
-    relative = (quarter / jnp.where(mean > 0, mean, 1.0)).reshape(-1, height)
+    relative = relative.reshape(-1, height)
     weights = jnp.square(root).reshape(-1, height)
     least = 5 * distortion
 

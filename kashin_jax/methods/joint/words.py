@@ -13,14 +13,18 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.codebooks import assign_scalars
+from kashin_jax.methods.joint.schedules import Split
 
 __all__ = [
     "Levels",
     "Words",
+    "all_pairs",
     "coarse_rows",
     "decode_words",
     "in_passes",
+    "levels_of_pairs",
     "nearest_codes",
+    "pair_codes",
     "polished",
     "polished_codes",
 ]
@@ -65,6 +69,35 @@ def decode_words(words: Words, basis: KroneckerBasis) -> Float[Array, "k m n"]:
     """The blocks u + Q v that the words stand for."""
     u = jax.vmap(lambda codes: _values_u(codes, words.levels))(words.u)
     return u + basis.synthesis(words.levels.v[words.v])
+
+
+def pair_codes(words: Words, split: Split) -> UInt8[Array, "k m n"]:
+    """Index of a pair of levels for every weight, see `all_pairs`."""
+    codes = (words.u << split.v) | words.v
+    if not split.half:
+        return codes
+    first_coarse = 2 ** (split.u + split.v)
+    return jnp.where(coarse_rows(codes.shape[1])[None], codes + first_coarse, codes)
+
+
+def all_pairs(levels: Levels) -> Float[Array, "k 2"]:
+    """All pairs of a level of u and one of v, that of v changing fastest.
+
+    The pairs of coarse levels come last.
+    """
+    tables = [levels.u] if levels.coarse is None else [levels.u, levels.coarse]
+    pairs = []
+    for table in tables:
+        both = jnp.meshgrid(table, levels.v, indexing="ij")
+        pairs.append(jnp.stack([pair.reshape(-1) for pair in both], axis=1))
+    return jnp.concatenate(pairs)
+
+
+def levels_of_pairs(pairs: Float[Array, "k 2"], split: Split) -> Levels:
+    """Inverts `all_pairs`."""
+    v, fine = 2**split.v, 2 ** (split.u + split.v)
+    coarse = pairs[fine::v, 0] if split.half else None
+    return Levels(u=pairs[:fine:v, 0], v=pairs[:v, 1], coarse=coarse)
 
 
 def in_passes(
