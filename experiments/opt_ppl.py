@@ -2,6 +2,8 @@
 
     python -m experiments.opt_ppl --bits=4
     python -m experiments.opt_ppl --bits=2,3,4 --max_tokens=all --seed=0,1,2
+    python -m experiments.opt_ppl --bits=2 --calibration=default \
+        --methods=kashin-joint-calibrated,gptq-g128
     python -m experiments.opt_ppl --model=facebook/opt-125m --dataset=lambada \
         --basis=haar --bits=4,5,6 --max_tokens=all
 
@@ -23,6 +25,7 @@ from typing import Any
 
 import jax
 
+from experiments.common.calibration import CalibrationText, load_calibration
 from experiments.common.checkpoints import checkpoint_sha256, dense_directory
 from experiments.common.flags import (
     check_flags,
@@ -34,7 +37,12 @@ from experiments.common.flags import (
     run_program,
     short_model_name,
 )
-from experiments.common.methods import METHODS, choose_methods, table_grid
+from experiments.common.methods import (
+    CALIBRATED_METHODS,
+    METHODS,
+    choose_methods,
+    table_grid,
+)
 from experiments.common.perplexity import Bench, full_precision_row, quantized_row
 from experiments.common.perplexity_table import (
     COMPARISON_TITLE,
@@ -111,7 +119,17 @@ class OptPplConfig:
     )
     max_tokens: str = flag("8192", "Tokens scored, from the first on; or `all`.")
     methods: tuple[str, ...] = flag(
-        ("all",), f"all, or a list of: {', '.join(METHODS)}."
+        ("all",),
+        f"all, or a list of: {', '.join((*METHODS, *CALIBRATED_METHODS))}; the last "
+        f"{len(CALIBRATED_METHODS)} need --calibration.",
+    )
+    calibration: str = flag(
+        "",
+        "UTF-8 text that calibrated methods learn from; `default`: the split of "
+        "wiki_vital for it.",
+    )
+    calibration_tokens: int = flag(
+        131_072, "Tokens of it, in whole windows.", _POSITIVE
     )
     basis: tuple[str, ...] = flag(
         ("hadamard",),
@@ -134,7 +152,12 @@ class OptPplConfig:
 
     def __post_init__(self) -> None:
         check_flags(self)
-        choose_methods(self.methods)
+        chosen = choose_methods(self.methods, calibrated=bool(self.calibration))
+        if self.calibration and not any(m.is_calibrated for m in chosen.values()):
+            raise UsageError(
+                "`--calibration` is for the methods "
+                f"{', '.join(CALIBRATED_METHODS)}; name one, or leave it out."
+            )
         parse_max_tokens(self.max_tokens)
         parse_widths("bits", self.bits, 1, 8)
         parse_numbers("seed", self.seed, 0, 2**31 - 1)
@@ -165,6 +188,7 @@ def run(config: OptPplConfig) -> int:
             weights_sha256=checkpoint_sha256(loaded.directory),
             batch_size=config.batch_size,
             finished=FinishedRecords(work / "rows.jsonl", earlier),
+            calibration=_load_calibration(config, loaded),
         )
         records = _rows(config, bench)
     _present(config, records, text, out)
@@ -207,13 +231,26 @@ def _load_text(config: OptPplConfig, loaded: LoadedModel) -> EvaluationText:
     )
 
 
+def _load_calibration(
+    config: OptPplConfig, loaded: LoadedModel
+) -> CalibrationText | None:
+    if not config.calibration:
+        return None
+    return load_calibration(
+        config.calibration,
+        load_tokenizer(loaded.directory),
+        context=own_context(loaded),
+        count=config.calibration_tokens,
+    )
+
+
 def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:
     full = full_precision_row(bench)
     records = [full]
     _announce(full)
     grid = table_grid(
         parse_widths("bits", config.bits, 1, 8),
-        choose_methods(config.methods),
+        choose_methods(config.methods, calibrated=bool(config.calibration)),
         parse_bases(config.basis),
         parse_numbers("seed", config.seed, 0, 2**31 - 1),
     )
@@ -311,6 +348,8 @@ def _columns(config: OptPplConfig, records: list[dict[str, Any]]) -> tuple[Colum
         columns.insert(1, Column("seed", "seed"))
     if len(config.basis) > 1:
         columns.insert(1, Column("basis", "basis"))
+    if any("output_error" in record for record in records):
+        columns.insert(-1, Column("output_error", "outputs", fixed(4)))
     if any("published" in record for record in records):
         columns.insert(-1, Column("published", "published", fixed(2)))
     return tuple(columns)

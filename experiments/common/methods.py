@@ -23,6 +23,7 @@ from kashin_jax.methods.joint.schedules import SPLITS
 
 __all__ = [
     "AS_STORED",
+    "CALIBRATED_METHODS",
     "FULL_PRECISION",
     "GLUE_METHODS",
     "JOINT",
@@ -58,6 +59,7 @@ class RowKind:
       keeps_failures: Whether layers that do not converge stay in full precision.
       mixes_widths: Whether a width between its own is met as a budget of stored bits,
         by widths that differ from layer to layer.
+      is_calibrated: Whether layers are coded with a text, by error feedback.
     """
 
     make: MakeConfig
@@ -67,6 +69,7 @@ class RowKind:
     has_limits: bool = False
     keeps_failures: bool = False
     mixes_widths: bool = False
+    is_calibrated: bool = False
 
     def is_budget(self, bits: Width) -> bool:
         """Whether `bits` is met by mixing widths."""
@@ -185,6 +188,35 @@ METHODS: Mapping[str, RowKind] = {
 }
 
 
+_FEEDBACK = (
+    "Error feedback by second moments of the inputs, with the damping that loses least "
+    "on held-out windows, or none where that is best; see docs/calibration.md."
+)
+
+CALIBRATED_METHODS: Mapping[str, RowKind] = {
+    "kashin-joint-calibrated": RowKind(
+        make=joint_config,
+        note=f"Joint coding, blocks of about 16 x 256, calibrated. {_FEEDBACK}",
+        has_basis=True,
+        is_random=True,
+        is_calibrated=True,
+    ),
+    "gptq-g128": RowKind(
+        make=lambda bits, *_: RTN(bits=_whole(bits), group_size=128),
+        note=f"GPTQ: round-to-nearest as in rtn-g128, calibrated. {_FEEDBACK}",
+        is_random=True,
+        is_calibrated=True,
+    ),
+    "rotate-k-means-calibrated": RowKind(
+        make=lambda bits, basis, *_: Rotated(KMeans(bits=_whole(bits)), basis),
+        note=f"As rotate-k-means, calibrated. {_FEEDBACK}",
+        has_basis=True,
+        is_random=True,
+        is_calibrated=True,
+    ),
+}
+"""Rows that need a text beside the model."""
+
 # The paper's three rows, then the controls that it lacks.
 GLUE_METHODS = (
     "uniform", "k-means", "kashin", "rtn-g128", "nf4-g64", "rotate-k-means",
@@ -192,7 +224,10 @@ GLUE_METHODS = (
 
 
 def choose_methods(
-    names: tuple[str, ...], everything: tuple[str, ...] = tuple(METHODS)
+    names: tuple[str, ...],
+    everything: tuple[str, ...] = tuple(METHODS),
+    *,
+    calibrated: bool = False,
 ) -> dict[str, RowKind]:
     """The named methods in the order of the table.
 
@@ -201,25 +236,27 @@ def choose_methods(
     Args:
       names: Of `METHODS`, or `all`.
       everything: What `all` stands for; its order comes before that of `METHODS`.
+      calibrated: Whether there is a text for `CALIBRATED_METHODS`, which `all` then
+        stands for, too.
 
     Raises:
       UsageError: If a name is unknown or none is given.
     """
-    known = {"all", FULL_PRECISION, *METHODS}
+    kinds = {**METHODS, **(CALIBRATED_METHODS if calibrated else {})}
     for name in names:
-        if name not in known:
+        if name in CALIBRATED_METHODS and not calibrated:
+            raise UsageError(f"`--methods`: `{name}` needs `--calibration`.")
+        if name not in {"all", FULL_PRECISION, *kinds}:
             raise UsageError(
-                f"`--methods` has no `{name}`. Choose all or from: "
-                f"{', '.join(METHODS)}."
+                f"`--methods` has no `{name}`. Choose all or from: {', '.join(kinds)}."
             )
     if not names:
-        raise UsageError(f"`--methods` is empty. Choose from: {', '.join(METHODS)}.")
+        raise UsageError(f"`--methods` is empty. Choose from: {', '.join(kinds)}.")
+    if calibrated:
+        everything = (*everything, *CALIBRATED_METHODS)
     chosen = {*names, *(everything if "all" in names else ())}
-    return {
-        name: METHODS[name]
-        for name in dict.fromkeys((*everything, *METHODS))
-        if name in chosen
-    }
+    order = dict.fromkeys((*everything, *kinds))
+    return {name: kinds[name] for name in order if name in chosen}
 
 
 class GridRow(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from experiments.common.calibration import CalibrationText
 from experiments.common.methods import FULL_PRECISION, RowKind, Width, joint_config
 from experiments.common.quantized_layers import (
     QuantizedCopy,
@@ -80,6 +81,7 @@ class Bench:
       weights_sha256: Of the checkpoint.
       batch_size: Windows per call.
       finished: Rows that are not made again; None makes all.
+      calibration: The text of calibrated rows; None where there are none.
     """
 
     loaded: LoadedModel
@@ -89,10 +91,23 @@ class Bench:
     weights_sha256: str
     batch_size: int
     finished: FinishedRecords | None = None
+    calibration: CalibrationText | None = None
 
-    def quantize(self, rules: Rules, seed: int) -> QuantizedCopy:
+    def quantize(
+        self, rules: Rules, seed: int, *, is_calibrated: bool = False
+    ) -> QuantizedCopy:
         """A quantized copy of the checkpoint."""
-        return quantized_copy(self.loaded, rules, seed, self.work, self.weights_sha256)
+        text = self.calibration if is_calibrated else None
+        calibration = None if text is None else text.calibration(seed)
+        return quantized_copy(
+            self.loaded, rules, seed, self.work, self.weights_sha256, calibration
+        )
+
+    def calibration_fields(self, method: RowKind) -> Record:
+        """What a row says of its calibration; nothing where there is none."""
+        if self.calibration is None or not method.is_calibrated:
+            return {}
+        return self.calibration.record_fields()
 
     def known(self, choices: Record) -> dict[str, Any] | None:
         """The finished row of these choices, if there is one."""
@@ -196,6 +211,7 @@ def quantized_row(
         "method": mixed_name(name) if method.is_budget(bits) else name,
         "bits": bits,
         **method.choices(basis, seed, rtol, max_steps),
+        **bench.calibration_fields(method),
     }
     if known := bench.known(choices):
         return known
@@ -233,7 +249,7 @@ def _measured(
     except ValueError as reason:
         return {"note": str(reason)}
     try:
-        copy = bench.quantize(plan.rules, seed)
+        copy = bench.quantize(plan.rules, seed, is_calibrated=method.is_calibrated)
     except NonFiniteError as reason:
         # The checkpoint is finite, so it is this method whose scales overflow.
         return {"note": str(reason)}
@@ -242,6 +258,7 @@ def _measured(
     config = plan.rules.config
     model = _quantized_model(bench, config, copy, kept)
     computation = {"config": plan.identity, "seed": seed, "kept": sorted(kept)}
+    computation |= bench.calibration_fields(method)
     width = stored_width(bench.loaded.stored_dtype)
     return {
         **size_fields(bench.loaded.model, width, layers, kept),

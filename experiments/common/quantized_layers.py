@@ -21,6 +21,7 @@ from kashin_jax.layers import PackedKernel
 from kashin_jax.models import LoadedClassifier, head_names
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.pipeline import (
+    Calibration,
     LayerReport,
     load_quantized,
     quantize_checkpoint,
@@ -80,6 +81,7 @@ def quantized_copy(
     seed: int,
     work: Path,
     weights_sha256: str,
+    calibration: Calibration | None = None,
 ) -> QuantizedCopy:
     """A quantized copy of a checkpoint, which is all that a row needs.
 
@@ -93,6 +95,7 @@ def quantized_copy(
       seed: Of everything random.
       work: Directory for unfinished work; it must exist.
       weights_sha256: Of the checkpoint.
+      calibration: A text to quantize it with.
 
     Raises:
       UsageError: If the rules do not suit the checkpoint.
@@ -100,11 +103,12 @@ def quantized_copy(
       NonFiniteError: If scales of the method overflow; names the matrix.
     """
     fields = [weights_sha256, rules_to_json(rules), seed, environment_fields()]
+    fields += [] if calibration is None else [calibration.digest]
     name = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
     _remove_damaged(work / name)
     result = quantize_checkpoint(
         loaded.directory, work / name, rules, seed=seed, max_shard_bytes=1,
-        exist_ok=True,
+        exist_ok=True, calibration=calibration,
     )  # fmt: skip
     heads = head_names(result.directory)
     model = load_quantized(result.directory, head=heads[0] if heads else None).model
@@ -155,7 +159,9 @@ def loss_fields(
 ) -> dict[str, float | None]:
     """Fields of a record: mean relative squared error, share converged, seconds.
 
-    Of a method that cannot miss a tolerance there is no share.
+    Of a method that cannot miss a tolerance there is no share. With calibration, also
+    the mean squared error of outputs on held-out text, relative to them, and how many
+    layers were better off without.
 
     Args:
       layers: All layers.
@@ -167,7 +173,20 @@ def loss_fields(
     ]
     converges = any(layer.report.decomposition for layer in layers.values())
     failed = len(unconverged(layers))
-    return {
+    reports = [layer.report.calibration for layer in layers.values()]
+    outputs = [each for each in reports if each is not None]
+    calibrated = (
+        {
+            "output_error": float(np.mean([each.output_error for each in outputs])),
+            "data_free_output_error": float(
+                np.mean([e.data_free_error for e in outputs])
+            ),
+            "layers_without": sum(each.damping is None for each in outputs),
+        }
+        if outputs
+        else {}
+    )
+    return calibrated | {
         "relative_error": float(np.mean(errors)),
         "converged_share": 1 - failed / len(layers) if converges else None,
         "quantize_seconds": sum(

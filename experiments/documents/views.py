@@ -18,7 +18,13 @@ from experiments import (
     sizes,
 )
 from experiments.classification.tasks import TASKS
-from experiments.common.methods import FULL_PRECISION, GLUE_METHODS, JOINT, METHODS
+from experiments.common.methods import (
+    CALIBRATED_METHODS,
+    FULL_PRECISION,
+    GLUE_METHODS,
+    JOINT,
+    METHODS,
+)
 from experiments.common.perplexity_table import (
     comparison_tables,
     mean_columns,
@@ -88,7 +94,8 @@ def ordered(
       records: With method, bits, and perhaps basis and seed.
       methods: The first ones, in their order.
     """
-    order = [FULL_PRECISION, *dict.fromkeys((*methods, *METHODS))]
+    every = dict.fromkeys((*methods, *METHODS, *CALIBRATED_METHODS))
+    order = [FULL_PRECISION, *every]
 
     def place(record: Record) -> tuple[Any, ...]:
         method = str(record["method"]).removesuffix("-mixed")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kashin_jax.cli.calibrate import print_calibrated, read_calibration
 from kashin_jax.cli.evaluate import language_model, run_eval
 from kashin_jax.errors import UsageError
 from kashin_jax.io import open_checkpoint, quantized_before, read_json
@@ -29,6 +30,7 @@ from kashin_jax.pipeline import (
     rules_from_json,
 )
 from kashin_jax.pipeline.allocate import JOINT_ERRORS
+from kashin_jax.pipeline.calibration import calibration_rules
 from kashin_jax.pipeline.mixed_widths import mixed_checkpoint_rules
 from kashin_jax.pipeline.role_counts import count_roles
 from kashin_jax.pipeline.table import aligned
@@ -53,6 +55,8 @@ def run_quantize(
     skip: Sequence[str],
     seed: int,
     max_shard_size: int,
+    calibration: str | None,
+    calibration_tokens: int,
     dry_run: bool,
     force: bool,
     restart: bool,
@@ -70,7 +74,11 @@ def run_quantize(
             "look better than they are.",
             file=sys.stderr,
         )
+    text = None
+    if calibration is not None:
+        text = read_calibration(source, calibration, calibration_tokens, seed)
     if dry_run:
+        chosen = chosen if text is None else calibration_rules(chosen)
         if budget is not None:
             chosen, widths = mixed_checkpoint_rules(source, chosen, budget, seed)
             print(widths)
@@ -88,6 +96,7 @@ def run_quantize(
         exist_ok=True,
         replace="finished" if force else "unfinished" if restart else None,
         announce=lambda source: print(count_roles(source), flush=True),
+        calibration=text,
     )
     if result.is_old:
         print(f"Already done: {dst} holds the result of this command.")
@@ -95,6 +104,7 @@ def run_quantize(
         print(f"{result.resumed} shards were finished already.")
     if result.widths is not None:
         print(result.widths)
+    print_calibrated(result.reports)
     # The run knows why tensors stay.
     found = inspect_checkpoint(dst, verify=False)
     _print_totals(found._replace(coverage=result.coverage))

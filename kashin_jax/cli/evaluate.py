@@ -36,7 +36,7 @@ from kashin_jax.pipeline import inspect_checkpoint, load_quantized
 from kashin_jax.pipeline.table import aligned
 from kashin_jax.version import library_version
 
-__all__ = ["language_model", "run_eval"]
+__all__ = ["language_model", "read_text", "run_eval"]
 
 # What flags belong to: a text, or tasks.
 _OF_TEXT = ("max_tokens", "stride")
@@ -146,7 +146,7 @@ def _perplexity(
 ) -> dict[str, Any]:
     if stride is not None and stride > context:
         raise UsageError(f"`--stride`={stride} must not exceed the context, {context}.")
-    ids, num_bytes = with_bos(tokenizer, _read_text(text))
+    ids, num_bytes = with_bos(tokenizer, read_text(text))
     windows = make_windows(
         ids[:max_tokens],
         context=context,
@@ -170,7 +170,8 @@ def _perplexity(
     }
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 text; DataError if it is none."""
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ from kashin_jax.errors import CheckpointError
 from kashin_jax.io import read_json
 from kashin_jax.models.loading import LoadedModel
 
-__all__ = ["MOST_TOKENS", "own_context", "trained_context"]
+__all__ = ["MOST_TOKENS", "context_of", "own_context", "trained_context"]
 
 MOST_TOKENS = 2048
 """Of a window where nobody says: what tables of perplexity have. The logits of one
@@ -25,8 +25,20 @@ def own_context(loaded: LoadedModel) -> int:
     Raises:
       CheckpointError: If `asset.json` is there and does not say.
     """
-    limit: int = loaded.config.context_length
-    return min(trained_context(loaded.directory) or MOST_TOKENS, limit)
+    return context_of(loaded.directory, loaded.config.context_length)
+
+
+def context_of(model_directory: str | Path, limit: int) -> int:
+    """The same of a checkpoint that is not loaded.
+
+    Args:
+      model_directory: Where it lies.
+      limit: Tokens that it has positions for.
+
+    Raises:
+      CheckpointError: If `asset.json` is there and does not say.
+    """
+    return min(trained_context(model_directory) or MOST_TOKENS, limit)
 
 
 def trained_context(model_directory: str | Path) -> int | None:

@@ -1,6 +1,8 @@
 """Whole models quantized: NNX models, trees of parameters, checkpoints on disk."""
 
 from kashin_jax.pipeline.allocate import allocate_widths as allocate_widths
+from kashin_jax.pipeline.calibration import Calibration as Calibration
+from kashin_jax.pipeline.calibration import calibration_windows as calibration_windows
 from kashin_jax.pipeline.checkpoint import StreamResult as StreamResult
 from kashin_jax.pipeline.checkpoint import (
     dequantize_checkpoint as dequantize_checkpoint,
@@ -26,6 +28,7 @@ from kashin_jax.pipeline.plan import LayerPlan as LayerPlan
 from kashin_jax.pipeline.plan import Plan as Plan
 from kashin_jax.pipeline.plan import packed_size as packed_size
 from kashin_jax.pipeline.report import REPORT_NAME as REPORT_NAME
+from kashin_jax.pipeline.report import CalibrationReport as CalibrationReport
 from kashin_jax.pipeline.report import LayerReport as LayerReport
 from kashin_jax.pipeline.report import outliers as outliers
 from kashin_jax.pipeline.report import report_table as report_table
@@ -41,6 +44,8 @@ __all__ = [
     "DEFAULT_SKIPS",
     "REPORT_NAME",
     "SHARED_INPUTS",
+    "Calibration",
+    "CalibrationReport",
     "Inspection",
     "LayerPlan",
     "LayerReport",
@@ -52,6 +57,7 @@ __all__ = [
     "StreamResult",
     "TensorRow",
     "allocate_widths",
+    "calibration_windows",
     "default_select",
     "dequantize_checkpoint",
     "dequantize_params",

@@ -24,6 +24,11 @@ from kashin_jax.io import (
     write_index,
     write_stored,
 )
+from kashin_jax.pipeline.calibrated_checkpoint import (
+    calibrate_checkpoint,
+    check_calibration,
+)
+from kashin_jax.pipeline.calibration import Calibration, calibration_rules
 from kashin_jax.pipeline.checkpoint_plan import (
     check_copy,
     plan_checkpoint,
@@ -98,6 +103,7 @@ def quantize_checkpoint(
     exist_ok: bool = False,
     replace: Literal["finished", "unfinished"] | None = None,
     announce: Callable[[Checkpoint], None] | None = None,
+    calibration: Calibration | None = None,
 ) -> StreamResult:
     """Quantizes a checkpoint into a directory of safetensors files, tensor by tensor.
 
@@ -126,6 +132,9 @@ def quantize_checkpoint(
         that was `finished`, with all files in the directory, or an `unfinished` one.
       announce: Called with the source before the work begins, which may take hours,
         and once nothing was found wrong; not where there is none to do.
+      calibration: A text that decides what is lost, see `quantize_calibrated`, for
+        language models that run here. The model is then held in memory, in float32, and
+        codes are no longer those of `quantize_model`.
 
     Raises:
       UsageError: If the rules do not suit the checkpoint, or `target` is taken.
@@ -134,12 +143,18 @@ def quantize_checkpoint(
     """
     rules = Rules() if rules is None else rules
     checkpoint = open_checkpoint(source)
+    if calibration is not None:
+        rules = calibration_rules(rules)
+        check_calibration(checkpoint, calibration)
     plan = plan_checkpoint(checkpoint, rules)
     check_copy(checkpoint)
     target = _separate(checkpoint.directory, Path(target))
     if replace and checkpoint.directory.resolve().is_relative_to(target.resolve()):
         raise UsageError(f"{target}: holds the source; name another directory.")
-    run = fingerprint(checkpoint, rules, seed, max_shard_bytes, plan.tensors, budget)
+    run = fingerprint(
+        checkpoint, rules, seed, max_shard_bytes, plan.tensors, budget,
+        None if calibration is None else calibration.digest,
+    )  # fmt: skip
     may_be_done = exist_ok and replace != "finished"
     if may_be_done and (found := finished_run(target, run)) is not None:
         count = len(open_checkpoint(target).files)
@@ -154,6 +169,11 @@ def quantize_checkpoint(
                 checkpoint, rules, budget, seed, kept
             )
             plan = plan_checkpoint(checkpoint, rules)
+        if calibration is not None:
+            root = jax.random.key(seed)
+            calibrate_checkpoint(
+                checkpoint, target, plan, calibration, root, max_shard_bytes
+            )
         reports, resumed = _quantize(
             checkpoint, target, plan, rules, seed, max_shard_bytes
         )

@@ -18,7 +18,9 @@ from kashin_jax.pipeline.table import aligned
 
 __all__ = [
     "REPORT_NAME",
+    "CalibrationReport",
     "LayerReport",
+    "kept_without",
     "outliers",
     "read_report",
     "report_table",
@@ -44,12 +46,27 @@ _LARGEST = ("residual", "max_u", "max_v", "num_steps")
 # All that is no field of the method in a line of the file.
 _FIELDS = frozenset({
     "tensor", "path", "shape", "stored_bits_per_weight", "relative_squared_error",
-    "converged", "seconds", *_LARGEST,
+    "converged", "seconds", "calibration", *_LARGEST,
 })  # fmt: skip
 # Deep nesting ends in a RecursionError, a huge integer in an OverflowError.
 _FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError)
 
 _logger = logging.getLogger(__name__)
+
+
+class CalibrationReport(NamedTuple):
+    """What a layer's outputs lose on text that was held out.
+
+    Attributes:
+      output_error: `|x (W - W_q)|^2 / |x W|^2`, summed over tokens: of what was kept.
+      data_free_error: The same of the code without calibration.
+      damping: Share of the mean second moment that was added to all; None where the
+        code without calibration lost no more, and was kept.
+    """
+
+    output_error: float
+    data_free_error: float
+    damping: float | None
 
 
 class LayerReport(NamedTuple):
@@ -67,6 +84,7 @@ class LayerReport(NamedTuple):
       seconds: Wall-clock time, compilation included; None where nobody kept them.
       worst_squared_error: The largest of a stack; None for a single matrix.
       path: Path of the layer.
+      calibration: What the outputs lose; None without calibration.
     """
 
     relative_squared_error: Float[Array, ""] | float
@@ -77,11 +95,19 @@ class LayerReport(NamedTuple):
     seconds: float | None
     worst_squared_error: Float[Array, ""] | None = None
     path: str = ""
+    calibration: CalibrationReport | None = None
 
     @property
     def relative_error(self) -> float:
         """The relative error `|W - W_q| / |W|`, in Frobenius norms."""
         return math.sqrt(float(self.relative_squared_error))
+
+    @property
+    def lost(self) -> float:
+        """The relative error of the outputs where it is known, else of the weights."""
+        if self.calibration is None:
+            return self.relative_error
+        return math.sqrt(max(self.calibration.output_error, 0.0))
 
     @property
     def bits_per_weight(self) -> float:
@@ -125,6 +151,8 @@ class LayerReport(NamedTuple):
             "stored_bits_per_weight": self.bits_per_weight,
             "relative_squared_error": float(self.relative_squared_error),
         }
+        if self.calibration is not None:
+            record["calibration"] = self.calibration._asdict()
         return record | dict(self.summary().decomposition or {})
 
     @classmethod
@@ -136,7 +164,7 @@ class LayerReport(NamedTuple):
         """
         shape = tuple(int(size) for size in record["shape"])
         method = {k: v for k, v in record.items() if k not in _FIELDS}
-        seconds = record.get("seconds")
+        seconds, calibrated = record.get("seconds"), record.get("calibration")
         decomposition = None
         if "converged" in record:
             decomposition = {name: float(record[name]) for name in _LARGEST}
@@ -149,6 +177,7 @@ class LayerReport(NamedTuple):
             stored_bits=round(record["stored_bits_per_weight"] * math.prod(shape)),
             seconds=None if seconds is None else float(seconds),
             path=str(record["path"]),
+            calibration=None if calibrated is None else CalibrationReport(**calibrated),
         )
 
     def _largest(self, name: str) -> float | None:
@@ -202,14 +231,15 @@ def outliers(reports: Mapping[str, LayerReport]) -> list[str]:
 
     Among layers of one method and width, those whose log relative error lies more than
     3.5 modified z-scores, .6745 (x - median) / MAD, above the median. The MAD counts as
-    .02 at least, and groups of fewer than five layers have no outliers.
+    .02 at least, and groups of fewer than five layers have no outliers. Nor do layers
+    that were coded with calibration, whose weights may differ for their outputs' sake.
 
     References:
       Iglewicz and Hoaglin, "How to detect and handle outliers" (1993).
     """
     groups: dict[Any, dict[str, float]] = {}
     for path, report in reports.items():
-        if (error := report.relative_error) > 0:
+        if report.calibration is None and (error := report.relative_error) > 0:
             groups.setdefault(_kind(report), {})[path] = math.log(error)
     found = []
     for group in groups.values():
@@ -224,8 +254,8 @@ def outliers(reports: Mapping[str, LayerReport]) -> list[str]:
 
 
 def destroyed(reports: Mapping[str, LayerReport]) -> list[str]:
-    """Paths of layers of which more than half is lost, by relative error."""
-    return [path for path, each in reports.items() if each.relative_error > _DESTROYED]
+    """Paths of layers of which more than half is lost, see `LayerReport.lost`."""
+    return [path for path, each in reports.items() if each.lost > _DESTROYED]
 
 
 def warn_of_outliers(reports: Mapping[str, LayerReport]) -> None:
@@ -246,18 +276,29 @@ def warn_of_outliers(reports: Mapping[str, LayerReport]) -> None:
 
 
 def _worst_first(reports: Mapping[str, LayerReport], paths: list[str]) -> str:
-    ordered = sorted(paths, key=lambda path: -reports[path].relative_error)
-    return ", ".join(f"{p} ({reports[p].relative_error:.3g})" for p in ordered)
+    ordered = sorted(paths, key=lambda path: -reports[path].lost)
+    return ", ".join(f"{p} ({reports[p].lost:.3g})" for p in ordered)
+
+
+def kept_without(reports: Mapping[str, LayerReport]) -> list[str]:
+    """Paths of calibrated layers that were better off without calibration."""
+    return [
+        path
+        for path, each in reports.items()
+        if each.calibration is not None and each.calibration.damping is None
+    ]
 
 
 def report_table(reports: Mapping[str, LayerReport]) -> str:
     """A line for every layer, and one for all of them."""
-    header = ("layer", "method", "error", "residual", "max u", "max v", "bits", "s")
+    header = (
+        "layer", "method", "error", "residual", "max u", "max v", "outputs", "bits", "s"
+    )  # fmt: skip
     rows = [_row(path, report) for path, report in reports.items()]
     bits = sum(report.stored_bits for report in reports.values())
     weights = sum(math.prod(report.shape) for report in reports.values())
     seconds = sum(report.seconds or 0.0 for report in reports.values())
-    total = (f"{len(rows)} layers", "", "", "", "", "")
+    total = (f"{len(rows)} layers", "", "", "", "", "", "")
     rows.append((*total, f"{bits / max(weights, 1):.3f}", f"{seconds:.1f}"))
     return aligned([header, *rows], left=2)
 
@@ -273,6 +314,7 @@ def _row(path: str, report: LayerReport) -> tuple[str, ...]:
         "" if report.config is None else method_name(report.config),
         error,
         *("" if number is None else f"{number:.3g}" for number in numbers),
+        "" if report.calibration is None else f"{report.lost:.3g}",
         f"{report.bits_per_weight:.3f}",
         "" if report.seconds is None else f"{report.seconds:.1f}",
     )

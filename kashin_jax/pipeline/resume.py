@@ -93,7 +93,7 @@ class Fingerprint:
         found = []
         for name, mine in self.parts.items():
             if (theirs := str(parts.get(name))) != mine:
-                is_digest = name in ("weights", "rules")
+                is_digest = name in ("weights", "rules", "calibration")
                 found.append(
                     f"other {name}" + ("" if is_digest else f" ({theirs}, not {mine})")
                 )
@@ -111,6 +111,7 @@ def fingerprint(
     shard_bytes: int,
     tensors: Sequence[PlannedTensor],
     budget: int | float | None = None,
+    calibration: str | None = None,
 ) -> Fingerprint:
     """Everything that the bytes of the result depend on.
 
@@ -122,7 +123,8 @@ def fingerprint(
         status = file.path.stat()
         entries = [(key, *spec) for key, spec in file.specs.items()]
         files.append([name, status.st_size, status.st_mtime_ns, entries])
-    return Fingerprint({
+    text = {} if calibration is None else {"calibration": calibration}
+    return Fingerprint(text | {
         "weights": _digest([files, dict(source.config)]),
         "rules": _digest([
             rules_to_json(rules),

@@ -1,0 +1,90 @@
+"""Calibrated layers of a checkpoint, kept in hidden files until shards are written."""
+
+from pathlib import Path
+
+from jaxtyping import Array, Key
+
+from kashin_jax.errors import UsageError
+from kashin_jax.io import (
+    Checkpoint,
+    PlannedTensor,
+    from_leaves,
+    plan_shards,
+    shard_names,
+)
+from kashin_jax.models.loading import load_model
+from kashin_jax.pipeline.calibration import Calibration, quantize_calibrated
+from kashin_jax.pipeline.checkpoint_plan import stored_kernel
+from kashin_jax.pipeline.mixed_widths import why_it_does_not_run
+from kashin_jax.pipeline.plan import Choice, Plan
+from kashin_jax.pipeline.report import LayerReport
+from kashin_jax.pipeline.resume import keep_tensor, kept_tensor
+from kashin_jax.tensors import QuantizedTensor
+
+__all__ = ["calibrate_checkpoint", "check_calibration", "check_runs"]
+
+
+def check_runs(source: Checkpoint) -> None:
+    """Raises UsageError if a checkpoint is no language model that runs here."""
+    if (why := why_it_does_not_run(source)) is not None:
+        raise UsageError(
+            f"{source.directory}: cannot be calibrated, as {why}. Leave calibration "
+            "out."
+        )
+
+
+def check_calibration(source: Checkpoint, calibration: Calibration) -> None:
+    """Raises UsageError if a checkpoint cannot read the text of a calibration."""
+    check_runs(source)
+    largest, smallest = calibration.windows.max(), calibration.windows.min()
+    size = source.config.get("vocab_size")
+    if smallest < 0 or (isinstance(size, int) and largest >= size):
+        raise UsageError(
+            f"{source.directory}: has no token {max(largest, -smallest)}, which the "
+            "calibration text has. Use the tokenizer of the model."
+        )
+
+
+def calibrate_checkpoint(
+    source: Checkpoint,
+    target: Path,
+    plan: Plan,
+    calibration: Calibration,
+    root: Key[Array, ""],
+    max_shard_bytes: int,
+) -> None:
+    """Codes all layers that the text reaches, and keeps them in hidden files.
+
+    What an interrupted run has kept is not coded again. Where shards are there already,
+    all of it was done.
+
+    Raises:
+      UsageError: If the model has no list of blocks.
+      NonFiniteError: If a matrix, or what a layer reads, holds NaN or infinity.
+    """
+    names = shard_names(len(plan_shards(plan.tensors, max_shard_bytes)))
+    if any((target / name).exists() for name in names):
+        return
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    choices = [layer.choice for layer in plan.quantized]
+    if all(kept_tensor(target, planned[choice.name]) for choice in choices):
+        return
+
+    def keep(choice: Choice, tensor: QuantizedTensor, report: LayerReport) -> None:
+        keep_tensor(target, planned[choice.name], tensor, report.summary())
+
+    quantize_calibrated(
+        load_model(source).model, choices, calibration, root,
+        kernel=lambda choice: stored_kernel(source, choice),
+        kept=lambda choice: _kept(target, planned[choice.name]),
+        keep=keep,
+    )  # fmt: skip
+
+
+def _kept(target: Path, planned: PlannedTensor) -> QuantizedTensor | None:
+    if (found := kept_tensor(target, planned)) is None:
+        return None
+    file, _ = found
+    start = f"{planned.name}."
+    leaves = {leaf.removeprefix(start): file.read(leaf) for leaf in planned.specs}
+    return from_leaves(planned.description, leaves, name=planned.name)

@@ -1,0 +1,367 @@
+"""Quantizing a language model with a text: what its layers read decides what is lost.
+
+Block by block, the second moments of what every layer reads are summed over windows of
+the text, in the network whose earlier layers are quantized already. Every layer is then
+coded with error feedback, at several strengths of damping, and without any data; what
+loses least of the layer's outputs on windows that were held out is kept.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32, Key
+
+from kashin_jax.errors import DataError, NonFiniteError, UsageError
+from kashin_jax.methods import (
+    Method,
+    QuantizationReport,
+    output_loss,
+    quantize_stack,
+    weight_error,
+    with_feedback,
+)
+from kashin_jax.pipeline.blocks import BlockRunner, Stage, find_blocks
+from kashin_jax.pipeline.moments import Moments
+from kashin_jax.pipeline.paths import path_key
+from kashin_jax.pipeline.plan import Choice
+from kashin_jax.pipeline.report import CalibrationReport, LayerReport
+from kashin_jax.pipeline.rules import Rules
+from kashin_jax.pipeline.run import reported
+from kashin_jax.progress import progress_bar
+from kashin_jax.tensors import QuantizedTensor, dequantize
+
+__all__ = [
+    "Calibration",
+    "calibration_rules",
+    "calibration_windows",
+    "quantize_calibrated",
+]
+
+# Tokens of a pass: what is between layers of a large model then takes some 100 MB.
+_PASS = 8192
+# One window in so many is held out.
+_HELD_OUT = 8
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """A text to quantize a language model with, and how.
+
+    Attributes:
+      windows: Token ids, in the order in which they are read; at least two windows. The
+        last eighth is held out.
+      dampings: Shares of the mean second moment that are added to all, of which every
+        layer gets the one that loses least on held-out windows.
+      is_sequential: Whether layers read the text through a network whose earlier layers
+        are quantized already, or through that in full precision.
+    """
+
+    windows: Int32[np.ndarray, "w t"]
+    dampings: tuple[float, ...] = (0.01, 0.1)
+    is_sequential: bool = True
+
+    def __post_init__(self) -> None:
+        if self.windows.ndim != 2 or len(self.windows) < 2:
+            raise UsageError(
+                "Calibration needs two windows of tokens at least. Got an array of "
+                f"shape {self.windows.shape}."
+            )
+        if not self.dampings or not all(0 < d < math.inf for d in self.dampings):
+            raise UsageError(
+                f"`dampings` must be positive numbers. Got {self.dampings}."
+            )
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that the codes depend on."""
+        tokens = np.ascontiguousarray(self.windows, np.int32)
+        parts = [tokens.shape, self.dampings, self.is_sequential]
+        return hashlib.sha256(repr(parts).encode() + tokens.tobytes()).hexdigest()
+
+
+def calibration_windows(
+    tokens: Int[np.ndarray, " n"], *, context: int, count: int, seed: int = 0
+) -> Int32[np.ndarray, "w t"]:
+    """Draws windows that do not overlap from all over a text.
+
+    Args:
+      tokens: The text.
+      context: Tokens of a window.
+      count: Tokens in all, of which whole windows are taken.
+      seed: Of the draw.
+
+    Raises:
+      UsageError: If `count` is less than two windows.
+      DataError: If the text is shorter.
+    """
+    wanted, there = count // context, tokens.size // context
+    if wanted < 2:
+        raise UsageError(
+            f"Calibration needs two windows of {context} tokens at least, {2 * context}"
+            f" tokens in all. Got {count}."
+        )
+    if there < wanted:
+        raise DataError(
+            f"The calibration text has {tokens.size} tokens, {there} windows of "
+            f"{context}, and {wanted} are asked for. Give a longer text, or ask for "
+            "fewer tokens."
+        )
+    cut = tokens[: there * context].reshape(there, context)
+    order = np.random.default_rng(seed).permutation(there)[:wanted]
+    return cut[order].astype(np.int32)
+
+
+def calibration_rules(rules: Rules) -> Rules:
+    """The rules with what their methods take for error feedback.
+
+    Raises:
+      UsageError: If a method has none, or layers are to share scales of inputs.
+    """
+    if rules.share:
+        raise UsageError(
+            "`share` gives layers one scale of inputs, and calibration each its own. "
+            "Leave one of them out."
+        )
+
+    def suited(config: Method) -> Method:
+        if not config.takes_feedback:
+            raise UsageError(
+                f"The method {config.name} takes no calibration; kashin-joint, rtn, "
+                "k-means, rotate-rtn and rotate-k-means do."
+            )
+        return config.for_feedback()
+
+    each = [
+        dataclasses.replace(rule, config=suited(rule.config)) if rule.config else rule
+        for rule in rules.rules
+    ]
+    return dataclasses.replace(rules, config=suited(rules.config), rules=each)
+
+
+class _Batch(NamedTuple):
+    tokens: Int32[np.ndarray, "b t"]
+    is_held_out: bool
+
+
+def quantize_calibrated(
+    model: nnx.Module,
+    choices: Sequence[Choice],
+    calibration: Calibration,
+    root: Key[Array, ""],
+    kernel: Callable[[Choice], Array],
+    kept: Callable[[Choice], QuantizedTensor | None],
+    keep: Callable[[Choice, QuantizedTensor, LayerReport], None],
+) -> None:
+    """Quantizes the chosen layers of a model's blocks, one block in memory at a time.
+
+    Linear layers within the model's list of blocks are calibrated. All others, and
+    those that no window reaches, are left to the caller, who codes them without data; a
+    logged warning names them.
+
+    Args:
+      model: Gives logits of token ids `[b, t]`. Not changed.
+      choices: Those with a method.
+      calibration: The text.
+      root: Folded with every path, as `quantize_model` does it.
+      kernel: Gives a matrix as `[in, out]`.
+      kept: What an earlier run made of a layer; None if nothing.
+      keep: Takes what became of a layer.
+
+    Raises:
+      UsageError: If the model has no list of blocks.
+      NonFiniteError: If a matrix, or what a layer reads, holds NaN or infinity; names
+        the layer.
+    """
+    chosen = {choice.path: choice for choice in choices}
+    path = find_blocks(model, chosen)
+    run = _Run(BlockRunner(model, path), calibration, root, kernel, kept, keep)
+    size = sum(math.prod(choice.candidate.shape) for choice in choices)
+    with progress_bar(size, "weights", desc="calibration ") as progress:
+        for index in range(len(run.runner.blocks)):
+            start = f"{path}/{index}/"
+            own = {p[len(start) :]: c for p, c in chosen.items() if p.startswith(start)}
+            for choice in run.block(index, own):
+                progress.set_postfix_str(choice.path)
+                progress.update(math.prod(choice.candidate.shape))
+                del chosen[choice.path]
+    if chosen:
+        _logger.warning(
+            "%d layers are coded without calibration, as the text does not reach them "
+            "in a linear layer of %s: %s.", len(chosen), path, ", ".join(chosen),
+        )  # fmt: skip
+
+
+class _Run:
+    """The text on its way through the blocks."""
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        calibration: Calibration,
+        root: Key[Array, ""],
+        kernel: Callable[[Choice], Array],
+        kept: Callable[[Choice], QuantizedTensor | None],
+        keep: Callable[[Choice, QuantizedTensor, LayerReport], None],
+    ) -> None:
+        self.runner, self._calibration, self._root = runner, calibration, root
+        self._kernel, self._kept, self._keep = kernel, kept, keep
+        self._batches = list(_batches(calibration.windows))
+        # Hidden states in front of the next block, on the host.
+        self._hidden = [np.asarray(runner.first(b.tokens)) for b in self._batches]
+
+    def block(self, index: int, own: Mapping[str, Choice]) -> Iterator[Choice]:
+        """Quantizes layers of a block and moves on behind it; gives what was done.
+
+        Args:
+          index: Of the block; all in front of it were done.
+          own: By path within the block.
+        """
+        original = self.runner.blocks[index]
+        linear = [path for path in own if _is_linear(original, path)]
+        stages = self.runner.stages(index, linear) if linear else []
+        is_changed = self._calibration.is_sequential
+        # A copy, whose kernels are changed as soon as they are quantized.
+        block = nnx.clone(original) if is_changed else original
+        for group in [[stage] for stage in stages] if is_changed else [stages]:
+            done = {p: self._kept(own[p]) for stage in group for p in stage}
+            rest = [s for s in group if any(done[p] is None for p in s)]
+            moments = self._moments(index, block, rest, own)
+            for stage in group:
+                for path in stage:
+                    choice, tensor = own[path], done[path]
+                    if tensor is None:
+                        tensor = self._coded(choice, moments[stage])
+                    if is_changed:
+                        _put_kernel(block, path, tensor)
+                    yield choice
+        if index + 1 < len(self.runner.blocks):
+            self._hidden = [
+                np.asarray(self.runner.outputs(index, block, batch.tokens, x))
+                for batch, x in zip(self._batches, self._hidden, strict=True)
+            ]
+
+    def _moments(
+        self,
+        index: int,
+        block: nnx.Module,
+        stages: Sequence[Stage],
+        own: Mapping[str, Choice],
+    ) -> dict[Stage, "_Heard"]:
+        """What layers read, in windows to learn from and in those held out."""
+        sums = {s: _Heard.none(own[s[0]].candidate.shape[-2]) for s in stages}
+        for batch, x in zip(self._batches, self._hidden, strict=True):
+            if not stages:
+                break
+            found = self.runner.moments(index, block, stages, batch.tokens, x)
+            for stage, half in found.items():
+                sums[stage] = sums[stage].plus(batch, half)
+        for stage, heard in sums.items():
+            name = own[stage[0]].name
+            for each in heard:
+                if not np.isfinite(each.half).all():
+                    raise NonFiniteError(
+                        f"`{name}` reads NaN, infinity or numbers beyond 1e19 in the "
+                        "calibration text. Repair the checkpoint, or leave the layer "
+                        "out."
+                    )
+        return sums
+
+    def _coded(self, choice: Choice, heard: "_Heard") -> QuantizedTensor:
+        config = choice.config
+        assert config is not None, "only layers that were chosen"
+        found: list[CalibrationReport] = []
+
+        def coded() -> tuple[QuantizedTensor, QuantizationReport]:
+            key = path_key(self._root, choice.path)
+            tensor, report, calibrated = _best_code(
+                self._kernel(choice), config, key, choice.name, heard,
+                self._calibration.dampings,
+            )  # fmt: skip
+            found.append(calibrated)
+            return tensor, report
+
+        tensor, report = reported(choice.path, config, coded)
+        self._keep(choice, tensor, report._replace(calibration=found[0]))
+        return tensor
+
+
+class _Heard(NamedTuple):
+    # Moments of an input, in windows to learn from and in those that are held out.
+    learned: Moments
+    held_out: Moments
+
+    @classmethod
+    def none(cls, inputs: int) -> "_Heard":
+        return cls(Moments.none(inputs), Moments.none(inputs))
+
+    def plus(self, batch: _Batch, half: Float[Array, "r c"]) -> "_Heard":
+        tokens = batch.tokens.size
+        if batch.is_held_out:
+            return self._replace(held_out=self.held_out.plus(half, tokens))
+        return self._replace(learned=self.learned.plus(half, tokens))
+
+
+def _best_code(
+    weight: Float[Array, "m n"],
+    config: Method,
+    key: Key[Array, ""],
+    name: str,
+    heard: _Heard,
+    dampings: Sequence[float],
+) -> tuple[QuantizedTensor, QuantizationReport, CalibrationReport]:
+    """The best code of a matrix by its outputs in what was held out."""
+    learned, held_out = (jnp.asarray(e.mean(), jnp.float32) for e in heard)
+    free, report = quantize_stack(weight, config, key, path=name)
+    whole = float(output_loss(weight, held_out))
+    if not whole > 0:
+        # The layer reads zeros: whatever is coded, nothing is lost.
+        return free, report, CalibrationReport(0.0, 0.0, None)
+    without = least = float(output_loss(weight, held_out, free)) / whole
+    best, chosen = free, None
+    for damping in dampings:
+        # Few values, of which nothing is lost.
+        if without <= 1e-9:
+            break
+        tensor = with_feedback(weight, config, free, learned, damping)
+        # NaN, of moments that are singular in float32, is not less.
+        error = float(output_loss(weight, held_out, tensor)) / whole
+        if error < least:
+            best, least, chosen = tensor, error, damping
+    report = report._replace(relative_squared_error=weight_error(weight, best))
+    return best, report, CalibrationReport(least, without, chosen)
+
+
+def _batches(windows: Int32[np.ndarray, "w t"]) -> Iterator[_Batch]:
+    """Windows to learn from, then those held out, in batches of one size."""
+    held_out = max(1, len(windows) // _HELD_OUT)
+    learned = len(windows) - held_out
+    most = max(1, _PASS // windows.shape[1])
+    common = math.gcd(learned, held_out)
+    size = max(k for k in range(1, min(most, common) + 1) if common % k == 0)
+    for start in range(0, len(windows), size):
+        yield _Batch(windows[start : start + size], start >= learned)
+
+
+def _is_linear(block: nnx.Module, path: str) -> bool:
+    node = _layer(block, path)
+    return type(node) is nnx.Linear and node.kernel.get_value().ndim == 2
+
+
+def _layer(block: Any, path: str) -> Any:
+    for name in path.split("/"):
+        block = block[int(name)] if name.isdigit() else getattr(block, name)
+    return block
+
+
+def _put_kernel(block: nnx.Module, path: str, tensor: QuantizedTensor) -> None:
+    kernel = _layer(block, path).kernel
+    kernel.set_value(dequantize(tensor, kernel.get_value().dtype))

@@ -1,0 +1,275 @@
+"""Language models quantized with a text: never worse than without, and resumable."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from interruptions import Calls
+from tiny_checkpoint import CONTEXT, LINEARS, VOCABULARY, edit_tensors, make_checkpoint
+from tiny_classifier import make_classifier
+
+from kashin_jax import RTN, JointKashin, Rules
+from kashin_jax.cli import main
+from kashin_jax.errors import DataError, NonFiniteError, UsageError
+from kashin_jax.methods import ChannelKMeans
+from kashin_jax.pipeline import (
+    REPORT_NAME,
+    Calibration,
+    Rule,
+    calibrated_checkpoint,
+    calibration,
+    calibration_windows,
+    quantize_checkpoint,
+)
+from kashin_jax.pipeline.report import kept_without, read_report
+
+GPTQ = Rules(config=RTN(bits=2, group_size=32))
+
+
+def windows(count=16, seed=0):
+    """Sentences of a language of its own: each token says which five may follow."""
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((count, CONTEXT), np.int32)
+    for i in range(1, CONTEXT):
+        tokens[:, i] = (7 * tokens[:, i - 1] + rng.integers(0, 5, count)) % VOCABULARY
+    return tokens
+
+
+TEXT = Calibration(windows=windows())
+
+
+def files(directory):
+    names = ("*.safetensors", "*.json", REPORT_NAME)
+    found = [file for name in names for file in directory.glob(name)]
+    return {file.name: file.read_bytes() for file in found}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Not to be changed."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def fed(tiny, tmp_path_factory):
+    """By GPTQ; not to be changed."""
+    target = tmp_path_factory.mktemp("calibrated") / "fed"
+    return quantize_checkpoint(tiny, target, GPTQ, calibration=TEXT)
+
+
+def test_no_layer_is_worse_than_without_and_most_are_better(fed):
+    reports = [report.calibration for report in fed.reports.values()]
+    assert len(reports) == LINEARS and None not in reports
+    for each in reports:
+        assert each.output_error <= each.data_free_error
+        assert (each.damping is None) == (each.output_error == each.data_free_error)
+    whole, without = (
+        np.mean([getattr(each, name) for each in reports])
+        for name in ("output_error", "data_free_error")
+    )
+    assert whole < 0.8 * without
+
+
+def test_reports_are_read_back(fed):
+    assert read_report(fed.directory / REPORT_NAME).keys() == fed.reports.keys()
+    for name, report in read_report(fed.directory / REPORT_NAME).items():
+        assert report.calibration == fed.reports[name].calibration
+    line = json.loads((fed.directory / REPORT_NAME).read_text().splitlines()[0])
+    assert line["calibration"].keys() == {"output_error", "data_free_error", "damping"}
+
+
+@pytest.mark.parametrize("at", [1, 2, 6, LINEARS])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    tiny, fed, tmp_path, monkeypatch, at
+):
+    """Guards hidden states behind layers that an earlier run has quantized."""
+    calls = Calls(calibrated_checkpoint.keep_tensor)
+    calls.interrupted_at = at
+    monkeypatch.setattr(calibrated_checkpoint, "keep_tensor", calls)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=TEXT)
+    with pytest.raises(UsageError, match="other calibration"):
+        other = Calibration(windows=windows(seed=1))
+        quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=other)
+    calls.count, calls.interrupted_at = 0, None
+    quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=TEXT)
+    assert calls.count == LINEARS - at + 1
+    assert files(tmp_path / "out") == files(fed.directory)
+
+
+def test_shards_that_are_there_are_not_calibrated_again(
+    tiny, fed, tmp_path, monkeypatch
+):
+    from kashin_jax.pipeline import checkpoint
+
+    calls = Calls(checkpoint.write_index)
+    calls.interrupted_at = 1
+    monkeypatch.setattr(checkpoint, "write_index", calls)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=TEXT)
+    monkeypatch.setattr(calibrated_checkpoint, "quantize_calibrated", None)
+    quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=TEXT)
+    assert files(tmp_path / "out") == files(fed.directory)
+
+
+def test_layers_that_a_text_misleads_keep_the_code_without(tiny, tmp_path):
+    """Guards "never worse": the held-out windows are in another language."""
+    tokens = np.concatenate(
+        [
+            np.full((14, CONTEXT), 5, np.int32),
+            np.random.default_rng(0)
+            .integers(0, VOCABULARY, (2, CONTEXT))
+            .astype(np.int32),
+        ]
+    )
+    misled = Calibration(windows=tokens, dampings=(1e-4,))
+    target = tmp_path / "out"
+    found = quantize_checkpoint(tiny, target, GPTQ, calibration=misled)
+    without = kept_without(found.reports)
+    assert without
+    plain = quantize_checkpoint(tiny, tmp_path / "plain", GPTQ)
+    for name in without:
+        each = found.reports[name]
+        assert each.calibration.output_error == each.calibration.data_free_error
+        errors = [r.reports[name].relative_squared_error for r in (found, plain)]
+        assert errors[0] == errors[1]
+
+
+def test_joint_coding_takes_low_blocks_and_loses_less(tiny, tmp_path):
+    config = JointKashin(bits=2, effort="fast")
+    found = quantize_checkpoint(
+        tiny, tmp_path / "out", Rules(config=config), calibration=TEXT
+    )
+    for report in found.reports.values():
+        assert report.config.block_height == 16
+        assert report.calibration.output_error <= report.calibration.data_free_error
+    assert len(kept_without(found.reports)) < LINEARS / 2
+
+
+def test_the_network_in_full_precision_is_another_one(tiny, fed, tmp_path):
+    """Guards `is_sequential`: the first input is the same, later ones are not."""
+    whole = Calibration(windows=windows(), is_sequential=False)
+    found = quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=whole).reports
+    by_path = {report.path: report for report in found.values()}
+    quantized = {report.path: report for report in fed.reports.values()}
+    first, last = "decoder/layers/0/self_attn/q_proj", "decoder/layers/1/fc2"
+    assert by_path[first].calibration == quantized[first].calibration
+    assert by_path[last].calibration != quantized[last].calibration
+
+
+def test_layers_outside_of_the_blocks_are_named(tiny, tmp_path, caplog):
+    rules = Rules(
+        config=RTN(bits=2, group_size=32),
+        rules=[Rule("embed_tokens$", RTN(bits=4, group_size=32))],
+        skip=["fc1$"],
+    )
+    found = quantize_checkpoint(tiny, tmp_path / "out", rules, calibration=TEXT)
+    assert "1 layers are coded without calibration" in caplog.text
+    assert "embed_tokens" in caplog.text
+    without = [r.path for r in found.reports.values() if r.calibration is None]
+    assert without == ["decoder/embed_tokens"]
+
+
+def test_inputs_that_are_always_zero_lose_nothing(tiny, tmp_path):
+    """Guards moments of nothing: a ReLU that no token passes."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+
+    def dead(tensors):
+        name = "model.decoder.layers.0.fc1.bias"
+        tensors[name] = np.full_like(tensors[name], -1e4)
+
+    edit_tensors(source, dead)
+    found = quantize_checkpoint(source, tmp_path / "out", GPTQ, calibration=TEXT)
+    (layer,) = (r for r in found.reports.values() if r.path == "decoder/layers/0/fc2")
+    assert layer.calibration == (0.0, 0.0, None)
+    assert np.isfinite(layer.relative_squared_error)
+
+
+def test_inputs_that_overflow_are_refused(tiny, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+
+    def huge(tensors):
+        name = "model.decoder.layers.0.fc1.bias"
+        tensors[name] = np.full(tensors[name].shape, 1e20, np.float32)
+
+    edit_tensors(source, huge)
+    with pytest.raises(NonFiniteError, match=r"layers\.0\.fc2.* reads NaN"):
+        quantize_checkpoint(source, tmp_path / "out", GPTQ, calibration=TEXT)
+
+
+@pytest.mark.parametrize(
+    ("rules", "text", "message"),
+    [
+        (Rules(config=ChannelKMeans()), TEXT, "takes no calibration"),
+        (Rules(config=RTN(), share=["[qkv]_proj$"]), TEXT, "`share`"),
+        (GPTQ, Calibration(windows=windows() + VOCABULARY), "has no token"),
+    ],
+)
+def test_what_cannot_work_is_said_first(tiny, tmp_path, rules, text, message):
+    with pytest.raises(UsageError, match=message):
+        quantize_checkpoint(tiny, tmp_path / "out", rules, calibration=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_is_refused(tmp_path):
+    source = make_classifier(tmp_path / "source", "sst2")
+    with pytest.raises(UsageError, match="cannot be calibrated, as the model does not"):
+        quantize_checkpoint(source, tmp_path / "out", GPTQ, calibration=TEXT)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"windows": windows()[:1]}, "two windows"),
+        ({"windows": windows(), "dampings": ()}, "`dampings`"),
+        ({"windows": windows(), "dampings": (0.0,)}, "`dampings`"),
+    ],
+)
+def test_choices_are_checked(fields, message):
+    with pytest.raises(UsageError, match=message):
+        Calibration(**fields)
+
+
+def test_windows_are_drawn_without_overlap():
+    tokens = np.arange(100)
+    found = calibration_windows(tokens, context=10, count=55, seed=1)
+    assert found.shape == (5, 10)
+    assert len({row[0] for row in found.tolist()}) == 5
+    assert (found[:, 0] % 10 == 0).all() and (np.diff(found) == 1).all()
+    assert (found != calibration_windows(tokens, context=10, count=55, seed=2)).any()
+    with pytest.raises(UsageError, match="two windows of 10"):
+        calibration_windows(tokens, context=10, count=19)
+    with pytest.raises(DataError, match=r"100 tokens, 10 windows .* and 11 are"):
+        calibration_windows(tokens, context=10, count=110)
+
+
+@pytest.mark.parametrize("count", [2, 7, 16, 256])
+def test_batches_are_of_one_size_and_keep_what_is_held_out_apart(count):
+    cut = np.zeros((count, 512), np.int32)
+    batches = list(calibration._batches(cut))
+    assert sum(len(batch.tokens) for batch in batches) == count
+    assert len({batch.tokens.shape for batch in batches}) == 1
+    assert batches[0].tokens.size <= 8192
+    held_out = sum(len(b.tokens) for b in batches if b.is_held_out)
+    assert held_out == max(1, count // 8)
+
+
+def test_the_command_takes_a_text(tiny, tmp_path, capsys):
+    text = str(tiny.with_suffix(".txt"))
+    flags = ["--method=rtn", "--bits=2", "--set", "group_size=32"]
+    command = ["quantize", str(tiny), str(tmp_path / "out"), *flags]
+    calibrated = [f"--calibration={text}", "--calibration-tokens=256"]
+    assert main([*command, *calibrated]) == 0
+    printed = capsys.readouterr().out
+    assert f"{LINEARS} layers calibrated: on held-out text" in printed
+    assert main([*command, *calibrated]) == 0
+    assert "Already done" in capsys.readouterr().out
+    assert main([*command, "--calibration=/no/such.txt"]) == 1
+    assert "/no/such.txt" in capsys.readouterr().err
+    assert main([*command, f"--calibration={text}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Give a longer text" in line
+    assert main([*command, "--method=kashin", "--bits=4", *calibrated]) == 2
