@@ -11,9 +11,10 @@ Without flags it takes the embedded checkpoint opt-wiki-18m and the first 8,192 
 of the embedded text wiki_vital, one basis and one seed; the other data sets come from
 `--data_dir` or the hub. All linear matrices of the blocks are quantized; embeddings,
 norms, biases and the output head are not. It prints one row per method, adds the rows
-to table2_opt.jsonl in `--out`, and writes table2_opt.md and table2_opt.png. The same
-command goes on where an interrupted one stopped. Rows that the file has, of the same
-model, text, choices, versions and device, are taken from there unless `--fresh`.
+to table2_opt.jsonl in `--out`, and writes table2_opt.md and table2_opt.png; with
+`--calibration` these are called calibrated_opt. The same command goes on where an
+interrupted one stopped. Rows that the file has, of the same model, text, choices,
+versions and device, are taken from there unless `--fresh`.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -77,7 +78,7 @@ from kashin_jax.models.tokenizer import AUTO, check_vocabulary, load_tokenizer
 
 __all__ = ["OptPplConfig", "main", "run"]
 
-ARTIFACT = "table2_opt"
+ARTIFACT, CALIBRATED_ARTIFACT = "table2_opt", "calibrated_opt"
 EMBEDDED = ASSETS / "opt-wiki-18m"
 _INSTEAD = "`kashin eval` scores it."
 _GIVEN = (bool, "given")
@@ -179,7 +180,9 @@ def run(config: OptPplConfig) -> int:
         text = _load_text(config, loaded)
         name = short_model_name(config.model)
         work = start_work(out, config, leaving=("batch_size", "fresh"))
-        earlier = [] if config.fresh else read_jsonl(out / f"{ARTIFACT}.jsonl")
+        # Methods without calibration are the same in both files.
+        files = (out / f"{name}.jsonl" for name in (_artifact(config), ARTIFACT))
+        earlier = [] if config.fresh else [r for f in files for r in read_jsonl(f)]
         bench = Bench(
             loaded=loaded,
             text=text,
@@ -194,6 +197,11 @@ def run(config: OptPplConfig) -> int:
     _present(config, records, text, out)
     remove_work(work)
     return 0
+
+
+def _artifact(config: OptPplConfig) -> str:
+    """The name of the files: tables with calibrated rows are other ones."""
+    return CALIBRATED_ARTIFACT if config.calibration else ARTIFACT
 
 
 def _identity(
@@ -315,7 +323,7 @@ def _present(
     title = f"{first['model']}: perplexity on {text.name}"
     written = write_results(
         out,
-        ARTIFACT,
+        _artifact(config),
         records,
         columns,
         title=title,
@@ -325,7 +333,7 @@ def _present(
         facts=facts,
         appendix=appendix,
     )
-    picture = out / f"{ARTIFACT}.png"
+    picture = out / f"{_artifact(config)}.png"
     plot_perplexity(records, picture, title=title)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
 

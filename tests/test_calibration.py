@@ -5,14 +5,27 @@ import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 from interruptions import Calls
-from tiny_checkpoint import CONTEXT, LINEARS, VOCABULARY, edit_tensors, make_checkpoint
+from tiny_checkpoint import (
+    CONTEXT,
+    LINEARS,
+    VOCABULARY,
+    arguments,
+    edit_tensors,
+    make_checkpoint,
+    row,
+    table,
+)
 from tiny_classifier import make_classifier
 
-from kashin_jax import RTN, JointKashin, Rules
+from experiments.opt_ppl import main as job
+from kashin_jax import RTN, JointKashin, Rules, quantize_model
 from kashin_jax.cli import main
 from kashin_jax.errors import DataError, NonFiniteError, UsageError
+from kashin_jax.io import open_checkpoint
 from kashin_jax.methods import ChannelKMeans
+from kashin_jax.models.loading import load_language_model
 from kashin_jax.pipeline import (
     REPORT_NAME,
     Calibration,
@@ -20,6 +33,7 @@ from kashin_jax.pipeline import (
     calibrated_checkpoint,
     calibration,
     calibration_windows,
+    packed_layers,
     quantize_checkpoint,
 )
 from kashin_jax.pipeline.report import kept_without, read_report
@@ -158,6 +172,25 @@ def test_the_network_in_full_precision_is_another_one(tiny, fed, tmp_path):
     assert by_path[last].calibration != quantized[last].calibration
 
 
+def test_a_model_in_memory_gets_the_codes_of_the_checkpoint(tiny, fed):
+    """Guards the twin of `quantize_checkpoint`."""
+    model = load_language_model(tiny).model
+    small, reports = quantize_model(model, rules=GPTQ, calibration=TEXT)
+    packed = packed_layers(open_checkpoint(fed.directory))
+    assert reports.keys() == packed.keys()
+    by_path = {report.path: report for report in fed.reports.values()}
+    for path, report in reports.items():
+        assert report.calibration == by_path[path].calibration
+    layer = small.decoder.layers[1].fc2.kernel.get_value()
+    expected = packed["decoder/layers/1/fc2"]
+    np.testing.assert_array_equal(layer.packed_codes, expected.packed_codes)
+    assert type(model.decoder.layers[1].fc2) is nnx.Linear
+    with pytest.raises(UsageError, match="not both"):
+        quantize_model(
+            model, rules=GPTQ, calibration=TEXT, quantize_layer=lambda p, k: None
+        )
+
+
 def test_layers_outside_of_the_blocks_are_named(tiny, tmp_path, caplog):
     rules = Rules(
         config=RTN(bits=2, group_size=32),
@@ -273,3 +306,39 @@ def test_the_command_takes_a_text(tiny, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "Give a longer text" in line
     assert main([*command, "--method=kashin", "--bits=4", *calibrated]) == 2
+
+
+def test_the_main_job_has_calibrated_rows(tiny, tmp_path, capsys):
+    """Guards rows that must tell one text, or amount of it, from another."""
+    text = str(tiny.with_suffix(".txt"))
+    flags = [f"--calibration={text}", "--calibration_tokens=256", "--bits=3"]
+    records = table(tiny, tmp_path / "out", *flags, "--methods=gptq-g128")
+    assert [r["method"] for r in records] == ["full precision", "gptq-g128"]
+    found = row(records, "gptq-g128")
+    assert found["calibration"] == f"text_file:{tiny.name}.txt"
+    assert found["calibration_tokens"] == 256 and len(found["calibration_sha256"]) == 64
+    assert 0 < found["output_error"] <= found["data_free_output_error"]
+    assert (tmp_path / "out" / "calibrated_opt.jsonl").exists()
+    flags[1] = "--calibration_tokens=128"
+    records = table(tiny, tmp_path / "out", *flags, "--methods=gptq-g128")
+    counts = [record.get("calibration_tokens") for record in records]
+    assert sorted(filter(None, counts)) == [128, 256]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--methods=gptq-g128"], 2, "`gptq-g128` needs `--calibration`"),
+        (["--methods=uniform", "--calibration=default"], 2, "name one, or leave it"),
+        (["--methods=gptq-g128", "--calibration=/no.txt"], 1, "/no.txt"),
+        (
+            ["--methods=gptq-g128", "--calibration=default", "--calibration_tokens=40"],
+            2,
+            "two windows of",
+        ),
+    ],
+)
+def test_the_main_job_names_what_is_wrong(tiny, tmp_path, capsys, flags, code, message):
+    assert job(arguments(tiny, tmp_path / "out", *flags)) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

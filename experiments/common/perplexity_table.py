@@ -104,7 +104,7 @@ def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 _MEANS = (
     "stored_bits_per_weight", "model_bits_per_weight", "increase", "relative_error",
-    "converged_share",
+    "converged_share", "output_error", "data_free_output_error",
 )  # fmt: skip
 
 

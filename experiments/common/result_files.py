@@ -64,6 +64,18 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
             f"{_LAMBADA} --bits=2,3,4 {_THREE} --methods={_RIVALS}",
         ),
     ),
+    "calibrated_opt": ResultFile(
+        "perplexity of OPT models quantized with a calibration text",
+        (
+            *_MODEL, "dataset", "text_sha256", "context", "stride", "max_tokens",
+            *_ROW, "calibration", "calibration_sha256", "calibration_tokens",
+        ),
+        (
+            "experiments.opt_ppl --bits=2,3,4 --max_tokens=16384 --calibration=default "
+            "--calibration_tokens=65536 --seed=0,1,2 "
+            "--methods=kashin-joint-calibrated,gptq-g128",
+        ),
+    ),
     "table3_glue": ResultFile(
         "GLUE metrics of quantized classifiers",
         (*_MODEL, "task", "metric", "data_sha256", "max_length", *_ROW),

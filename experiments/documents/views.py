@@ -36,6 +36,7 @@ from experiments.common.tables import (
     Column,
     Record,
     fixed,
+    increase,
     markdown_table,
     share,
 )
@@ -119,6 +120,10 @@ def _rows(extra: Sequence[Column], records: Sequence[Record]) -> str:
 def _means(records: Sequence[Record]) -> str:
     rows = mean_rows(ordered(records, (JOINT, *METHODS)))
     return markdown_table(rows, mean_columns(rows))
+
+
+def _calibrated(records: Sequence[Record]) -> str:
+    return markdown_table(mean_rows(ordered(records)), _CALIBRATED)
 
 
 def _compared(records: Sequence[Record]) -> str:
@@ -225,6 +230,16 @@ _PEERS = (
     Column("milliseconds", "ms", fixed(2)),
     *_TIMES_DENSE,
 )
+_CALIBRATED = (
+    Column("method", "method"),
+    Column("bits", "bits"),
+    Column("stored_bits_per_weight", "bits/weight", fixed(3)),
+    Column("seeds", "seeds"),
+    Column("perplexity", "perplexity"),
+    Column("increase", "increase", increase),
+    Column("output_error", "outputs lose", fixed(4)),
+    Column("data_free_output_error", "without text", fixed(4)),
+)
 _GENERATION = (
     Column("model", "model"),
     Column("batch", "batch"),
@@ -266,6 +281,11 @@ VIEWS: Mapping[str, View] = MappingProxyType({
         | {"basis": [None, "hadamard"], "bits": [16, 2.5, 2.7, 3, 3.07, 3.5]},
         partial(_rows, (_SEED,)),
     ),
+    "opt-data-free": _opt(
+        _VITAL | {"method": [JOINT, "rtn-g128", "rotate-k-means"], "bits": [2, 3, 4]},
+        _means,
+    ),
+    "opt-calibrated": View("calibrated_opt", _VITAL, _calibrated),
     "opt-lambada": _opt({"dataset": "lambada"} | _SEEDS, _means),
     "opt-lambada-rivals": _opt({"dataset": "lambada"} | _SEEDS, _compared),
     "sentiment": _glue_view(SENTIMENT, {}),

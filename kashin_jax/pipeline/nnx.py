@@ -1,6 +1,6 @@
 """Whole NNX models: the dense layers of a plan replaced by packed ones."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -10,6 +10,11 @@ from jaxtyping import Array, Float, Key
 from kashin_jax.errors import UsageError
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.methods import Method
+from kashin_jax.pipeline.calibration import (
+    Calibration,
+    calibration_rules,
+    quantize_calibrated,
+)
 from kashin_jax.pipeline.coverage import Coverage, cover
 from kashin_jax.pipeline.paths import join
 from kashin_jax.pipeline.plan import (
@@ -21,7 +26,7 @@ from kashin_jax.pipeline.plan import (
     part_of,
 )
 from kashin_jax.pipeline.report import LayerReport
-from kashin_jax.pipeline.rules import Rules, default_select
+from kashin_jax.pipeline.rules import Rules, default_select, resolve_rules
 from kashin_jax.pipeline.run import Coded, LayerQuantizer, quantize_each, reported
 from kashin_jax.pipeline.sharing import Group, find_groups
 from kashin_jax.pipeline.targets import Target, find_targets, put_layers, put_params
@@ -67,6 +72,7 @@ def quantize_model(
     quantize_layer: QuantizeLayer | None = None,
     dry_run: bool = False,
     in_place: bool = False,
+    calibration: Calibration | None = None,
 ) -> QuantizedModel:
     """Replaces layers of any NNX model by packed ones.
 
@@ -100,6 +106,9 @@ def quantize_model(
       in_place: Whether to change the model itself. Each layer is replaced as soon as it
         is quantized and its dense kernel let go, so that no more than one layer is held
         twice. After an error the layers done so far are packed and the model works.
+      calibration: A text that decides what is lost, see `quantize_calibrated`, for
+        models that give logits of token ids `[b, t]`. All packed layers are then held
+        beside the model before the first is replaced.
 
     Returns:
       The new model and a report per layer; for a dry run the model given, no reports.
@@ -109,6 +118,10 @@ def quantize_model(
         cannot be quantized: it names the path.
       NonFiniteError: If a selected kernel holds NaN or infinity; names its path.
     """
+    if calibration is not None:
+        if quantize_layer is not None:
+            raise UsageError("Give `calibration` or `quantize_layer`, not both.")
+        rules, config = calibration_rules(resolve_rules(config, rules)), None
     if dry_run:
         plan = plan_model(model, config, rules=rules, select=select)
         print(plan)
@@ -128,6 +141,10 @@ def quantize_model(
     quantizer: Callable[[Choice], tuple[QuantizedTensor, LayerReport]]
     if quantize_layer is None:
         quantizer = LayerQuantizer(choices, rules, root, changed.kernel)
+        if calibration is not None:
+            quantizer = _calibrated(
+                model, choices, calibration, root, changed.kernel, quantizer
+            )
     else:
         own = quantize_layer
 
@@ -138,6 +155,31 @@ def quantize_model(
     reports = quantize_each(choices, quantizer, changed.put)
     coverage.warn()
     return _result(changed.model, reports, coverage)
+
+
+def _calibrated(
+    model: nnx.Module,
+    choices: Sequence[Choice],
+    calibration: Calibration,
+    root: Key[Array, ""],
+    kernel: Callable[[Choice], Array],
+    without: Callable[[Choice], tuple[QuantizedTensor, LayerReport]],
+) -> Callable[[Choice], tuple[QuantizedTensor, LayerReport]]:
+    """Gives calibrated layers, and those that the text does not reach without."""
+    known: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
+
+    def keep(choice: Choice, tensor: QuantizedTensor, report: LayerReport) -> None:
+        known[choice.path] = tensor, report
+
+    chosen = [choice for choice in choices if choice.config is not None]
+    quantize_calibrated(
+        model, chosen, calibration, root, kernel, lambda choice: None, keep
+    )
+
+    def quantizer(choice: Choice) -> tuple[QuantizedTensor, LayerReport]:
+        return known.pop(choice.path, None) or without(choice)
+
+    return quantizer
 
 
 def _result(
