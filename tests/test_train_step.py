@@ -15,8 +15,15 @@ from tiny_training import ASSETS, config_of, sample_text
 
 from experiments.train import bpe
 from experiments.train.corpus import ShuffledStream, TextSource, load_corpus
+from experiments.train.distill import language_loss
 from experiments.train.loop import LoopParts, stop_signals, train
 from experiments.train.optimizer import decays, warmup_linear
+from experiments.train.recipe import (
+    TrainConfig,
+    loop_settings,
+    recipe_optimizer,
+    recipe_schedule,
+)
 from experiments.train.step import (
     StepMetrics,
     TrainState,
@@ -25,16 +32,7 @@ from experiments.train.step import (
     train_step,
 )
 from experiments.train.stored import Checkpoints, RunLog
-from experiments.train_opt import (
-    TrainConfig,
-    init_params,
-    loop_settings,
-    make_loss,
-    model_graph,
-    read_windows,
-    recipe_optimizer,
-    recipe_schedule,
-)
+from experiments.train_lm import init_params, model_graph, read_windows
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.models.loading import load_opt
 
@@ -196,7 +194,7 @@ def test_the_embedded_weights_have_the_loss_that_their_logits_give(tmp_path):
     loaded = load_opt(str(ASSETS / "opt-wiki-18m"))
     graphdef = model_graph(config, loaded.config, training=False)
     params = nnx.state(loaded.model, nnx.Param)
-    loss = jax.jit(make_loss(graphdef))(params, (), batch, jax.random.key(0))
+    loss = jax.jit(language_loss(graphdef))(params, (), batch, jax.random.key(0))
     logits = nnx.jit(lambda model, ids: model(ids))(loaded.model, batch[:, :-1])
     logs = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=2)
     chosen = np.take_along_axis(logs, np.asarray(batch)[:, 1:, None], axis=2)

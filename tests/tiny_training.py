@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.train_opt import TrainConfig
+from experiments.train.recipe import TrainConfig
 
 ASSETS = Path(__file__).resolve().parents[1] / "experiments" / "assets"
 TINY = {

@@ -33,6 +33,7 @@ _RIVALS += "rotate-k-means"
 _RATES = "kashin-joint,rotate-k-means,k-means-channel,rtn-g128,nf4-g64,hqq-g64,"
 _RATES += "rotate-rtn-g64"
 _OPT = "experiments/assets/opt-wiki-18m/model.safetensors"
+_LLAMA = "runs/llama-wiki-12m"
 _THREE = "--max_tokens=16384 --seed=0,1,2"
 _WIKITEXT = "experiments.opt_ppl --dataset=wikitext2 --data_dir=$DATA"
 _LAMBADA = "experiments.opt_ppl --dataset=lambada --data_dir=$DATA"
@@ -47,7 +48,7 @@ def _figure(about: str, name: str, *key: str) -> ResultFile:
 
 RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
     "table2_opt": ResultFile(
-        "perplexity of quantized OPT models",
+        "perplexity of quantized language models",
         (
             *_MODEL, "dataset", "protocol", "text_sha256", "context", "stride",
             "max_tokens", *_ROW
@@ -55,6 +56,8 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         (
             f"experiments.opt_ppl --bits=2,2.5,3,3.5,4 {_THREE} "
             f"--methods=kashin,uniform,k-means,rtn-channel,{_RIVALS}",
+            "experiments.opt_ppl --model=experiments/assets/llama-wiki-12m "
+            f"--bits=2,3,4 {_THREE} --methods={_RIVALS}",
             f"{_WIKITEXT} --bits=4 --max_tokens=all",
             f"{_WIKITEXT} --bits=4",
             f"{_WIKITEXT} --bits=2,2.5,3,3.5,4 {_THREE} --methods={_RIVALS}",
@@ -176,17 +179,27 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
     "depth_curves": _figure(
         "the curves of depth.jsonl", "depth_curves", "model", "metric", "axis", "bits"
     ),
-    "train_opt": ResultFile(
-        "training a small OPT on a CPU",
+    "train_lm": ResultFile(
+        "training a small OPT, and the embedded Llama, on a CPU",
         ("config", "kind", "step"),
         (
-            "experiments.train_opt "
+            "experiments.train_lm "
             "--text_file=experiments/assets/wiki_vital/calibration.txt "
             "--eval_file=experiments/assets/wiki_vital/valid.txt --eval_every=200 "
             "--layers=2 --hidden_size=128 --heads=2 --ffn_dim=512 --max_positions=64 "
             "--context=64 --steps=3600 --warmup_steps=120 --batch_size=16 "
             "--dtype=float32 --log_every=40 --checkpoint_every=600 "
-            "--out=runs/train_opt --results=results",
+            "--out=runs/train_lm --results=results",
+            f"experiments.write_text --out={_LLAMA}.txt --tokens=260000",
+            f"experiments.train_lm --text_file={_LLAMA}.txt "
+            "--even_file=experiments/assets/wiki_vital/calibration.txt "
+            "--architecture=llama --teacher=experiments/assets/opt-wiki-18m "
+            "--teacher_weight=0.9 --start=teacher --layers=7 --hidden_size=384 "
+            "--heads=6 --kv_heads=3 --ffn_dim=704 --max_positions=512 --context=512 "
+            "--steps=1600 --batch_size=4 --learning_rate=1e-3 --warmup_steps=40 "
+            "--weight_decay=0.01 --dtype=float32 --log_every=20 --checkpoint_every=50 "
+            "--eval_file=experiments/assets/wiki_vital/valid.txt --eval_every=100 "
+            f"--eval_tokens=8192 --patience=3 --out={_LLAMA} --results=results",
         ),
     ),
     "bench_core": ResultFile(

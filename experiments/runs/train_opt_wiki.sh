@@ -4,7 +4,7 @@
 # separated by empty lines, each a title, an empty line, and one line per paragraph.
 # Remove WikiText-2's validation and test articles first.
 #
-#     experiments/runs/train_opt_wiki.sh wikipedia.txt runs/opt-wiki-18m
+#     experiments/runs/train_lm_wiki.sh wikipedia.txt runs/opt-wiki-18m
 #
 # Expected training loss: 9.06 (start), 5.4 (200 steps), 3.66 (1,000), 3.45 (2,000),
 # 3.21 (4,000), 3.07 (6,000), 3.01 (8,000), 2.97 (9,000). Run it again to resume; add
@@ -16,7 +16,7 @@ out=$(realpath -m "${2:?$usage}")
 shift 2
 cd "$(dirname "$0")/../.."
 
-"${PYTHON:-python}" -m experiments.train_opt \
+"${PYTHON:-python}" -m experiments.train_lm \
   --text_file="$text" \
   --out="$out" \
   --wikitext_spacing=0.8 \

@@ -196,18 +196,27 @@ class TextSource(NamedTuple):
       separator: See `documents.split_documents`.
       wikitext_spacing: Share of the documents rewritten in WikiText's spacing.
       seed: Chooses these documents.
+      even_paths: Files read after them, of which documents 0, 2, 4 ... are taken.
     """
 
     paths: tuple[Path, ...]
     separator: str
     wikitext_spacing: float
     seed: int
+    even_paths: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of them."""
+        return (*self.paths, *self.even_paths)
 
     def documents(self) -> Iterator[str]:
         """Yields every document, rewritten or not, always in the same order."""
         chance = np.random.default_rng([self.seed, 0])
-        for path in self.paths:
-            for document in read_documents(path, separator=self.separator):
+        for index, path in enumerate(self.files):
+            found = read_documents(path, separator=self.separator)
+            step = 1 if index < len(self.paths) else 2
+            for document in itertools.islice(found, None, None, step):
                 rewritten = chance.random() < self.wikitext_spacing
                 yield respace_document(document) if rewritten else document
 
@@ -218,12 +227,13 @@ class TextSource(NamedTuple):
           DataError: If a file is missing, unreadable or empty.
         """
         digest = hashlib.sha256()
-        for path in self.paths:
+        for path in self.files:
             digest.update(_file_hash(path))
         seed = self.seed if self.wikitext_spacing else None
-        digest.update(
-            json.dumps([self.separator, self.wikitext_spacing, seed]).encode()
-        )
+        treatment = [self.separator, self.wikitext_spacing, seed]
+        # Named only where there are such files: the others keep their fingerprints.
+        treatment += [len(self.even_paths)] if self.even_paths else []
+        digest.update(json.dumps(treatment).encode())
         return digest.hexdigest()
 
 
@@ -367,7 +377,7 @@ def _write_cache(
     with atomic_path(files.tokens) as temporary, open(temporary, "wb") as file:
         lengths = _write_tokens(source, tokenizer, dtype, file)
         if not sum(lengths):
-            names = ", ".join(f"`{path}`" for path in source.paths)
+            names = ", ".join(f"`{path}`" for path in source.files)
             raise DataError(f"{names} holds no text; give `--text_file` a larger one.")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     with atomic_path(files.offsets) as temporary, open(temporary, "wb") as file:
@@ -381,7 +391,7 @@ def _write_tokens(
     file: IO[bytes],
 ) -> list[int]:
     lengths = []
-    size = sum(path.stat().st_size for path in source.paths)
+    size = sum(path.stat().st_size for path in source.files)
     with tqdm(
         total=size, desc="tokenize", unit="B", unit_scale=True, disable=None
     ) as bar:

@@ -84,6 +84,8 @@ class LoopParts(NamedTuple):
       checkpoints: Receives states.
       log: Receives measurements.
       validate: Measures parameters after so many steps, or `None`.
+      has_converged: Whether the run shall end, asked before the first step and after
+        measurements; `None`: never.
     """
 
     trainer: Trainer
@@ -92,6 +94,12 @@ class LoopParts(NamedTuple):
     checkpoints: Checkpoints
     log: RunLog
     validate: Callable[[int, Params], dict[str, Any]] | None
+    has_converged: Callable[[], bool] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether measurements say that nothing is left to do."""
+        return self.has_converged is not None and self.has_converged()
 
 
 class _Meter:
@@ -173,7 +181,7 @@ def train(settings: LoopSettings, parts: LoopParts, state: TrainState) -> TrainS
     end = min(settings.steps, step + (settings.stop_after or settings.steps))
     meter = _Meter(settings, parts, step)
     with stop_signals() as stop, _progress_bar(settings, step) as bar:
-        stopping = step >= end
+        stopping = step >= end or parts.is_over
         while not stopping:
             batch = jax.device_put(parts.read_batch(step), parts.trainer.batched)
             state, metrics = parts.trainer.step(state, batch)
@@ -188,6 +196,7 @@ def train(settings: LoopSettings, parts: LoopParts, state: TrainState) -> TrainS
                 with meter.outside(step):
                     found = parts.validate(step, state.params)
                     parts.log.append({"step": step, **found})
+                stopping = stopping or parts.is_over
             if stopping or step % settings.checkpoint_every == 0:
                 with meter.outside(step):
                     parts.checkpoints.save(state)

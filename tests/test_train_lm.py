@@ -15,19 +15,14 @@ import numpy as np
 import pytest
 from tiny_training import ASSETS, arguments, config_of, sample_text
 
+from experiments import train_lm
 from experiments.common.results import read_jsonl
+from experiments.train.recipe import TrainConfig, recipe_optimizer, recipe_schedule
 from experiments.train.step import TrainState, init_state
 from experiments.train.stored import Checkpoints
-from experiments.train_opt import (
-    TrainConfig,
-    init_params,
-    main,
-    recipe_optimizer,
-    recipe_schedule,
-    run,
-)
+from experiments.train_lm import init_params, main, run
 from kashin_jax.evaluation import make_windows, perplexity, window_nll
-from kashin_jax.models.loading import load_opt
+from kashin_jax.models.loading import load_language_model, load_opt
 from kashin_jax.models.tokenizer import load_tokenizer
 
 # A whole program on tiny models; its parts have tests of their own.
@@ -76,7 +71,7 @@ def test_the_log_of_a_finished_run_becomes_records_with_the_recipe(finished, tmp
     keep = dataclasses.replace(config, results=str(tmp_path / "results"))
     run(keep)
     run(keep)
-    records = read_jsonl(tmp_path / "results" / "train_opt.jsonl")
+    records = read_jsonl(tmp_path / "results" / "train_lm.jsonl")
     log = read_jsonl(out / "log.jsonl")
     assert [r["step"] for r in records] == [line["step"] for line in log]
     for record, line in zip(records, log, strict=True):
@@ -124,6 +119,59 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(
     assert main(flags) == 0, "a finished run may be asked for again"
 
 
+def test_a_llama_learns_from_an_opt_and_the_best_one_is_kept(
+    finished, tmp_path, capsys, monkeypatch
+):
+    """Guards teacher, start, export and end of a run with patience, also resumed."""
+    config, out = finished
+    values = {
+        "text_file": config.text_file[0],
+        "cache_dir": config.cache_dir,
+        "eval_file": config.eval_file,
+        "eval_every": 2,
+        "architecture": "llama",
+        "teacher": out / "hf",
+        "start": "teacher",
+        "kv_heads": 1,
+        "ffn_dim": 24,
+        "patience": 1,
+        "learning_rate": 1e-3,
+    }
+    flags = arguments(**values)
+    seen = {}
+
+    def validate(step, params):
+        seen[step] = np.asarray(params["embed_tokens"]["embedding"][...])
+        return {"validation_loss": {2: 5.0, 4: 4.0}.get(step, 4.5)}
+
+    monkeypatch.setattr(train_lm, "make_validator", lambda *args: validate)
+    assert main([*flags, f"--out={tmp_path / 'a'}"]) == 0
+    assert sorted(seen) == [2, 4, 6]
+    records = read_jsonl(tmp_path / "a" / "log.jsonl")
+    losses = [record["loss"] for record in records if "loss" in record]
+    # A random one begins at .9 of the logarithm of 8,192 or more.
+    assert losses[0] < 2
+    loaded = load_language_model(tmp_path / "a" / "hf")
+    assert loaded.config.model_type == "llama"
+    assert loaded.config.num_key_value_heads == 1
+    kept = np.asarray(loaded.model.embed_tokens.embedding[...])
+    np.testing.assert_array_equal(kept, seen[4].astype(np.float16))
+    assert not np.array_equal(kept, seen[6].astype(np.float16))
+
+    flags.append(f"--out={tmp_path / 'b'}")
+    assert main([*flags, "--stop_after=3"]) == 3
+    assert main(flags) == 0
+    weights = [tmp_path / name / "hf" / "model.safetensors" for name in "ab"]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert main(flags) == 0, "a finished run may be asked for again"
+
+    flags = [*flags[:-1], f"--out={tmp_path / 'c'}"]
+    assert main([*flags, f"--teacher={tmp_path / 'a' / 'hf'}"]) == 2
+    assert "is of the architecture llama; give `--start=random`" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_damaged_checkpoint_is_named(finished, tmp_path, capsys):
     config, out = finished
     shutil.copytree(out, tmp_path / "copy")
@@ -167,7 +215,7 @@ def test_two_devices_share_the_batch_and_learn_the_same(finished, tmp_path):
     flags = arguments(text_file=config.text_file[0], cache_dir=config.cache_dir)
     flags += [f"--out={tmp_path}", "--stop_after=2"]
     script = (
-        "import sys; from experiments.train_opt import main; flags = sys.argv[1:]; "
+        "import sys; from experiments.train_lm import main; flags = sys.argv[1:]; "
         "assert main([*flags, '--batch_size=3']) == 2; sys.exit(main(flags))"
     )
     done = subprocess.run(
