@@ -198,6 +198,7 @@ def test_what_was_quantized_before_is_said(tmp_path, capsys):
     assert "model.gguf holds Q8_0, Q4_1, Q4_0: weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_table_says_that_it_is_of_what_was_quantized_before(tmp_path, capsys):
     path = write_tiny(tmp_path / "tiny.gguf", kinds=KINDS)
     (tmp_path / "text.txt").write_text("abc a12 " * 20)

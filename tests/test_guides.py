@@ -79,6 +79,7 @@ def test_no_block_of_a_guide_is_left_out():
         assert fences == 2 * len(BLOCK.findall(text)) > 0, path.name
 
 
+@pytest.mark.slow
 def test_the_guide_of_flax_models_runs(here):
     names, printed = run_page("flax.md")
     assert set(names["result"].reports) == {"up", "down"}
@@ -87,6 +88,7 @@ def test_the_guide_of_flax_models_runs(here):
     assert jax.numpy.allclose(names["y"], names["same"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_guide_of_checkpoints_runs(here):
     names, printed = run_page("checkpoint.md")
     assert "Already done: small" in printed
