@@ -79,6 +79,7 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         (
             f"{_CALIBRATED} --bits=2,3,4 --methods=kashin-joint-calibrated,gptq-g128",
             f"{_CALIBRATED} --bits=2,3 --methods=kashin-joint-calibrated --seed=1",
+            f"{_CALIBRATED} --bits=2 --methods=kashin-joint-calibrated --seed=2",
         ),
     ),
     "table3_glue": ResultFile(
