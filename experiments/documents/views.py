@@ -319,5 +319,7 @@ VIEWS: Mapping[str, View] = MappingProxyType({
     ),
     "cpu-kernel-peers": View("bench_peers", {"device": "cpu"}, partial(_plain, _PEERS)),
     "cpu-kernel-generation": View("bench_generate", {}, partial(_plain, _GENERATION)),
-    "train-opt": View("train_opt", {"kind": "training"}, _curve),
+    "train-opt": View(
+        "train_lm", {"kind": "training", "architecture": "opt"}, _curve
+    ),
 })  # fmt: skip
