@@ -189,6 +189,7 @@ _RIVALS = [
     "k-means-channel", "rotate-k-means",
 ]  # fmt: skip
 _VITAL: Where = {"dataset": "wiki_vital", "model": "opt-wiki-18m"} | _SEEDS
+_LLAMA: Where = {"dataset": "wiki_vital", "model": "llama-wiki-12m"}
 _FIRST = _WIKITEXT | {"max_tokens": 8192}
 _GLUE: Where = {"model": "minilm-glue"}
 FIVE_TASKS = ("cola", "sst2", "rte", "stsb", "mrpc")
@@ -263,6 +264,7 @@ VIEWS: Mapping[str, View] = MappingProxyType({
     "opt-wiki-vital": _opt(_VITAL, _means),
     "opt-wiki-vital-short": _opt(_VITAL, _short),
     "opt-wiki-vital-rivals": _opt(_VITAL, _compared),
+    "llama-wiki-vital": _opt(_LLAMA, _means),
     "opt-wikitext2-whole": _opt(_WHOLE, partial(_rows, ())),
     "opt-wikitext2-8k": _opt(
         _FIRST | {"bits": [4, 16], "seed": [None, 0], "basis": [None, "hadamard"]},
