@@ -26,11 +26,15 @@ from jaxtyping import Array, Float, Int, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.models import DecoderConfig, DecoderForCausalLM, OPTForCausalLM
+from kashin_jax.models.opt import POSITION_OFFSET
 
 __all__ = ["SHARPNESS", "check_transplant", "kept_layers", "transplant"]
 
 SHARPNESS = 4.0
 """How often gates are steeper than the ReLU that they stand for."""
+
+# Positions behind these exist in the embedded OPT, but are not trained.
+_TRAINED = 512
 
 
 def check_transplant(teacher: OPTForCausalLM, config: DecoderConfig) -> None:
@@ -90,8 +94,8 @@ def transplant(
     """
     check_transplant(teacher, student.config)
     decoder = teacher.decoder
-    positions = _value(decoder.embed_positions.embedding)
-    seen = positions[2 : 2 + min(512, len(positions) - 2)].mean(axis=0)
+    positions = _value(decoder.embed_positions.embedding)[POSITION_OFFSET:]
+    seen = positions[:_TRAINED].mean(axis=0)
     embedding = _value(decoder.embed_tokens.embedding) + seen[None, :]
     _set(student.embed_tokens, embedding=_centred(embedding))
     assert decoder.final_layer_norm is not None

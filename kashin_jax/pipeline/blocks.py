@@ -135,10 +135,7 @@ class BlockRunner:
         tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         first = partial(_first, self._graphdef, self.path)
         x = jax.eval_shape(first, self._state, tokens)
-        program = _Program(
-            self._graphdef, graphdef, self.path, self._kinds[index],
-            tuple(sorted(wanted)),
-        )  # fmt: skip
+        program = self._program(index, graphdef, tuple(sorted(wanted)))
 
         def listen(*arrays: Any) -> list[Array]:
             inputs, stages = _heard(program, *arrays)
@@ -164,7 +161,7 @@ class BlockRunner:
           x: Hidden states in front of it.
         """
         graphdef, state = nnx.split(block)
-        program = _Program(self._graphdef, graphdef, self.path, self._kinds[index], ())
+        program = self._program(index, graphdef)
         return _outputs(program, self._state, state, jnp.asarray(tokens), x)
 
     def moments(
@@ -186,11 +183,14 @@ class BlockRunner:
         """
         graphdef, state = nnx.split(block)
         wanted = tuple(stage[0] for stage in stages)
-        program = _Program(
-            self._graphdef, graphdef, self.path, self._kinds[index], wanted
-        )
+        program = self._program(index, graphdef, wanted)
         found = _moments(program, self._state, state, jnp.asarray(tokens), x)
         return dict(zip(stages, found, strict=True))
+
+    def _program(
+        self, index: int, block: Any, wanted: tuple[str, ...] = ()
+    ) -> "_Program":
+        return _Program(self._graphdef, block, self.path, self._kinds[index], wanted)
 
 
 class _Program(NamedTuple):

@@ -1,17 +1,12 @@
 """Calibrated layers of a checkpoint, kept in hidden files until shards are written."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from jaxtyping import Array, Key
 
 from kashin_jax.errors import UsageError
-from kashin_jax.io import (
-    Checkpoint,
-    PlannedTensor,
-    from_leaves,
-    plan_shards,
-    shard_names,
-)
+from kashin_jax.io import Checkpoint, PlannedTensor, from_leaves
 from kashin_jax.models.loading import load_model
 from kashin_jax.pipeline.calibration import Calibration, quantize_calibrated
 from kashin_jax.pipeline.checkpoint_plan import stored_kernel
@@ -51,19 +46,18 @@ def calibrate_checkpoint(
     plan: Plan,
     calibration: Calibration,
     root: Key[Array, ""],
-    max_shard_bytes: int,
+    shards: Iterable[str],
 ) -> None:
     """Codes all layers that the text reaches, and keeps them in hidden files.
 
-    What an interrupted run has kept is not coded again. Where shards are there already,
-    all of it was done.
+    What an interrupted run has kept is not coded again. Where one of the files named
+    `shards` is there already, all of it was done.
 
     Raises:
       UsageError: If the model has no list of blocks.
       NonFiniteError: If a matrix, or what a layer reads, holds NaN or infinity.
     """
-    names = shard_names(len(plan_shards(plan.tensors, max_shard_bytes)))
-    if any((target / name).exists() for name in names):
+    if any((target / name).exists() for name in shards):
         return
     planned = {tensor.name: tensor for tensor in plan.tensors}
     choices = [layer.choice for layer in plan.quantized]

@@ -169,14 +169,11 @@ def quantize_checkpoint(
                 checkpoint, rules, budget, seed, kept
             )
             plan = plan_checkpoint(checkpoint, rules)
+        shards = _cut(plan.tensors, max_shard_bytes)
         if calibration is not None:
-            root = jax.random.key(seed)
-            calibrate_checkpoint(
-                checkpoint, target, plan, calibration, root, max_shard_bytes
-            )
-        reports, resumed = _quantize(
-            checkpoint, target, plan, rules, seed, max_shard_bytes
-        )
+            root, names = jax.random.key(seed), [name for name, _ in shards]
+            calibrate_checkpoint(checkpoint, target, plan, calibration, root, names)
+        reports, resumed = _quantize(checkpoint, target, plan, rules, seed, shards)
         kept_numbers(target).forget()
         if exist_ok:
             keep_directory(target, run, reports)
@@ -193,7 +190,7 @@ def _quantize(
     plan: Plan,
     rules: Rules,
     seed: int,
-    max_shard_bytes: int,
+    shards: Sequence[tuple[str, Sequence[PlannedTensor]]],
 ) -> tuple[dict[str, LayerReport], int]:
     """Writes all files of a quantized checkpoint; reports and finished shards."""
     choices = {layer.choice.name: layer.choice for layer in plan.quantized}
@@ -222,7 +219,6 @@ def _quantize(
         return report
 
     work = {name: math.prod(each.candidate.shape) for name, each in choices.items()}
-    shards = _cut(plan.tensors, max_shard_bytes)
     resumed = _write_shards(target, shards, write, work)
     reports = join_parts(target, [name for name, _ in shards])
     copy_other_files(checkpoint.directory, target)
