@@ -129,8 +129,9 @@ def test_tables_split_merge_and_run_under_jit_vmap_and_grad():
     assert_close(found, dense(tokens))
     assert_close(jax.vmap(packed)(tokens), dense(tokens))
     query = table((3, FEATURES))
-    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(packed.attend(x))))(query)
-    expected = jax.grad(lambda x: jnp.sum(jnp.sin(dense.attend(x))))(query)
+    # Logits reach 100 here: the sine of one would magnify its rounding a hundred times.
+    gradient = jax.grad(lambda x: jnp.sum(jnp.square(packed.attend(x))))(query)
+    expected = jax.grad(lambda x: jnp.sum(jnp.square(dense.attend(x))))(query)
     assert_close(gradient, expected)
 
 
