@@ -1,7 +1,18 @@
 """Kashin's theorem as code: the l1 bound, its constants, and rival solvers."""
 
+from kashin_jax.theory.accelerated_bound import (
+    accelerated_constant as accelerated_constant,
+)
+from kashin_jax.theory.accelerated_bound import accelerated_ratio as accelerated_ratio
+from kashin_jax.theory.accelerated_bound import spread as spread
 from kashin_jax.theory.alternating import AlternatingSolution as AlternatingSolution
 from kashin_jax.theory.alternating import solve_alternating as solve_alternating
+from kashin_jax.theory.alternating_trace import AlternatingCheck as AlternatingCheck
+from kashin_jax.theory.alternating_trace import AlternatingTrace as AlternatingTrace
+from kashin_jax.theory.alternating_trace import alternating_level as alternating_level
+from kashin_jax.theory.alternating_trace import check_alternating as check_alternating
+from kashin_jax.theory.alternating_trace import round_rate as round_rate
+from kashin_jax.theory.alternating_trace import trace_alternating as trace_alternating
 from kashin_jax.theory.comparison import SOLVERS as SOLVERS
 from kashin_jax.theory.comparison import ComparedSolver as ComparedSolver
 from kashin_jax.theory.comparison import compare_solvers as compare_solvers
@@ -34,7 +45,9 @@ __all__ = [
     "FORMS",
     "RESIDUAL_FLOOR",
     "SOLVERS",
+    "AlternatingCheck",
     "AlternatingSolution",
+    "AlternatingTrace",
     "ComparedSolver",
     "EigenvectorRatios",
     "FormCourse",
@@ -43,6 +56,10 @@ __all__ = [
     "MinimaxSolution",
     "TheoremCheck",
     "WorstCase",
+    "accelerated_constant",
+    "accelerated_ratio",
+    "alternating_level",
+    "check_alternating",
     "check_theorem",
     "compare_forms",
     "compare_solvers",
@@ -51,11 +68,14 @@ __all__ = [
     "level_from_rate",
     "rank_one_counter_example",
     "rate_from_constant",
+    "round_rate",
     "search_worst_case",
     "solve_alternating",
     "solve_greedy",
     "solve_minimax",
     "solve_truncation",
+    "spread",
     "structured_starts",
+    "trace_alternating",
     "trace_greedy",
 ]
