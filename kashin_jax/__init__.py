@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kashin_jax.methods import HQQ as HQQ
     from kashin_jax.methods import NF4 as NF4
     from kashin_jax.methods import RTN as RTN
+    from kashin_jax.methods import AlternatingKashin as AlternatingKashin
     from kashin_jax.methods import ChannelKMeans as ChannelKMeans
     from kashin_jax.methods import GreedyKashin as GreedyKashin
     from kashin_jax.methods import JointKashin as JointKashin
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from kashin_jax.tensors import AffineTensor as AffineTensor
     from kashin_jax.tensors import CodebookTensor as CodebookTensor
     from kashin_jax.tensors import KashinTensor as KashinTensor
+    from kashin_jax.tensors import KashinVectorTensor as KashinVectorTensor
     from kashin_jax.tensors import QuantizedTensor as QuantizedTensor
     from kashin_jax.tensors import bits_per_weight as bits_per_weight
     from kashin_jax.tensors import dequantize as dequantize
@@ -57,6 +59,7 @@ __all__ = [
     "NF4",
     "RTN",
     "AffineTensor",
+    "AlternatingKashin",
     "BasisSpec",
     "ChannelKMeans",
     "CodebookTensor",
@@ -65,6 +68,7 @@ __all__ = [
     "KMeans",
     "KashinDecomposition",
     "KashinTensor",
+    "KashinVectorTensor",
     "KroneckerBasis",
     "Method",
     "QuantizationReport",

@@ -33,9 +33,9 @@ FEW = Rules(
 
 
 def every_method(paths):
-    """A method of its own for each of the first layers; 3.5 bits for the next."""
-    configs = [method(name) for name in method_names()]
-    configs.append(method("kashin-joint", bits=3.5))
+    """A method of its own for each of the layers; joint coding with 3.5 bits."""
+    widths = {"kashin-joint": {"bits": 3.5}}
+    configs = [method(name, **widths.get(name, {})) for name in method_names()]
     rules = [
         Rule(f"^{path}$", config) for path, config in zip(paths, configs, strict=False)
     ]

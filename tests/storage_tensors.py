@@ -16,6 +16,7 @@ from kashin_jax.methods import (
     HQQ,
     NF4,
     RTN,
+    AlternatingKashin,
     ChannelKMeans,
     GreedyKashin,
     JointKashin,
@@ -42,6 +43,9 @@ CONFIGS = {
     "nf4": NF4(group_size=8),
     "k-means": KMeans(bits=3, num_restarts=1),
     "k-means-channel": ChannelKMeans(bits=2, num_restarts=1),
+    "kashin-dct": AlternatingKashin(bits=5),
+    "kashin-dct-rows": AlternatingKashin(bits=2, axis=1),
+    "rotate-kashin-dct": Rotated(AlternatingKashin(bits=3)),
     "rotate-rtn": Rotated(
         RTN(bits=5, group_size=64), BasisSpec.parse("hadamard:identity")
     ),

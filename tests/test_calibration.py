@@ -20,7 +20,7 @@ from tiny_checkpoint import (
 from tiny_classifier import make_classifier
 
 from experiments.opt_ppl import main as job
-from kashin_jax import RTN, JointKashin, Rules, quantize_model
+from kashin_jax import RTN, AlternatingKashin, JointKashin, Rules, quantize_model
 from kashin_jax.cli import main
 from kashin_jax.errors import DataError, NonFiniteError, UsageError
 from kashin_jax.io import open_checkpoint
@@ -91,6 +91,18 @@ def test_reports_are_read_back(fed):
         assert report.calibration == fed.reports[name].calibration
     line = json.loads((fed.directory / REPORT_NAME).read_text().splitlines()[0])
     assert line["calibration"].keys() == {"output_error", "data_free_error", "damping"}
+
+
+def test_vectors_are_coded_with_a_text_along_outputs(tiny, tmp_path):
+    """Guards the whole way of the follow-up's method, from rules to what is stored."""
+    rules = Rules(config=AlternatingKashin(bits=2))
+    found = quantize_checkpoint(tiny, tmp_path / "out", rules, calibration=TEXT)
+    reports = [report.calibration for report in found.reports.values()]
+    assert len(reports) == LINEARS
+    assert all(each.output_error <= each.data_free_error for each in reports)
+    assert sum(each.damping is not None for each in reports) > LINEARS / 2
+    packed = packed_layers(open_checkpoint(found.directory)).values()
+    assert {tensor.layout.axis for tensor in packed} == {1}
 
 
 @pytest.mark.parametrize("at", [1, 2, 6, LINEARS])

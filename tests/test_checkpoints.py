@@ -299,7 +299,7 @@ def test_the_configuration_says_how_it_was_quantized(opt):
     assert described["seed"] == SEED
     packed = packed_layers(open_checkpoint(opt.target)).values()
     assert described["tensors"]["packed_bits"] == sum(map(stored_bits, packed))
-    assert len(described["rules"]["rules"]) == len(method_names()) + 1
+    assert len(described["rules"]["rules"]) == len(method_names())
 
 
 def test_the_plan_has_the_sizes_that_are_written(opt):

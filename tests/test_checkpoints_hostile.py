@@ -119,7 +119,7 @@ def test_a_description_of_another_shape_is_refused(quantized, tmp_path):
     assert "fc1" in refused_by_all(quantized, tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_another_schema_is_refused(quantized, tmp_path, version):
     edit_json(
         quantized / "config.json",

@@ -15,7 +15,7 @@ import pytest
 from packed_matrices import random_tensor
 
 from kashin_jax.errors import UsageError
-from kashin_jax.methods import RTN, JointKashin, Rotated
+from kashin_jax.methods import RTN, AlternatingKashin, JointKashin, Rotated
 
 TESTS = Path(__file__).parent
 
@@ -24,7 +24,9 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from packed_matrices import random_tensor
-from kashin_jax.methods import NF4, RTN, ChannelKMeans, JointKashin, KMeans
+from kashin_jax.methods import (
+    NF4, RTN, AlternatingKashin, ChannelKMeans, JointKashin, KMeans
+)
 from kashin_jax.tensors.kernels.library import TARGET, instruction_set
 
 METHODS = {
@@ -35,6 +37,8 @@ METHODS = {
     "levels": KMeans(bits=2),
     "channels": ChannelKMeans(bits=2),
     "nf4": NF4(group_size=64),
+    "columns": AlternatingKashin(),
+    "rows": AlternatingKashin(axis=1),
 }
 CUTS = ({"inputs": "a"}, {"outputs": "a"}, {"inputs": "b", "outputs": "a"})
 SENT = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
@@ -63,6 +67,10 @@ for name in sys.argv[1].split(","):
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
         for cut in CUTS:
+            most = dict(zip(("inputs", "outputs"), tensor.cuts()))
+            if any(most[side] == 1 for side in cut):
+                # Vectors are cut between them only.
+                continue
             own, specs = put(tensor, mesh, **cut)
             # Compiled once, to be read and to be run.
             product = jax.jit(lambda x, q: x @ q).lower(x, own).compile()
@@ -131,8 +139,9 @@ def check_cases(cases):
         # Results of parts of the inputs are added up, and nothing else is sent.
         assert case["sent"] == ({"all-reduce": 1} if case["inputs"] else {}), case
         assert case["lies"], case
-        # Levels of every column are left to XLA.
-        has_kernel = case["has_kernel"] and not case["case"].startswith("channels")
+        # Levels of every column and of every row are left to XLA.
+        plain = case["case"].startswith(("channels", "columns", "rows"))
+        has_kernel = case["has_kernel"] and not plain
         assert case["by_kernel"] == has_kernel, case
         assert max(case["errors"]) < 1e-6, case
 
@@ -158,8 +167,8 @@ def test_cut_products_are_differentiated_and_mapped(found):
 
 @pytest.mark.slow
 def test_other_methods_are_cut_as_well():
-    found = measured("groups,half,three,levels,channels,nf4")
-    assert len(found["cases"]) == 36
+    found = measured("groups,half,three,levels,channels,nf4,columns,rows")
+    assert len(found["cases"]) == 40
     check_cases(found["cases"])
 
 
@@ -174,6 +183,9 @@ def test_other_methods_are_cut_as_well():
         (RTN(group_size=16), (48, 6), (3, 3)),
         (RTN(group_size=20), (48, 6), (1, 3)),
         (Rotated(RTN(group_size=16)), (48, 6), (1, 1)),
+        (AlternatingKashin(), (48, 6), (1, 3)),
+        (AlternatingKashin(bits=3, axis=1), (48, 6), (1, 1)),
+        (Rotated(AlternatingKashin()), (48, 6), (1, 1)),
     ],
 )
 def test_whole_blocks_and_whole_bytes_are_cut(config, shape, cuts):

@@ -11,6 +11,7 @@ from kashin_jax import (
     HQQ,
     NF4,
     RTN,
+    AlternatingKashin,
     BasisSpec,
     ChannelKMeans,
     GreedyKashin,
@@ -39,6 +40,8 @@ METHODS = [
     KMeans(bits=2, num_restarts=1),
     ChannelKMeans(bits=2, num_restarts=1),
     Rotated(RTN(bits=4, group_size=64)),
+    AlternatingKashin(bits=3),
+    AlternatingKashin(axis=1),
 ]
 VOCABULARY, FEATURES = 48, 24
 

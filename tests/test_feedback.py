@@ -7,9 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kashin_jax import RTN, ChannelKMeans, JointKashin, KMeans, Rotated, encode
+from kashin_jax import (
+    RTN,
+    AlternatingKashin,
+    ChannelKMeans,
+    JointKashin,
+    KMeans,
+    Rotated,
+    encode,
+)
 from kashin_jax.methods import output_loss, with_feedback
-from kashin_jax.methods.feedback import code_rows, damped, triangular_factors
+from kashin_jax.methods.feedback import (
+    RowCode,
+    code_rows,
+    damped,
+    triangular_factors,
+)
 from kashin_jax.methods.joint.coder import joint_code
 from kashin_jax.methods.joint.words import all_pairs, levels_of_pairs
 from kashin_jax.tensors.kashin import unpack_rows
@@ -21,6 +34,7 @@ METHODS = {
     "joint": JOINT,
     "gptq": RTN(bits=3, group_size=16),
     "k-means": KMeans(bits=3, num_restarts=1),
+    "kashin-dct": AlternatingKashin(bits=3).for_feedback(),
     "rotated": Rotated(KMeans(bits=3, num_restarts=1)),
 }
 
@@ -136,7 +150,7 @@ def test_what_is_left_of_a_target_is_within_half_a_step():
     def remembering(prepared, row):
         codes, values = code(prepared, row)
         jax.debug.callback(lambda v: kept.append(v), values, ordered=True)
-        return type("Row", (), {"codes": codes, "values": values})
+        return RowCode(codes, values)
 
     code_rows(weight, moments, lambda rows: None, remembering, group_size=16)
     jax.effects_barrier()

@@ -17,6 +17,7 @@ from kashin_jax import (
     HQQ,
     NF4,
     RTN,
+    AlternatingKashin,
     ChannelKMeans,
     KMeans,
     Rotated,
@@ -41,6 +42,10 @@ CONFIGS = [
     ChannelKMeans(bits=6),
     Rotated(KMeans(bits=1)),
     Rotated(RTN(group_size=26)),
+    AlternatingKashin(),
+    AlternatingKashin(bits=3, axis=1),
+    Rotated(AlternatingKashin(bits=5)),
+    AlternatingKashin(bits=2),
 ]
 
 
@@ -87,6 +92,8 @@ def test_a_rotation_that_the_caller_keeps_gives_the_same_product():
         (ChannelKMeans(), 256),
         (Rotated(RTN(group_size=64)), 256),
         (Uniform(), 256),
+        (AlternatingKashin(), 255),
+        (AlternatingKashin(axis=1), 256),
     ],
     ids=repr,
 )

@@ -37,6 +37,7 @@ OVERHEAD = {
     "kashin": 16 * 2 * 32 + 32 + 64,
     "kashin-authors": 16 * 2 * 32 + 32 + 64,
     "kashin-joint": 16 * 2 * 32 + 32 + 64 + 2 * 16 * SIDE,
+    "kashin-dct": 4 * 16 * SIDE + 64,
     "uniform": 2 * 32,
     "k-means": 16 * 32 + 32,
     "rtn-channel": SIDE * (16 + 4),

@@ -33,7 +33,7 @@ from kashin_jax.pipeline import (
 
 NAMES = [
     "kashin", "kashin-joint", "uniform", "k-means", "rtn-g128", "nf4-g64", "hqq-g64",
-    "rotate-rtn-g64", "k-means-channel", "rotate-k-means",
+    "rotate-rtn-g64", "k-means-channel", "rotate-k-means", "kashin-dct",
 ]  # fmt: skip
 
 

@@ -149,8 +149,8 @@ def test_a_tensor_that_is_not_there_is_an_error(copied):
 
 VERSIONS = {0: "cannot be 0", -1: "cannot be -1", "1": "cannot be '1'",
             None: "cannot be None", True: "cannot be True",
-            3: "schema version 3, but this kashin_jax reads up to 2; upgrade",
-            10**30: "reads up to 2; upgrade"}  # fmt: skip
+            4: "schema version 4, but this kashin_jax reads up to 3; upgrade",
+            10**30: "reads up to 3; upgrade"}  # fmt: skip
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -30,7 +30,8 @@ PEAK = 4 * 2**20
 HARD_INTEGERS = [0, -1, 1, 2, 7, 8, 9, 2**16, 2**31, 2**31 + 1, 2**53, 2**63, 10**400]
 HARD_TEXT = ["", "..", "../x", "/x", "\0", "\n", "\ud800", "__metadata__", "é", "F32",
              "U8", "float32", "uint8", "float16", "haar", "dct", "hadamard:haar",
-             "kashin", "affine", "codebook", "a.scale", *SHARDS]  # fmt: skip
+             "kashin", "affine", "codebook", "kashin-vectors", "a.scale",
+             *SHARDS]  # fmt: skip
 SCALARS = (
     st.none() | st.booleans() | st.sampled_from(HARD_INTEGERS) | st.integers()
     | st.floats() | st.sampled_from(HARD_TEXT) | st.text(max_size=8)

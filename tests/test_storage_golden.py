@@ -14,20 +14,24 @@ from kashin_jax.io.format import TYPES, describe, from_leaves
 from kashin_jax.tensors import dequantize
 
 STORAGE = Path(__file__).parent / "golden" / "storage"
-V1, V2 = STORAGE / "v1", STORAGE / "v2"
-DECODED = json.loads((V1 / "decoded.json").read_text())
-STACKS = json.loads((V2 / "decoded.json").read_text())
+V1, V2, V3 = (STORAGE / f"v{version}" for version in (1, 2, 3))
+DECODED, STACKS, VECTORS = (
+    json.loads((version / "decoded.json").read_text()) for version in (V1, V2, V3)
+)
 
 # Bits, or numbers that another program made, are compared.
 pytestmark = pytest.mark.optimized
 
 
 def test_the_golden_files_hold_every_type_of_tensor():
-    checkpoint = open_checkpoint(V1)
-    described = [checkpoint.described(name) for name in DECODED]
-    assert all(isinstance(one, Described) for one in described)
-    assert {one.type for one in described} == TYPES.keys()
-    assert sorted(checkpoint.names()) == sorted([*DECODED, "bias"])
+    found = set()
+    for source, names in ((V1, DECODED), (V3, VECTORS)):
+        checkpoint = open_checkpoint(source)
+        described = [checkpoint.described(name) for name in names]
+        assert all(isinstance(one, Described) for one in described)
+        found |= {one.type for one in described}
+        assert sorted(checkpoint.names()) == sorted([*names, "bias"])
+    assert found == TYPES.keys()
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -38,6 +42,18 @@ def test_a_golden_tensor_decodes_to_what_numpy_made_of_it(name):
     decoded = jax.jit(lambda t: t.decode())(tensor)
     np.testing.assert_allclose(decoded, expected, rtol=0, atol=2e-5)
     assert len(to_leaves(tensor)) >= 2
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_golden_vectors_decode_to_what_numpy_made_of_them(name):
+    expected = np.array(VECTORS[name])
+    checkpoint = open_checkpoint(V3)
+    tensor = checkpoint.load(name)
+    assert tensor.full_shape == expected.shape
+    np.testing.assert_allclose(dequantize(tensor), expected, rtol=0, atol=2e-5)
+    described = checkpoint.described(name)
+    again = describe(tensor, is_transposed=described.is_transposed)
+    assert again == checkpoint.descriptions[name]
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -62,8 +78,8 @@ def test_a_stack_that_cannot_be_is_refused(stack):
         from_leaves(content, leaves)
 
 
-def test_what_has_no_stacks_is_written_for_old_readers(tmp_path):
-    for version, source in enumerate((V1, V2), 1):
+def test_what_old_readers_know_is_written_for_them(tmp_path):
+    for version, source in enumerate((V1, V2, V3), 1):
         checkpoint = open_checkpoint(source)
         tensors = {name: checkpoint.load(name) for name in checkpoint.names()}
         target = tmp_path / str(version)

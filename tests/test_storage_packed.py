@@ -122,6 +122,11 @@ DESCRIPTIONS = {
     "bits that are true": ("kashin", "layout.bits", True),
     "bits as text": ("kashin", "layout.bits", "3"),
     "half bits of a control": ("rtn-groups", "layout.bits", 2.5),
+    "vectors of half a bit for v": ("kashin-dct", "layout.bits", 1),
+    "vectors at half a width": ("kashin-dct", "layout.bits", 4.5),
+    "a third axis": ("kashin-dct", "layout.axis", 2),
+    "an axis that is false": ("kashin-dct", "layout.axis", False),
+    "vectors of rows of another matrix": ("kashin-dct", "layout.axis", 1),
     "a field of the layout too many": ("kashin", "layout.group_size", 1),
     "a shape of one side": ("kashin", "layout.shape", [240]),
     "a shape of three sides": ("kashin", "layout.shape", [24, 10, 1]),
@@ -246,6 +251,8 @@ LEAVES = {
     "an infinite level": ("k-means", "levels", put(np.inf)),
     "levels too few": ("k-means", "levels", lambda x: x[:-1]),
     "levels of a channel too few": ("k-means-channel", "levels", lambda x: x[:, 1:]),
+    "magnitudes too few": ("kashin-dct", "v_levels", lambda x: x[:1]),
+    "an infinite magnitude": ("kashin-dct", "u_levels", put(np.inf, 3)),
     "an infinite level of a channel": ("k-means-channel", "levels", put(np.inf, 9)),
 }
 

@@ -9,6 +9,7 @@ from kashin_jax import (
     HQQ,
     NF4,
     RTN,
+    AlternatingKashin,
     BasisSpec,
     ChannelKMeans,
     GreedyKashin,
@@ -133,6 +134,14 @@ METHODS: Mapping[str, RowKind] = {
         is_random=True,
         mixes_widths=True,
     ),
+    "kashin-dct": RowKind(
+        make=lambda bits, *_: AlternatingKashin(bits=_whole(bits)),
+        note="The 2026 paper's method without data: every output's column alone, a "
+        "sign-DCT basis, steps u, u, v, v, closed-form centres, half of the bits for "
+        "either factor: at 4 bits four fp16 magnitudes per column, and a 64-bit seed "
+        "per matrix.",
+        is_random=True,
+    ),
     "uniform": RowKind(
         make=lambda bits, *_: Uniform(bits=_whole(bits)),
         note="Per-tensor min-max grid, one float32 step and offset per matrix.",
@@ -197,6 +206,23 @@ CALIBRATED_METHODS: Mapping[str, RowKind] = {
     "kashin-joint-calibrated": RowKind(
         make=joint_config,
         note=f"Joint coding, blocks of about 16 x 256, calibrated. {_FEEDBACK}",
+        has_basis=True,
+        is_random=True,
+        is_calibrated=True,
+    ),
+    "kashin-dct-calibrated": RowKind(
+        make=lambda bits, *_: AlternatingKashin(bits=_whole(bits)),
+        note="The 2026 paper's method: as kashin-dct with every input's row alone, "
+        f"calibrated. {_FEEDBACK}",
+        is_random=True,
+        is_calibrated=True,
+    ),
+    "rotate-kashin-dct-calibrated": RowKind(
+        make=lambda bits, basis, *_: Rotated(
+            AlternatingKashin(bits=_whole(bits)), basis
+        ),
+        note="The same of a rotated matrix, the 2026 paper's Kashin-DCT+H. "
+        f"{_FEEDBACK}",
         has_basis=True,
         is_random=True,
         is_calibrated=True,

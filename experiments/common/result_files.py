@@ -56,6 +56,7 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         (
             f"experiments.opt_ppl --bits=2,2.5,3,3.5,4 {_THREE} "
             f"--methods=kashin,uniform,k-means,rtn-channel,{_RIVALS}",
+            f"experiments.opt_ppl --bits=2,3,4 {_THREE} --methods=kashin-dct",
             "experiments.opt_ppl --model=experiments/assets/llama-wiki-12m "
             f"--bits=2,3,4 --max_tokens=16384 --methods={_RIVALS}",
             f"{_WIKITEXT} --bits=4 --max_tokens=all",

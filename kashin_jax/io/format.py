@@ -24,10 +24,12 @@ from kashin_jax.tensors import (
     AffineTensor,
     CodebookTensor,
     KashinTensor,
+    KashinVectorTensor,
     QuantizedTensor,
 )
 from kashin_jax.tensors.grouped import GroupLayout
 from kashin_jax.tensors.kashin import KashinLayout
+from kashin_jax.tensors.kashin_vectors import VectorLayout
 from kashin_jax.tensors.levels import product_bits
 
 __all__ = [
@@ -44,18 +46,28 @@ __all__ = [
     "to_leaves",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Newest version of the format; readers refuse newer ones. See `schema_of`."""
 
 METADATA_KEY = "kashin_jax"
 """Where a shard's metadata describe its packed tensors, as JSON in text."""
 
 TYPES: Mapping[str, Any] = MappingProxyType(
-    {"kashin": KashinTensor, "affine": AffineTensor, "codebook": CodebookTensor}
+    {
+        "kashin": KashinTensor,
+        "affine": AffineTensor,
+        "codebook": CodebookTensor,
+        "kashin-vectors": KashinVectorTensor,
+    }
 )
 """Packed tensors by the name that files give their type."""
 
+Layout = KashinLayout | GroupLayout | VectorLayout
+"""What a description has under that name."""
+
 _KEYS = {"type", "is_transposed", "layout", "leaves"}
+# The first versions that have them.
+_SINCE = {"kashin-vectors": 3}
 # Of layouts, but seen in the leaves rather than stored.
 _DERIVED = frozenset({"v_bits"})
 _FLOATS = frozenset(
@@ -84,9 +96,13 @@ def check_schema(version: Any, where: str) -> None:
 def schema_of(descriptions: Iterable[Mapping[str, Any]]) -> int:
     """The oldest version that has what is described, so that old readers read it.
 
-    Stacks came with version 2.
+    Stacks came with version 2, vectors with version 3.
     """
-    return 2 if any("stack" in each for each in descriptions) else 1
+    needed = (
+        max(_SINCE.get(each["type"], 1), 2 if "stack" in each else 1)
+        for each in descriptions
+    )
+    return max(needed, default=1)
 
 
 class Stream(NamedTuple):
@@ -116,7 +132,7 @@ class Described(NamedTuple):
 
     type: str
     is_transposed: bool
-    layout: KashinLayout | GroupLayout
+    layout: Layout
     specs: Mapping[str, TensorSpec]
     streams: Mapping[str, Stream]
     stack: tuple[int, ...] = ()
@@ -128,7 +144,7 @@ class Described(NamedTuple):
         return (*self.stack, *((n, m) if self.is_transposed else (m, n)))
 
 
-def _layout_to_json(layout: KashinLayout | GroupLayout) -> dict[str, Any]:
+def _layout_to_json(layout: Layout) -> dict[str, Any]:
     """The fields of a layout; bases as text, groups no longer than the matrix."""
     content: dict[str, Any] = {}
     for name in _stored_fields(type(layout)):
@@ -166,10 +182,13 @@ def parse_description(content: Any, where: str) -> Described:
         _require(type(is_transposed) is bool, "is_transposed", is_transposed)
         leaves = content["leaves"]
         _require(isinstance(leaves, Mapping), "leaves", leaves)
+        layout: Layout
         if kind == "kashin":
-            layout: KashinLayout | GroupLayout
             layout = kashin = _kashin_layout(content["layout"])
             specs, streams = _kashin_specs(kashin, leaves)
+        elif kind == "kashin-vectors":
+            layout = vectors = _vector_layout(content["layout"])
+            specs, streams = _vector_specs(vectors)
         else:
             layout = group = _group_layout(content["layout"])
             derive = _affine_specs if kind == "affine" else _codebook_specs
@@ -245,13 +264,28 @@ def _group_layout(content: Any) -> GroupLayout:
     )
 
 
-def _require_fields(content: Any, cls: type[KashinLayout] | type[GroupLayout]) -> None:
+def _vector_layout(content: Any) -> VectorLayout:
+    _require_fields(content, VectorLayout)
+    shape = _pair(content, "shape")
+    axis, bits = content["axis"], content["bits"]
+    _require(type(axis) is int and axis in (0, 1), "axis", axis)
+    _require(type(bits) is int and 2 <= bits <= 8, "bits", bits)
+    return VectorLayout(
+        shape=shape,
+        axis=axis,
+        bits=bits,
+        basis=_basis(content, "basis", shape, shape),
+        dtype=_float_name(content),
+    )
+
+
+def _require_fields(content: Any, cls: type[Layout]) -> None:
     _require(isinstance(content, Mapping), "layout", content)
     known = content.keys() == set(_stored_fields(cls))
     _require(known, "fields of `layout`", list(content))
 
 
-def _stored_fields(cls: type[KashinLayout] | type[GroupLayout]) -> list[str]:
+def _stored_fields(cls: type[Layout]) -> list[str]:
     names = (field.name for field in dataclasses.fields(cls))
     return [name for name in names if name not in _DERIVED]
 
@@ -358,6 +392,20 @@ def _codebook_specs(
         specs["levels"] = TensorSpec("float16", (2**layout.bits, layout.shape[1]))
     else:
         specs["levels"] = TensorSpec("float32", (2**layout.bits,))
+    return specs, streams
+
+
+def _vector_specs(
+    layout: VectorLayout,
+) -> tuple[dict[str, TensorSpec], dict[str, Stream]]:
+    (m, n), vectors = layout.shape, layout.shape[1 - layout.axis]
+    streams = {"packed_codes": Stream(layout.bits, m * n)}
+    specs = {
+        "packed_codes": streams["packed_codes"].spec,
+        "u_levels": TensorSpec("float16", (2 ** (layout.u_bits - 1), vectors)),
+        "v_levels": TensorSpec("float16", (2 ** (layout.v_bits - 1), vectors)),
+        "seed": TensorSpec("uint32", (2,)),
+    }
     return specs, streams
 
 

@@ -17,6 +17,7 @@ from kashin_jax.tensors import (
     Bases,
     CodebookTensor,
     KashinTensor,
+    KashinVectorTensor,
     PackedArray,
     Prepared,
     QuantizedTensor,
@@ -266,7 +267,7 @@ def _array_from_state(target: PackedArray, state: dict[str, Any]) -> PackedArray
 serialization.register_serialization_state(
     PackedArray, _array_to_state, _array_from_state, override=True
 )
-for _kind in (KashinTensor, AffineTensor, CodebookTensor):
+for _kind in (KashinTensor, KashinVectorTensor, AffineTensor, CodebookTensor):
     serialization.register_serialization_state(
         _kind, _to_state, _from_state, override=True
     )

@@ -1,5 +1,6 @@
 """Quantization methods, a frozen dataclass each, and `quantize`."""
 
+from kashin_jax.methods.alternating import AlternatingKashin as AlternatingKashin
 from kashin_jax.methods.base import Encoded as Encoded
 from kashin_jax.methods.base import Method as Method
 from kashin_jax.methods.base import add_method as add_method
@@ -33,6 +34,7 @@ __all__ = [
     "HQQ",
     "NF4",
     "RTN",
+    "AlternatingKashin",
     "ChannelKMeans",
     "Encoded",
     "GreedyKashin",

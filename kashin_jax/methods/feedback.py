@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
+    "CodedRows",
     "RowCode",
     "Triangular",
     "code_rows",
@@ -117,15 +118,31 @@ def output_loss(
 
 
 class RowCode(NamedTuple):
-    """What a scalar code makes of a row.
+    """What a code makes of a row.
 
     Attributes:
       codes: Of every weight.
       values: What they stand for.
+      stored: What else is stored of the row, such as levels of its own.
     """
 
     codes: UInt8[Array, " n"]
     values: Float[Array, " n"]
+    stored: Any = None
+
+
+class CodedRows(NamedTuple):
+    """What became of all rows.
+
+    Attributes:
+      codes: Of every weight.
+      prepared: What `prepare` gave of every group, stacked.
+      stored: What `code` stored of every row, stacked.
+    """
+
+    codes: UInt8[Array, "m n"]
+    prepared: Any
+    stored: Any
 
 
 def code_rows(
@@ -135,7 +152,7 @@ def code_rows(
     code: Callable[[Any, Float[Array, " n"]], RowCode],
     *,
     group_size: int | None = None,
-) -> tuple[UInt8[Array, "m n"], Any]:
+) -> CodedRows:
     """Codes input after input, the first one first, with error feedback.
 
     Args:
@@ -145,9 +162,6 @@ def code_rows(
         changed them; what it gives, its scales say, is handed to `code` for each row.
       code: Codes a row.
       group_size: Rows of a group; None if groups do not matter.
-
-    Returns:
-      Codes, and what `prepare` gave of every group, stacked.
     """
     m, n = weight.shape
     size = group_size or min(_CHUNK, m)
@@ -161,7 +175,7 @@ def code_rows(
 
     def of_group(
         error: Float[Array, "k n"], index: Int[Array, ""]
-    ) -> tuple[Array, tuple[Array, Any]]:
+    ) -> tuple[Array, tuple[Array, Any, Any]]:
         columns = jax.lax.dynamic_slice_in_dim(factor, index * size, size, axis=1)
         within = jax.lax.dynamic_slice_in_dim(columns, index * size, size, axis=0)
         own = w[index]
@@ -174,15 +188,20 @@ def code_rows(
 
         def of_row(
             lost: Float[Array, "size n"], k: Int[Array, ""]
-        ) -> tuple[Array, Array]:
+        ) -> tuple[Array, tuple[Array, Any]]:
             more = jnp.einsum("i,in->n", within[:, k], lost, precision="highest")
             found = code(prepared, own[k] + fed[k] + more)
-            return lost.at[k].set(own[k] - found.values), found.codes
+            lost = lost.at[k].set(own[k] - found.values)
+            return lost, (found.codes, found.stored)
 
-        lost, codes = jax.lax.scan(of_row, jnp.zeros_like(own), jnp.arange(size))
+        lost, rows = jax.lax.scan(of_row, jnp.zeros_like(own), jnp.arange(size))
         start = (index * size, 0)
-        return jax.lax.dynamic_update_slice(error, lost, start), (codes, prepared)
+        return jax.lax.dynamic_update_slice(error, lost, start), (*rows, prepared)
 
     error = jnp.zeros((count * size, n), jnp.float32)
-    _, (codes, prepared) = jax.lax.scan(of_group, error, jnp.arange(count))
-    return codes.reshape(count * size, n)[:m], prepared
+    _, (codes, stored, prepared) = jax.lax.scan(of_group, error, jnp.arange(count))
+
+    def joined(leaf: Array) -> Array:
+        return leaf.reshape(count * size, *leaf.shape[2:])[:m]
+
+    return CodedRows(joined(codes), prepared, jax.tree.map(joined, stored))

@@ -70,7 +70,7 @@ def _fed(
         codes = assign_scalars(row / unit, levels)
         return RowCode(codes, scale * levels[codes])
 
-    codes, _ = code_rows(x, moments, lambda rows: None, code)
+    codes = code_rows(x, moments, lambda rows: None, code).codes
     return free.replace(packed_codes=free.layout.pack(codes))
 
 

@@ -1,7 +1,8 @@
 """`Rotated(inner)`: a matrix rotated as a whole, then coded by another method.
 
 What rotations alone bring to plain grids and codebooks: the control beside Kashin's
-decomposition, which published tables lack.
+decomposition, which published tables lack; and the incoherence of the follow-up, which
+rotates before it decomposes.
 """
 
 import dataclasses
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from kashin_jax.bases import BasisSpec, KroneckerBasis, key_from_seed, make_pair
+from kashin_jax.methods.alternating import AlternatingKashin
 from kashin_jax.methods.base import Encoded, Method, add_method, split_key
 from kashin_jax.methods.kmeans import KMeans
 from kashin_jax.methods.rtn import RTN
-from kashin_jax.tensors import QuantizedTensor
+from kashin_jax.tensors import KashinVectorTensor, QuantizedTensor
 from kashin_jax.tensors.grouped import GroupedTensor
 
 __all__ = ["Rotated"]
@@ -28,7 +30,8 @@ class Rotated(Method):
     """Rotates a matrix, `Q1^T W Q2`, and codes the result by another method.
 
     Attributes:
-      inner: What codes the rotated matrix: a method of grids or scalar codebooks.
+      inner: What codes the rotated matrix: a method of grids, of scalar codebooks or of
+        vectors.
       basis: The rotation, with the seed of the Kashin row: the same matrices.
     """
 
@@ -62,14 +65,17 @@ class Rotated(Method):
         shape = weight.shape[0], weight.shape[1]
         pair = make_pair(self.basis, key_from_seed(seed), shape)
         tensor = self.inner.encode(_rotate(weight.astype(jnp.float32), pair), key)[0]
-        if not isinstance(tensor, GroupedTensor) or tensor.seed is not None:
+        is_rotatable = isinstance(tensor, GroupedTensor | KashinVectorTensor)
+        if not is_rotatable or tensor.layout.basis is not None:
             raise TypeError(
-                f"`Rotated` takes methods that give grids or scalar codebooks, which "
-                f"{type(self.inner).__name__} does not; rotate nothing, or take RTN."
+                "`Rotated` takes methods that give grids, scalar codebooks or vectors, "
+                f"which {type(self.inner).__name__} does not; rotate nothing, or take "
+                "RTN."
             )
         layout = dataclasses.replace(
             tensor.layout, basis=self.basis, dtype=weight.dtype.name
         )
+        # Vectors have the same seed already, of the same key.
         return Encoded(tensor.replace(seed=seed, layout=layout))
 
     @property
@@ -77,24 +83,24 @@ class Rotated(Method):
         """Whether the inner method does."""
         return self.inner.takes_feedback
 
+    def for_feedback(self) -> "Rotated":
+        """With the choices of the inner method that suit it."""
+        return dataclasses.replace(self, inner=self.inner.for_feedback())
+
     def with_feedback(
         self,
         weight: Float[Array, "m n"],
         free: QuantizedTensor,
         moments: Float[Array, "m m"],
-    ) -> GroupedTensor:
+    ) -> QuantizedTensor:
         """The inner method's, of rotated weights and moments."""
-        assert isinstance(free, GroupedTensor), "a tensor of this method"
-        pair = free.derive_bases().basis
-        assert pair is not None, "it was rotated"
+        seed = free.leaves()["seed"]
+        pair = make_pair(self.basis, key_from_seed(seed), free.layout.shape)
         x = _rotate(weight.astype(jnp.float32), pair)
         both = KroneckerBasis(pair.left, pair.left)
-        inner = free.replace(
-            seed=None, layout=dataclasses.replace(free.layout, basis=None)
-        )
+        inner = free.replace(layout=dataclasses.replace(free.layout, basis=None))
         found = self.inner.with_feedback(x, inner, _rotate(moments, both))
-        assert isinstance(found, GroupedTensor), "as `encode` gives"
-        return found.replace(seed=free.seed, layout=free.layout)
+        return found.replace(layout=free.layout)
 
     def to_fields(self) -> dict[str, Any]:
         """The choices of the inner method, then the basis."""
@@ -119,3 +125,5 @@ def _rotate(x: Float[Array, "m n"], pair: KroneckerBasis) -> Float[Array, "m n"]
 # Small groups: a rotation spreads outliers over the whole matrix.
 add_method(Rotated(RTN(group_size=64)))
 add_method(Rotated(KMeans()))
+# The follow-up's incoherence before its method, "Kashin-DCT+H".
+add_method(Rotated(AlternatingKashin()))

@@ -74,7 +74,7 @@ def _fed(
         values = grid.scale[0] * (codes.astype(jnp.float32) - grid.zero[0])
         return RowCode(codes, values)
 
-    codes, grids = code_rows(
+    codes, grids, _ = code_rows(
         x, moments, lambda rows: _grid(rows, bits, 0), code,
         group_size=layout.group_size,
     )  # fmt: skip

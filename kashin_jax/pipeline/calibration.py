@@ -135,8 +135,8 @@ def calibration_rules(rules: Rules) -> Rules:
     def suited(config: Method) -> Method:
         if not config.takes_feedback:
             raise UsageError(
-                f"The method {config.name} takes no calibration; kashin-joint, rtn, "
-                "k-means, rotate-rtn and rotate-k-means do."
+                f"The method {config.name} takes no calibration; kashin-joint, "
+                "kashin-dct, rtn, k-means and their rotated forms do."
             )
         return config.for_feedback()
 

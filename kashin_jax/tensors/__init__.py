@@ -12,6 +12,7 @@ from kashin_jax.tensors.base import prepare as prepare
 from kashin_jax.tensors.base import stored_bits as stored_bits
 from kashin_jax.tensors.codebook import CodebookTensor as CodebookTensor
 from kashin_jax.tensors.kashin import KashinTensor as KashinTensor
+from kashin_jax.tensors.kashin_vectors import KashinVectorTensor as KashinVectorTensor
 from kashin_jax.tensors.kernels import matmul as matmul
 from kashin_jax.tensors.products import ProductOptions as ProductOptions
 from kashin_jax.tensors.products import register_kernel as register_kernel
@@ -21,6 +22,7 @@ __all__ = [
     "Bases",
     "CodebookTensor",
     "KashinTensor",
+    "KashinVectorTensor",
     "KernelAxes",
     "PackedArray",
     "Prepared",

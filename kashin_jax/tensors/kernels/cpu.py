@@ -20,8 +20,10 @@ from kashin_jax.bases.identity import IdentityBasis
 from kashin_jax.tensors.base import Bases
 from kashin_jax.tensors.grouped import GroupedTensor
 from kashin_jax.tensors.kashin import KashinTensor, transposed_by_bands
+from kashin_jax.tensors.kashin_vectors import KashinVectorTensor
 from kashin_jax.tensors.kernels.grouped import grouped_product, zero_products
 from kashin_jax.tensors.kernels.kashin import kashin_product
+from kashin_jax.tensors.kernels.kashin_vectors import vectors_product
 from kashin_jax.tensors.kernels.library import TARGET, decline, instruction_set
 from kashin_jax.tensors.kernels.planes import by_blocks, varying_as
 from kashin_jax.tensors.levels import factor_levels
@@ -32,6 +34,7 @@ __all__ = [
     "cpu_grouped_product",
     "cpu_kashin_product",
     "cpu_kashin_transposed",
+    "cpu_vectors_product",
 ]
 
 MOST_ROWS = 64
@@ -150,6 +153,17 @@ def cpu_grouped_product(
     return _differentiable(_grouped_by_kernel, grouped_product, options)(
         rows, tensor, bases
     )
+
+
+def cpu_vectors_product(
+    rows: Float[Array, "r m"],
+    tensor: KashinVectorTensor,
+    bases: Bases,
+    options: ProductOptions,
+) -> Float[Array, "r n"]:
+    """`x U + (x P) V` by XLA: the kernel has no magnitudes of every vector."""
+    decline(_general_reason(rows, options) or "vectors have magnitudes of their own")
+    return vectors_product(rows, tensor, bases, options)
 
 
 def _general_reason(rows: Float[Array, "r m"], options: ProductOptions) -> str | None:

@@ -1,4 +1,4 @@
-"""Writes v1/ and v2/, quantized checkpoints, and in each what it stands for.
+"""Writes v1/ to v3/, quantized checkpoints, and in each what it stands for.
 
 Plain NumPy: nothing of JAX, of safetensors or of the library is used, so that the files
 freeze the format of `docs/format.md`, of which this is a second implementation. They
@@ -199,6 +199,35 @@ def codebook(shape, size, bits, levels, basis=None):
     return described("codebook", layout, leaves), leaves, unrotated(w, basis)
 
 
+def vectors(shape, axis, bits, basis=None, is_transposed=False):
+    m, n = shape
+    v_bits = bits // 2
+    u_bits = bits - v_bits
+    codes = RNG.integers(0, 2**bits, shape)
+    leaves = {"packed_codes": pack(codes, bits), "seed": SEED}
+    values = []
+    for name, own, width in (
+        ("u_levels", codes >> v_bits, u_bits),
+        ("v_levels", codes % 2**v_bits, v_bits),
+    ):
+        count = 2 ** (width - 1)
+        table = np.sort(RNG.uniform(0.5, 2, (count, shape[1 - axis])), axis=0)
+        leaves[name] = table.astype(np.float16)
+        vector = np.indices(shape)[1 - axis]
+        size = leaves[name].astype(float)[own % count, vector]
+        values.append(np.where(own >= count, size, -size))
+    u, v = values
+    c = dct(shape[axis])
+    key = threefry(threefry(SEED, (0, 1)), (0, axis))
+    p = c.T @ np.diag(signs(key, shape[axis])) @ c
+    w = u + (v @ p.T if axis else p @ v)
+    layout = {
+        "shape": shape, "axis": axis, "bits": bits, "basis": basis, "dtype": "float32",
+    }  # fmt: skip
+    kind = described("kashin-vectors", layout, leaves, is_transposed)
+    return kind, leaves, unrotated(w, basis)
+
+
 def stack(*matrices):
     """Equal matrices as one tensor: all leaves have an axis in front."""
     (description, first, _), *_ = matrices
@@ -262,6 +291,13 @@ def main():
         "affine": stack(*(affine((5, 3), 2, 3, "uint8") for _ in range(2))),
     }  # fmt: skip
     write_checkpoint(2, [(stacks, plain)])
+    third = {
+        "columns": vectors((10, 6), 0, 4),
+        "rows": vectors((7, 5), 1, 3, is_transposed=True),
+        "rotated": vectors((12, 10), 1, 4, "hadamard"),
+        "experts": stack(*(vectors((6, 5), 0, 5) for _ in range(2))),
+    }
+    write_checkpoint(3, [(third, plain)])
 
 
 def write_checkpoint(version, shards):
