@@ -46,6 +46,9 @@ def test_a_method_exists_at_a_width_or_says_why_not(name, bits):
     elif name == "kashin-joint" and not 2 <= bits <= 5:
         with pytest.raises(ValueError, match="exists at 2 to 5 bits"):
             make(bits, HADAMARD, 1e-3, 9)
+    elif name == "kashin-dct" and bits < 2:
+        with pytest.raises(ValueError, match="exists at 2 to 8 whole bits"):
+            make(bits, HADAMARD, 1e-3, 9)
     else:
         assert make(bits, HADAMARD, 1e-3, 9).bits == bits
 

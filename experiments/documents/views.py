@@ -188,6 +188,7 @@ _RIVALS = [
     FULL_PRECISION, JOINT, "rtn-g128", "nf4-g64", "hqq-g64", "rotate-rtn-g64",
     "k-means-channel", "rotate-k-means",
 ]  # fmt: skip
+_WITHOUT_TEXT = [JOINT, "kashin-dct", "rtn-g128", "rotate-k-means"]
 _VITAL: Where = {"dataset": "wiki_vital", "model": "opt-wiki-18m"} | _SEEDS
 _LLAMA: Where = {"dataset": "wiki_vital", "model": "llama-wiki-12m"}
 _FIRST = _WIKITEXT | {"max_tokens": 8192}
@@ -284,7 +285,7 @@ VIEWS: Mapping[str, View] = MappingProxyType({
         partial(_rows, (_SEED,)),
     ),
     "opt-data-free": _opt(
-        _VITAL | {"method": [JOINT, "rtn-g128", "rotate-k-means"], "bits": [2, 3, 4]},
+        _VITAL | {"method": _WITHOUT_TEXT, "bits": [2, 3, 4]},
         _means,
     ),
     "opt-calibrated": View("calibrated_opt", _VITAL, _calibrated),
