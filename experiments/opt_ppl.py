@@ -44,7 +44,12 @@ from experiments.common.methods import (
     choose_methods,
     table_grid,
 )
-from experiments.common.perplexity import Bench, full_precision_row, quantized_row
+from experiments.common.perplexity import (
+    Bench,
+    full_precision_row,
+    quantized_row,
+    refined_control_row,
+)
 from experiments.common.perplexity_table import (
     COMPARISON_TITLE,
     comparison_tables,
@@ -256,22 +261,32 @@ def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:
     full = full_precision_row(bench)
     records = [full]
     _announce(full)
+    chosen = choose_methods(config.methods, calibrated=bool(config.calibration))
+    seeds = parse_numbers("seed", config.seed, 0, 2**31 - 1)
     grid = table_grid(
-        parse_widths("bits", config.bits, 1, 8),
-        choose_methods(config.methods, calibrated=bool(config.calibration)),
-        parse_bases(config.basis),
-        parse_numbers("seed", config.seed, 0, 2**31 - 1),
-    )
+        parse_widths("bits", config.bits, 1, 8), chosen, parse_bases(config.basis),
+        seeds,
+    )  # fmt: skip
+    refinements = dict.fromkeys(m.refinement for m in chosen.values() if m.refinement)
+    for refinement in refinements:
+        for seed in seeds if refinement.text_weight else ():
+            row = refined_control_row(bench, refinement, seed)
+            records.append(_with_increase(row, full))
+            _announce(row)
     for one in grid:
         row = quantized_row(
             bench, one.name, one.method, bits=one.bits, basis=one.basis, seed=one.seed,
             rtol=config.rtol, max_steps=config.max_steps,
         )  # fmt: skip
-        if row["perplexity"] is not None:
-            row["increase"] = row["perplexity"] - full["perplexity"]
-        records.append(row)
+        records.append(_with_increase(row, full))
         _announce(row)
     return [_with_published(config, record) for record in records]
+
+
+def _with_increase(row: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+    if row["perplexity"] is not None:
+        row["increase"] = row["perplexity"] - full["perplexity"]
+    return row
 
 
 def _announce(row: dict[str, Any]) -> None:

@@ -13,13 +13,14 @@ from tiny_finetuning import config_of, write_model, write_tasks
 from experiments import refine_glue
 from experiments.classification.quantized import load_classifier_packed
 from experiments.common.results import read_jsonl
-from experiments.finetuning.model import load_start, take_apart
+from experiments.finetuning.model import load_start, packed_tensors
 from experiments.finetuning.run import finetune
 from experiments.glue import main as glue
 from experiments.refine_glue import main
 from kashin_jax import stored_bits
 from kashin_jax.errors import UsageError
 from kashin_jax.models import load_classifier
+from kashin_jax.pipeline.refinable import take_apart
 
 pytestmark = pytest.mark.slow
 
@@ -80,8 +81,7 @@ def leaves(tensor):
 @pytest.mark.parametrize("method", METHODS)
 def test_taking_a_model_apart_and_putting_it_together_changes_nothing(saved, method):
     found = load_classifier_packed(saved[method])
-    parts = take_apart(found.loaded.model, found.tensors)
-    again = parts.tensors(parts.params, parts.frozen)
+    again = packed_tensors(take_apart(found.loaded.model).model())
     for path, tensor in found.tensors.items():
         for name, value in leaves(tensor).items():
             if value is None:
@@ -95,18 +95,18 @@ def test_taking_a_model_apart_and_putting_it_together_changes_nothing(saved, met
 @pytest.mark.parametrize("method", METHODS)
 def test_only_what_decodes_and_vectors_are_trained(saved, method):
     found = load_classifier_packed(saved[method])
-    parts = take_apart(found.loaded.model, found.tensors)
-    for path, trained in parts.params["packed"].items():
-        floats = [
-            v
-            for k, v in leaves(found.tensors[path]).items()
-            if k in FLOATS and v is not None and jnp.issubdtype(v.dtype, jnp.floating)
-        ]
-        assert len(trained) == len(floats) > 0
-    names = set(parts.params["vectors"])
-    assert all(name.endswith(("bias", "scale")) for name in names)
-    assert "classifier/out_proj/bias" in names
-    assert "classifier/out_proj/kernel" in parts.frozen["matrices"]
+    names = set(take_apart(found.loaded.model).names)
+    packed = {
+        f"{path}/kernel/value/{k}"
+        for path, tensor in found.tensors.items()
+        for k, v in leaves(tensor).items()
+        if k in FLOATS and v is not None and jnp.issubdtype(v.dtype, jnp.floating)
+    }
+    assert packed and packed < names
+    vectors = names - packed
+    assert all(name.endswith(("bias/value", "scale/value")) for name in vectors)
+    assert "classifier/out_proj/bias/value" in vectors
+    assert "classifier/out_proj/kernel/value" not in names
 
 
 def test_the_gradient_of_a_centroid_is_that_of_finite_differences(saved, data):
@@ -116,17 +116,18 @@ def test_the_gradient_of_a_centroid_is_that_of_finite_differences(saved, data):
     def loss(params):
         return jnp.sum(start.evaluation(params, start.frozen)(ids)[:, 0])
 
-    packed = start.params["packed"]
-    layer = sorted(packed)[0]
-    grads = jax.grad(loss)(start.params)["packed"][layer]
+    grads = jax.grad(loss)(start.params)
+    names = take_apart(load_classifier_packed(saved["kashin"]).loaded.model).names
 
     def moved(leaf, index, step):
-        changed = [*packed[layer]]
+        changed = [*start.params]
         changed[leaf] = changed[leaf].at[index].add(step)
-        return loss(start.params | {"packed": packed | {layer: changed}})
+        return loss(changed)
 
-    for leaf, values in enumerate(packed[layer]):
-        index = (0,) * values.ndim
+    decoding = [i for i, name in enumerate(names) if "kernel" in name][:2]
+    assert [names[i].rsplit("/", 1)[1] for i in decoding] == ["centroids", "scale"]
+    for leaf in decoding:
+        index = (0,) * start.params[leaf].ndim
         slope = (moved(leaf, index, 1e-2) - moved(leaf, index, -1e-2)) / 2e-2
         np.testing.assert_allclose(grads[leaf][index], slope, rtol=0.05, atol=1e-3)
 

@@ -21,6 +21,7 @@ from kashin_jax import (
 from kashin_jax.errors import UsageError
 from kashin_jax.methods import Method
 from kashin_jax.methods.joint.schedules import SPLITS
+from kashin_jax.pipeline import Refinement
 
 __all__ = [
     "AS_STORED",
@@ -61,6 +62,7 @@ class RowKind:
       mixes_widths: Whether a width between its own is met as a budget of stored bits,
         by widths that differ from layer to layer.
       is_calibrated: Whether layers are coded with a text, by error feedback.
+      refinement: How what decodes the codes then learns from that text; None for not.
     """
 
     make: MakeConfig
@@ -71,6 +73,7 @@ class RowKind:
     keeps_failures: bool = False
     mixes_widths: bool = False
     is_calibrated: bool = False
+    refinement: Refinement | None = None
 
     def is_budget(self, bits: Width) -> bool:
         """Whether `bits` is met by mixing widths."""
@@ -202,6 +205,11 @@ _FEEDBACK = (
     "on held-out windows, or none where that is best; see docs/calibration.md."
 )
 
+_REFINED = (
+    "Then scales, levels, biases and norms learn from the same text with the codes "
+    "fixed, block by block and end to end; see docs/calibration.md."
+)
+
 CALIBRATED_METHODS: Mapping[str, RowKind] = {
     "kashin-joint-calibrated": RowKind(
         make=joint_config,
@@ -232,6 +240,30 @@ CALIBRATED_METHODS: Mapping[str, RowKind] = {
         note=f"GPTQ: round-to-nearest as in rtn-g128, calibrated. {_FEEDBACK}",
         is_random=True,
         is_calibrated=True,
+    ),
+    "kashin-joint-refined": RowKind(
+        make=joint_config,
+        note=f"As kashin-joint-calibrated. {_REFINED}",
+        has_basis=True,
+        is_random=True,
+        is_calibrated=True,
+        refinement=Refinement(),
+    ),
+    "kashin-joint-distilled": RowKind(
+        make=joint_config,
+        note="As kashin-joint-refined, learning end to end from the predictions of the "
+        "full precision alone.",
+        has_basis=True,
+        is_random=True,
+        is_calibrated=True,
+        refinement=Refinement(text_weight=0.0),
+    ),
+    "gptq-g128-refined": RowKind(
+        make=lambda bits, *_: RTN(bits=_whole(bits), group_size=128),
+        note=f"As gptq-g128. {_REFINED}",
+        is_random=True,
+        is_calibrated=True,
+        refinement=Refinement(),
     ),
     "rotate-k-means-calibrated": RowKind(
         make=lambda bits, basis, *_: Rotated(KMeans(bits=_whole(bits)), basis),

@@ -41,7 +41,13 @@ from kashin_jax.evaluation import (
 )
 from kashin_jax.methods import Method, QuantizationReport
 from kashin_jax.models.loading import LoadedModel
-from kashin_jax.pipeline import quantize_model, replace_kernels, selected_kernels
+from kashin_jax.pipeline import (
+    Refinement,
+    quantize_model,
+    refine_model,
+    replace_kernels,
+    selected_kernels,
+)
 from kashin_jax.pipeline.mixed_widths import (
     LENGTH,
     WINDOWS,
@@ -51,7 +57,13 @@ from kashin_jax.pipeline.mixed_widths import (
 )
 from kashin_jax.tensors import KashinTensor, QuantizedTensor
 
-__all__ = ["Bench", "full_precision_row", "mixed_name", "quantized_row"]
+__all__ = [
+    "Bench",
+    "full_precision_row",
+    "mixed_name",
+    "quantized_row",
+    "refined_control_row",
+]
 
 MIXED_NOTE = (
     "Joint coding with a width per layer (2 to 5 bits in halves), chosen under a total "
@@ -94,20 +106,26 @@ class Bench:
     calibration: CalibrationText | None = None
 
     def quantize(
-        self, rules: Rules, seed: int, *, is_calibrated: bool = False
+        self, rules: Rules, seed: int, method: RowKind | None = None
     ) -> QuantizedCopy:
-        """A quantized copy of the checkpoint."""
+        """A quantized copy of the checkpoint, calibrated and refined as a row asks."""
+        is_calibrated = method is not None and method.is_calibrated
         text = self.calibration if is_calibrated else None
         calibration = None if text is None else text.calibration(seed)
+        refinement = None if method is None else method.refinement
+        if refinement is not None:
+            refinement = dataclasses.replace(refinement, seed=seed)
         return quantized_copy(
-            self.loaded, rules, seed, self.work, self.weights_sha256, calibration
-        )
+            self.loaded, rules, seed, self.work, self.weights_sha256, calibration,
+            refinement,
+        )  # fmt: skip
 
-    def calibration_fields(self, method: RowKind) -> Record:
+    def calibration_fields(self, method: RowKind) -> dict[str, Any]:
         """What a row says of its calibration; nothing where there is none."""
         if self.calibration is None or not method.is_calibrated:
             return {}
-        return self.calibration.record_fields()
+        fields = self.calibration.record_fields()
+        return fields | refinement_fields(method.refinement)
 
     def known(self, choices: Record) -> dict[str, Any] | None:
         """The finished row of these choices, if there is one."""
@@ -189,6 +207,48 @@ def full_precision_row(bench: Bench) -> dict[str, Any]:
     )
 
 
+def refinement_fields(refinement: Refinement | None) -> dict[str, Any]:
+    """What a row says of its refinement; nothing where there is none."""
+    if refinement is None:
+        return {}
+    fields = dataclasses.asdict(refinement)
+    # A field of every row.
+    del fields["seed"]
+    return {"refinement": fields}
+
+
+def refined_control_row(
+    bench: Bench, refinement: Refinement, seed: int
+) -> dict[str, Any]:
+    """The full precision that has learned like refined rows: biases and norms alone."""
+    assert bench.calibration is not None, "refined rows have a text"
+    bits = float(stored_width(bench.loaded.stored_dtype))
+    fields = bench.calibration.record_fields() | refinement_fields(refinement)
+    choices = {"method": f"{FULL_PRECISION}, refined", "bits": int(bits), "seed": seed}
+    if known := bench.known(choices | fields):
+        return known
+    alone = dataclasses.replace(refinement, block_epochs=0, seed=seed)
+    dense = bench.loaded.model
+    windows = bench.calibration.calibration(seed).windows
+    model, _ = refine_model(dense, dense, windows, alone)
+    return bench.keep(
+        {
+            **dict.fromkeys(("method", "bits")),
+            **_ABSENT,
+            **choices,
+            **fields,
+            "stored_bits_per_weight": bits,
+            "model_bits_per_weight": bits,
+            **bench.score(model, {"config": None, "seed": seed, **fields}),
+            "note": "Full precision, its biases and norms trained end to end as those "
+            "of refined rows: what the text brings without any quantization.",
+            **bench.text_fields(),
+            **bench.identity,
+            "weights_sha256": bench.weights_sha256,
+        }
+    )
+
+
 def quantized_row(
     bench: Bench,
     name: str,
@@ -249,14 +309,18 @@ def _measured(
     except ValueError as reason:
         return {"note": str(reason)}
     try:
-        copy = bench.quantize(plan.rules, seed, is_calibrated=method.is_calibrated)
+        copy = bench.quantize(plan.rules, seed, method)
     except NonFiniteError as reason:
         # The checkpoint is finite, so it is this method whose scales overflow.
         return {"note": str(reason)}
     layers = copy.layers
     kept = unconverged(layers) if method.keeps_failures else frozenset()
     config = plan.rules.config
-    model = _quantized_model(bench, config, copy, kept)
+    if method.refinement is not None:
+        # Biases and norms have learned, too.
+        model = copy.model
+    else:
+        model = _quantized_model(bench, config, copy, kept)
     computation = {"config": plan.identity, "seed": seed, "kept": sorted(kept)}
     computation |= bench.calibration_fields(method)
     width = stored_width(bench.loaded.stored_dtype)

@@ -23,8 +23,10 @@ from kashin_jax.models.loading import LoadedModel
 from kashin_jax.pipeline import (
     Calibration,
     LayerReport,
+    Refinement,
     load_quantized,
     quantize_checkpoint,
+    refine_checkpoint,
     rules_to_json,
     selected_kernels,
 )
@@ -82,6 +84,7 @@ def quantized_copy(
     work: Path,
     weights_sha256: str,
     calibration: Calibration | None = None,
+    refinement: Refinement | None = None,
 ) -> QuantizedCopy:
     """A quantized copy of a checkpoint, which is all that a row needs.
 
@@ -96,6 +99,7 @@ def quantized_copy(
       work: Directory for unfinished work; it must exist.
       weights_sha256: Of the checkpoint.
       calibration: A text to quantize it with.
+      refinement: How what decodes the codes then learns from that text; None for not.
 
     Raises:
       UsageError: If the rules do not suit the checkpoint.
@@ -110,11 +114,20 @@ def quantized_copy(
         loaded.directory, work / name, rules, seed=seed, max_shard_bytes=1,
         exist_ok=True, calibration=calibration,
     )  # fmt: skip
-    heads = head_names(result.directory)
-    model = load_quantized(result.directory, head=heads[0] if heads else None).model
+    directory, found_reports = result.directory, result.reports
+    if refinement is not None and calibration is not None:
+        windows = calibration.windows
+        learned = refinement.digest(windows)[:32]
+        refined = refine_checkpoint(
+            directory, work / f"{name}-{learned}", loaded.directory, windows,
+            refinement, exist_ok=True,
+        )  # fmt: skip
+        directory, found_reports = refined.directory, refined.reports
+    heads = head_names(directory)
+    model = load_quantized(directory, head=heads[0] if heads else None).model
     found = nnx.to_flat_state(nnx.state(model, PackedKernel))
     tensors = {"/".join(map(str, path[:-1])): v.get_value() for path, v in found}
-    reports = {report.path: report for report in result.reports.values()}
+    reports = {report.path: report for report in found_reports.values()}
     layers = {
         path: QuantizedLayer(tensors[path], reports[path])
         for path in selected_kernels(loaded.model)

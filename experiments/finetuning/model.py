@@ -1,14 +1,12 @@
 """The classifier that a run starts from, what of it is trained, and the loss.
 
-A quantized one is refined: its codes stay as they are, what decodes them is trained.
-That is the floating-point leaves of packed tensors (centroids, levels, scales) and the
-vectors of the model (biases, norms); codes, seeds, embeddings and the head's matrix are
-not. Gradients reach the centroids through decoding: the gradient of a centroid is the
-sum over the weights that are coded by it.
+A quantized one is refined: its codes stay as they are, and of the rest that is trained
+which `kashin_jax.pipeline.refinable` names; embeddings and the head's matrix are not.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -25,149 +23,66 @@ from experiments.finetuning.batches import TrainBatch
 from experiments.finetuning.config import STORED, FinetuneConfig
 from experiments.train.step import LossFn, Params
 from kashin_jax import Rules
+from kashin_jax.layers import PackedKernel
 from kashin_jax.models import (
     ClassifierConfig,
     LoadedClassifier,
     SequenceClassifier,
     load_classifier,
 )
+from kashin_jax.pipeline.refinable import Structure, take_apart
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
     "Build",
     "Packed",
-    "Refinable",
     "Start",
     "abstract_classifier",
     "load_start",
     "make_loss",
-    "take_apart",
 ]
-
-Leaves = list[Array]
-
 
 # Puts `(params, frozen)` together.
 Build: TypeAlias = Callable[[Params, PyTree[Array]], SequenceClassifier]
 
 
-class _Structure(NamedTuple):
-    # Static: how a packed tensor is put together from its leaves.
-    tree: Any
-    dtypes: tuple[str, ...]
-
-    @property
-    def is_trained(self) -> list[bool]:
-        return [dtype.startswith("float") for dtype in self.dtypes]
+def packed_tensors(model: nnx.Module) -> dict[str, QuantizedTensor]:
+    """The packed matrices of a model by path of their layer."""
+    found = nnx.to_flat_state(nnx.state(model, PackedKernel))
+    return {_join(path[:-1]): variable.get_raw_value() for path, variable in found}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Refinable:
-    """A quantized classifier taken apart.
-
-    Attributes:
-      params: What is trained: `vectors` and, for each packed matrix, `packed` leaves
-        in units of their own root-mean-square, so that one learning rate fits all.
-      frozen: The other parameters, the other leaves and the units.
-      structures: How the leaves of each packed matrix make a tensor.
-    """
-
-    params: Params
-    frozen: PyTree[Array]
-    structures: Mapping[str, _Structure]
-
-    def tensors(
-        self, params: Params, frozen: PyTree[Array]
-    ) -> dict[str, QuantizedTensor]:
-        """The packed tensors that `(params, frozen)` mean, types as stored."""
-        return {
-            path: _joined(structure, params["packed"][path], frozen["packed"][path])
-            for path, structure in self.structures.items()
-        }
-
-    def builder(
-        self, config: ClassifierConfig, dtype: DTypeLike, *, training: bool
-    ) -> Build:
-        """A function that makes the classifier of `(params, frozen)`.
-
-        Args:
-          config: The architecture; its dropout rates may be other ones.
-          dtype: Of activations.
-          training: Whether dropout is on.
-        """
-        graphdef, state = abstract_classifier(config, dtype, training=training)
-        templates = dict(nnx.to_flat_state(state))
-
-        def build(params: Params, frozen: PyTree[Array]) -> SequenceClassifier:
-            values = {**params["vectors"], **frozen["matrices"]}
-            for path, tensor in self.tensors(params, frozen).items():
-                values[f"{path}/kernel"] = tensor.decode()
-            flat = {
-                path: variable.replace(values[_join(path)])
-                for path, variable in templates.items()
-            }
-            return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-        return build
-
-
-def take_apart(
-    model: SequenceClassifier, tensors: Mapping[str, QuantizedTensor]
-) -> Refinable:
-    """Separates what is trained from what is not.
+def decoding_builder(
+    structure: Structure,
+    config: ClassifierConfig,
+    dtype: DTypeLike,
+    *,
+    training: bool,
+) -> Build:
+    """A function that makes the dense classifier of `(params, frozen)`.
 
     Args:
-      model: Gives the parameters that are not packed; those layers are
-        `QuantizedLinear`.
-      tensors: Packed kernels by path of their layer.
+      structure: Of the packed classifier, taken apart.
+      config: The architecture; its dropout rates may be other ones.
+      dtype: Of activations.
+      training: Whether dropout is on.
     """
-    dense = {
-        _join(path): variable[...]
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-    structures, trained, kept = {}, {}, {}
-    for path, tensor in tensors.items():
-        leaves, tree = jax.tree.flatten(tensor)
-        structure = _Structure(tree, tuple(leaf.dtype.name for leaf in leaves))
-        structures[path] = structure
-        trained[path], kept[path] = _split(structure, leaves)
-    vectors = {path: value for path, value in dense.items() if value.ndim == 1}
-    matrices = {path: value for path, value in dense.items() if value.ndim != 1}
-    return Refinable(
-        params={"vectors": vectors, "packed": trained},
-        frozen={"matrices": matrices, "packed": kept},
-        structures=structures,
-    )
+    graphdef, state = abstract_classifier(config, dtype, training=training)
+    templates = dict(nnx.to_flat_state(state))
 
+    def build(params: Params, frozen: PyTree[Array]) -> SequenceClassifier:
+        packed = structure.model(params, frozen)
+        plain = nnx.to_flat_state(nnx.state(packed, nnx.Param))
+        values = {_join(path): variable.get_value() for path, variable in plain}
+        for path, tensor in packed_tensors(packed).items():
+            values[f"{path}/kernel"] = tensor.decode()
+        flat = {
+            path: variable.replace(values[_join(path)])
+            for path, variable in templates.items()
+        }
+        return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
-def _split(structure: _Structure, leaves: Leaves) -> tuple[Leaves, Leaves]:
-    trained, kept = [], []
-    for leaf, is_trained in zip(leaves, structure.is_trained, strict=True):
-        if not is_trained:
-            kept.append(leaf)
-            continue
-        values = leaf.astype(jnp.float32)
-        unit = _unit(values)
-        trained.append(values / unit)
-        kept.append(unit)
-    return trained, kept
-
-
-def _unit(values: Float[Array, "..."]) -> Float[Array, ""]:
-    rms = jnp.sqrt(jnp.mean(jnp.square(values)))
-    return jnp.where(rms > 0, rms, 1.0)
-
-
-def _joined(structure: _Structure, trained: Leaves, kept: Leaves) -> QuantizedTensor:
-    new = iter(trained)
-    # Cast to the stored type in every step, so that what is trained is what is stored.
-    leaves = [
-        (next(new) * old).astype(dtype) if is_trained else old
-        for old, dtype, is_trained in zip(
-            kept, structure.dtypes, structure.is_trained, strict=True
-        )
-    ]
-    return jax.tree.unflatten(structure.tree, leaves)
+    return build
 
 
 def abstract_classifier(
@@ -273,15 +188,20 @@ def _load_quantized_start(config: FinetuneConfig) -> Start:
     loaded = found.loaded
     order = output_order(task, loaded.config.id2label)
     model_config = _with_dropout(loaded.config, config.dropout)
-    parts = take_apart(loaded.model, found.tensors)
+    parts = take_apart(loaded.model)
+    build = partial(decoding_builder, parts.structure, model_config)
+
+    def tensors(params: Params, frozen: PyTree[Array]) -> dict[str, QuantizedTensor]:
+        return packed_tensors(parts.structure.model(params, frozen))
+
     return Start(
         params=parts.params,
         frozen=parts.frozen,
-        training=parts.builder(model_config, config.compute_dtype, training=True),
-        evaluation=parts.builder(model_config, jnp.float32, training=False),
+        training=build(config.compute_dtype, training=True),
+        evaluation=build(jnp.float32, training=False),
         loaded=loaded._replace(config=model_config),
         order=order,
-        packed=Packed(parts.tensors, found.rules, found.seed, found.described),
+        packed=Packed(tensors, found.rules, found.seed, found.described),
     )
 
 

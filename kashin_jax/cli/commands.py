@@ -22,11 +22,13 @@ from kashin_jax.models.tokenizer import load_tokenizer
 from kashin_jax.pipeline import (
     Inspection,
     Plan,
+    Refinement,
     Rules,
     dequantize_checkpoint,
     inspect_checkpoint,
     plan_checkpoint,
     quantize_checkpoint,
+    refine_checkpoint,
     rules_from_json,
 )
 from kashin_jax.pipeline.allocate import JOINT_ERRORS
@@ -41,6 +43,7 @@ __all__ = [
     "run_generate",
     "run_inspect",
     "run_quantize",
+    "run_refine",
 ]
 
 
@@ -227,6 +230,37 @@ def _print_totals(found: Inspection) -> None:
     )
     if found.damaged == ():
         print("Every file is as it was written.")
+
+
+def run_refine(
+    src: str,
+    original: str,
+    dst: str,
+    *,
+    calibration: str,
+    calibration_tokens: int,
+    block_epochs: int | None,
+    epochs: int | None,
+    text_weight: float | None,
+    seed: int,
+) -> int:
+    """Refines a quantized checkpoint."""
+    source = open_checkpoint(original)
+    text = read_calibration(source, calibration, calibration_tokens, seed)
+    given: dict[str, Any] = {
+        "block_epochs": block_epochs, "epochs": epochs, "text_weight": text_weight
+    }  # fmt: skip
+    chosen = {name: value for name, value in given.items() if value is not None}
+    refinement = Refinement(seed=seed, **chosen)
+    found = refine_checkpoint(
+        src, dst, original, text.windows, refinement, exist_ok=True
+    )
+    if found.gains is None:
+        print(f"Already done: {dst} holds the result of this command.")
+    else:
+        print(found.gains)
+    _print_totals(inspect_checkpoint(dst, verify=False))
+    return 0
 
 
 def run_dequantize(src: str, dst: str, *, max_shard_size: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Command line: `kashin quantize`, `inspect`, `dequantize`, `eval`, `generate`."""
+"""Command line: `kashin quantize`, `refine`, `inspect`, `eval` and so on."""
 
 import argparse
 import io
@@ -22,13 +22,14 @@ __all__ = [
     "read_probability",
     "read_seed",
     "read_setting",
+    "read_share",
     "read_size",
     "read_temperature",
 ]
 
 _EPILOGUE = """\
 Exit codes: 0 done; 1 a file or its content is unusable; 2 wrong use; 130 interrupted
-(an interrupted `quantize` goes on where it was when it is repeated).
+(an interrupted `quantize` or `refine` goes on where it was when it is repeated).
 """
 
 
@@ -99,7 +100,7 @@ def _parser() -> _Parser:
     version = library_version()
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_quantize, _inspect, _dequantize, _eval, _generate):
+    for add in (_quantize, _refine, _inspect, _dequantize, _eval, _generate):
         add(commands)
     return parser
 
@@ -152,6 +153,48 @@ def _quantize(commands: Any) -> None:
         "--restart",
         action="store_true",
         help="remove an unfinished run in DST, whatever its flags, and begin anew",
+    )
+
+
+def _refine(commands: Any) -> None:
+    parser: _Parser = commands.add_parser(
+        "refine",
+        help="let what decodes the codes of a quantized model learn from a text",
+        description="Writes SRC, a quantized language model, into DST with the same "
+        "codes and stored bits. Its scales, levels, biases and norms have learned from "
+        "a text and from ORIGINAL, the model that it was quantized from: block by "
+        "block and then end to end. Repeat the same command to go on after an "
+        "interruption. Needs the extra `cli`.",
+    )
+    parser.add_argument("src", metavar="SRC", help="directory, or id on the hub")
+    parser.add_argument("original", metavar="ORIGINAL", help=_SOURCE)
+    parser.add_argument("dst", metavar="DST", help="directory, which is made")
+    parser.add_argument(
+        "--calibration", metavar="FILE", required=True, help="UTF-8 text"
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=read_count,
+        default=131_072,
+        metavar="N",
+        help="tokens of it to use, drawn in windows by the seed; default: 131072",
+    )
+    parser.add_argument(
+        "--block-epochs",
+        type=read_none_or_more,
+        help="passes in which blocks learn, one after the other",
+    )
+    parser.add_argument(
+        "--epochs", type=read_none_or_more, help="passes in which all learn end to end"
+    )
+    parser.add_argument(
+        "--text-weight",
+        type=read_share,
+        help="share of the text's own tokens in the loss end to end; the rest is the "
+        "distance from ORIGINAL's predictions",
+    )
+    parser.add_argument(
+        "--seed", type=read_seed, default=0, help="of windows and order; default: 0"
     )
 
 
@@ -406,6 +449,13 @@ def read_probability(text: str) -> float:
     expected = "a probability above 0, at most 1"
     if (value := _positive(text, expected)) > 1:
         raise _refused(text, expected)
+    return value
+
+
+def read_share(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= (value := _number(text)) <= 1:
+        raise _refused(text, "a share from 0 to 1")
     return value
 
 

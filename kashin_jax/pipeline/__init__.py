@@ -27,6 +27,16 @@ from kashin_jax.pipeline.paths import path_key as path_key
 from kashin_jax.pipeline.plan import LayerPlan as LayerPlan
 from kashin_jax.pipeline.plan import Plan as Plan
 from kashin_jax.pipeline.plan import packed_size as packed_size
+from kashin_jax.pipeline.refine import Gain as Gain
+from kashin_jax.pipeline.refine import Refinement as Refinement
+from kashin_jax.pipeline.refine import RefinementReport as RefinementReport
+from kashin_jax.pipeline.refine import refine_model as refine_model
+from kashin_jax.pipeline.refined_checkpoint import (
+    RefinedCheckpoint as RefinedCheckpoint,
+)
+from kashin_jax.pipeline.refined_checkpoint import (
+    refine_checkpoint as refine_checkpoint,
+)
 from kashin_jax.pipeline.report import REPORT_NAME as REPORT_NAME
 from kashin_jax.pipeline.report import CalibrationReport as CalibrationReport
 from kashin_jax.pipeline.report import LayerReport as LayerReport
@@ -46,12 +56,16 @@ __all__ = [
     "SHARED_INPUTS",
     "Calibration",
     "CalibrationReport",
+    "Gain",
     "Inspection",
     "LayerPlan",
     "LayerReport",
     "Plan",
     "QuantizedModel",
     "QuantizedParams",
+    "RefinedCheckpoint",
+    "Refinement",
+    "RefinementReport",
     "Rule",
     "Rules",
     "StreamResult",
@@ -73,6 +87,8 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "quantize_params",
+    "refine_checkpoint",
+    "refine_model",
     "replace_kernels",
     "report_table",
     "rules_from_json",

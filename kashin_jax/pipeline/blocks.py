@@ -14,7 +14,7 @@ from kashin_jax.errors import UsageError
 from kashin_jax.pipeline.moments import half_moments
 from kashin_jax.pipeline.paths import join
 
-__all__ = ["BlockRunner", "Stage", "find_blocks"]
+__all__ = ["BlockRunner", "Program", "Stage", "find_blocks", "run_block"]
 
 Stage = tuple[str, ...]
 """Paths within a block of layers that read the same input, in the order of calls."""
@@ -110,10 +110,10 @@ class BlockRunner:
         shell = nnx.clone(model, variables=False)
         stops = [_Stop(i, _outline(block)) for i, block in enumerate(self.blocks)]
         _put_at(shell, blocks, nnx.List(stops))
-        self._graphdef, self._state = nnx.split(shell)
+        self._graphdef, self.state = nnx.split(shell)
         calls = jax.eval_shape(
             partial(_kinds, self._graphdef, blocks),
-            self._state,
+            self.state,
             jax.ShapeDtypeStruct((1, 2), jnp.int32),
         )
         # Blocks that are called with the same arrays: the first one stands for all.
@@ -121,7 +121,7 @@ class BlockRunner:
 
     def first(self, tokens: Int[np.ndarray, "b t"]) -> Float[Array, "b t d"]:
         """Hidden states in front of the first block."""
-        return _first(self._graphdef, self.path, self._state, jnp.asarray(tokens))
+        return _first(self._graphdef, self.path, self.state, jnp.asarray(tokens))
 
     def stages(self, index: int, wanted: Collection[str]) -> list[Stage]:
         """Layers of a block by the input that they read, in the order of their calls.
@@ -134,15 +134,15 @@ class BlockRunner:
         found: list[Stage] = []
         tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         first = partial(_first, self._graphdef, self.path)
-        x = jax.eval_shape(first, self._state, tokens)
-        program = self._program(index, graphdef, tuple(sorted(wanted)))
+        x = jax.eval_shape(first, self.state, tokens)
+        program = self.program(index, graphdef, tuple(sorted(wanted)))
 
         def listen(*arrays: Any) -> list[Array]:
             inputs, stages = _heard(program, *arrays)
             found.extend(stages)
             return inputs
 
-        jax.eval_shape(listen, self._state, state, tokens, x)
+        jax.eval_shape(listen, self.state, state, tokens, x)
         return found
 
     def outputs(
@@ -161,8 +161,8 @@ class BlockRunner:
           x: Hidden states in front of it.
         """
         graphdef, state = nnx.split(block)
-        program = self._program(index, graphdef)
-        return _outputs(program, self._state, state, jnp.asarray(tokens), x)
+        program = self.program(index, graphdef)
+        return _outputs(program, self.state, state, jnp.asarray(tokens), x)
 
     def moments(
         self,
@@ -183,18 +183,26 @@ class BlockRunner:
         """
         graphdef, state = nnx.split(block)
         wanted = tuple(stage[0] for stage in stages)
-        program = self._program(index, graphdef, wanted)
-        found = _moments(program, self._state, state, jnp.asarray(tokens), x)
+        program = self.program(index, graphdef, wanted)
+        found = _moments(program, self.state, state, jnp.asarray(tokens), x)
         return dict(zip(stages, found, strict=True))
 
-    def _program(
+    def program(
         self, index: int, block: Any, wanted: tuple[str, ...] = ()
-    ) -> "_Program":
-        return _Program(self._graphdef, block, self.path, self._kinds[index], wanted)
+    ) -> "Program":
+        """What is static of a pass through a block.
+
+        Args:
+          index: Of the block.
+          block: Graph of it, or of what stands for it.
+          wanted: Paths within it of layers whose inputs are listened to.
+        """
+        return Program(self._graphdef, block, self.path, self._kinds[index], wanted)
 
 
-class _Program(NamedTuple):
-    # All that is static of a pass through a block.
+class Program(NamedTuple):
+    """All that is static of a pass through a block; from `BlockRunner.program`."""
+
     shell: Any
     block: Any
     path: str
@@ -237,16 +245,25 @@ def _calls(
     return found[0][0], [call for _, call in found]
 
 
-def _run(
-    program: _Program, shell: Any, block: nnx.Module, tokens: Array, x: Array
-) -> Array:
+def run_block(
+    program: Program, shell: Any, block: Any, tokens: Array, x: Array
+) -> Float[Array, "b t d"]:
+    """New hidden states, within a program that is traced; differentiable.
+
+    Args:
+      program: From `BlockRunner.program`.
+      shell: The runner's `state`.
+      block: The block itself.
+      tokens: Of the batch.
+      x: Hidden states in front of it.
+    """
     call = _calls(program.shell, program.path, shell, tokens)[1][program.kind]
     found = block(x, *call.args, **call.kwargs)
     return found[0] if isinstance(found, tuple) else found
 
 
 def _heard(
-    program: _Program, shell: Any, state: Any, tokens: Array, x: Array
+    program: Program, shell: Any, state: Any, tokens: Array, x: Array
 ) -> tuple[list[Array], list[Stage]]:
     """The inputs of the wanted layers, and who reads each of them."""
     block = nnx.merge(program.block, state)
@@ -257,19 +274,19 @@ def _heard(
 
     for path in program.wanted:
         _put_at(block, path, _Ear(path, _at(block, path), tell))
-    _run(program, shell, block, tokens, x)
+    run_block(program, shell, block, tokens, x)
     return [x for x, _ in found.values()], [tuple(e) for _, e in found.values()]
 
 
 @partial(jax.jit, static_argnums=0)
-def _outputs(program: _Program, shell: Any, state: Any, tokens: Array, x: Any) -> Array:
+def _outputs(program: Program, shell: Any, state: Any, tokens: Array, x: Any) -> Array:
     block = nnx.merge(program.block, state)
-    return _run(program, shell, block, tokens, x)
+    return run_block(program, shell, block, tokens, x)
 
 
 @partial(jax.jit, static_argnums=0)
 def _moments(
-    program: _Program, shell: Any, state: Any, tokens: Array, x: Any
+    program: Program, shell: Any, state: Any, tokens: Array, x: Any
 ) -> list[Array]:
     inputs, stages = _heard(program, shell, state, tokens, x)
     by_layer = {

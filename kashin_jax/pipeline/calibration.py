@@ -41,6 +41,7 @@ __all__ = [
     "Calibration",
     "calibration_rules",
     "calibration_windows",
+    "held_out_count",
     "quantize_calibrated",
 ]
 
@@ -340,9 +341,14 @@ def _best_code(
     return best, report, CalibrationReport(least, without, chosen)
 
 
+def held_out_count(windows: int) -> int:
+    """How many of so many windows, the last ones, nothing is learned from."""
+    return max(1, windows // _HELD_OUT)
+
+
 def _batches(windows: Int32[np.ndarray, "w t"]) -> Iterator[_Batch]:
     """Windows to learn from, then those held out, in batches of one size."""
-    held_out = max(1, len(windows) // _HELD_OUT)
+    held_out = held_out_count(len(windows))
     learned = len(windows) - held_out
     most = max(1, _PASS // windows.shape[1])
     common = math.gcd(learned, held_out)

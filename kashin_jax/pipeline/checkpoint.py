@@ -67,6 +67,7 @@ __all__ = [
     "StreamResult",
     "dequantize_checkpoint",
     "quantize_checkpoint",
+    "write_shards",
 ]
 
 WriteTensor = Callable[[TensorWriter, PlannedTensor], LayerReport | None]
@@ -219,7 +220,7 @@ def _quantize(
         return report
 
     work = {name: math.prod(each.candidate.shape) for name, each in choices.items()}
-    resumed = _write_shards(target, shards, write, work)
+    resumed = write_shards(target, shards, write, work)
     reports = join_parts(target, [name for name, _ in shards])
     copy_other_files(checkpoint.directory, target)
     keep_shards(checkpoint, target)
@@ -242,7 +243,7 @@ def _cut(
     return list(zip(shard_names(len(shards)), shards, strict=True))
 
 
-def _write_shards(
+def write_shards(
     target: Path,
     shards: Sequence[tuple[str, Sequence[PlannedTensor]]],
     write: WriteTensor,
@@ -329,7 +330,7 @@ def dequantize_checkpoint(
     with claimed_directory(target, run):
         packed = checkpoint.descriptions
         work = {name: math.prod(checkpoint.spec(name).shape) for name in packed}
-        _write_shards(target, shards, write, work)
+        write_shards(target, shards, write, work)
         remove_parts(target, [name for name, _ in shards])
         copy_other_files(checkpoint.directory, target)
         write_config(target, checkpoint.config)

@@ -1,0 +1,303 @@
+"""Refining a quantized checkpoint: new scales, levels, biases and norms; old codes."""
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int32, Shaped
+
+from kashin_jax.errors import NonFiniteError, UsageError
+from kashin_jax.io import (
+    Checkpoint,
+    PlannedTensor,
+    TensorWriter,
+    atomic_path,
+    open_checkpoint,
+    open_safetensors,
+    write_config,
+    write_stored,
+    write_tensors,
+)
+from kashin_jax.layers import PackedKernel
+from kashin_jax.methods import weight_error
+from kashin_jax.models.loading import load_model
+from kashin_jax.models.registry import names_of
+from kashin_jax.models.saving import stored_array
+from kashin_jax.models.tensor_roles import tensor_roles
+from kashin_jax.pipeline.calibrated_checkpoint import check_calibration, check_runs
+from kashin_jax.pipeline.calibration import Calibration
+from kashin_jax.pipeline.checkpoint import write_shards
+from kashin_jax.pipeline.checkpoint_plan import is_float, stored_tensor
+from kashin_jax.pipeline.loading import load_quantized
+from kashin_jax.pipeline.original_shards import ORIGINAL_INDEX
+from kashin_jax.pipeline.other_files import copy_other_files
+from kashin_jax.pipeline.refine import (
+    Refinement,
+    RefinementReport,
+    Store,
+    refine_model,
+)
+from kashin_jax.pipeline.report import REPORT_NAME, LayerReport, read_report
+from kashin_jax.pipeline.resume import (
+    claimed_directory,
+    fingerprint,
+    finished_run,
+    join_parts,
+    keep_directory,
+    release_directory,
+)
+from kashin_jax.pipeline.rules import Rules
+from kashin_jax.tensors import QuantizedTensor
+
+__all__ = ["RefinedCheckpoint", "refine_checkpoint"]
+
+_REPORT = "refinement_report.json"
+
+
+class RefinedCheckpoint(NamedTuple):
+    """A refined checkpoint that was written.
+
+    Attributes:
+      directory: Where it is.
+      gains: What learning brought on held-out windows; None where an earlier run had
+        finished all of it.
+      reports: Of the packed tensors, with the errors that they have now.
+    """
+
+    directory: Path
+    gains: RefinementReport | None
+    reports: dict[str, LayerReport]
+
+
+def refine_checkpoint(
+    quantized: str | Path,
+    target: str | Path,
+    original: str | Path,
+    windows: Int32[np.ndarray, "w t"],
+    refinement: Refinement | None = None,
+    *,
+    exist_ok: bool = False,
+) -> RefinedCheckpoint:
+    """Writes a quantized checkpoint anew, its scales, levels, biases and norms learned.
+
+    Codes, layout and stored bits are those of `quantized`; see `refine_model`. Both
+    models are held in memory, in float32. An interrupted run goes on, a block or some
+    steps behind, and gives the same bytes.
+
+    Args:
+      quantized: Of a language model that runs here, from `quantize_checkpoint`.
+      target: Must not exist, be empty, or hold an unfinished run of the same call.
+      original: What `quantized` was made of.
+      windows: Token ids to learn from, see `calibration_windows`.
+      refinement: How long and how fast; None takes `Refinement()`.
+      exist_ok: Whether `target` may also hold what the same call finished.
+
+    Raises:
+      UsageError: If one is not the quantized form of the other, the model does not run
+        here, or `target` is taken.
+      CheckpointError: If a file is missing, damaged, or cannot be written.
+      NonFiniteError: If a loss, or what was learned, is not finite.
+    """
+    refinement = Refinement() if refinement is None else refinement
+    source, theirs = open_checkpoint(quantized), open_checkpoint(original)
+    target = Path(target)
+    _check(source, theirs, target)
+    check_calibration(theirs, Calibration(windows=windows))
+    planned = [_planned(source, name) for name in source.names()]
+    digest = hashlib.sha256(
+        f"{refinement.digest(windows)} {fingerprint(theirs, Rules(), 0, 0, ()).digest}"
+        .encode()
+    ).hexdigest()  # fmt: skip
+    run = fingerprint(source, Rules(), 0, 0, planned, calibration=digest)
+    if exist_ok and (found := finished_run(target, run)) is not None:
+        return RefinedCheckpoint(target, None, found)
+    with claimed_directory(target, run):
+        store = _Files(target)
+        model, gains = refine_model(
+            load_quantized(quantized).model, load_model(theirs).model, windows,
+            refinement, store=store,
+        )  # fmt: skip
+        reports = _write(source, theirs, target, model, planned)
+        store.forget()
+        if exist_ok:
+            keep_directory(target, run, reports)
+        else:
+            release_directory(target)
+    return RefinedCheckpoint(target, gains, reports)
+
+
+def _check(source: Checkpoint, original: Checkpoint, target: Path) -> None:
+    if not source.descriptions:
+        raise UsageError(
+            f"{source.directory}: holds nothing packed; quantize it first."
+        )
+    if original.descriptions:
+        raise UsageError(
+            f"{original.directory}: is quantized itself; name what "
+            f"{source.directory} was made of."
+        )
+    for each in (source, original):
+        if each.directory.resolve() == target.resolve():
+            raise UsageError(f"{target}: is read from; name another directory.")
+    check_runs(original)
+    for name in source.names():
+        if name not in original.places or source.spec(name).shape != (
+            shape := original.spec(name).shape
+        ):
+            has = "has none" if name not in original.places else f"has {shape}"
+            raise UsageError(
+                f"{source.directory}: `{name}` has shape {source.spec(name).shape}, "
+                f"and {original.directory} {has}; name what it was made of."
+            )
+
+
+def _planned(source: Checkpoint, name: str) -> PlannedTensor:
+    if not source.is_packed(name):
+        return stored_tensor(source, name, None)
+    specs = source.described(name).specs
+    return PlannedTensor(
+        name,
+        {f"{name}.{leaf}": spec for leaf, spec in specs.items()},
+        source.descriptions[name],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files(Store):
+    """Arrays of unfinished work, in hidden files of a directory."""
+
+    directory: Path
+
+    def load(self, name: str) -> list[np.ndarray] | None:
+        path = self._path(name)
+        if not path.exists():
+            return None
+        file = open_safetensors(path)
+        return [np.asarray(file.read(f"{i:06}")) for i in range(len(file.specs))]
+
+    def keep(self, name: str, arrays: Sequence[Array | np.ndarray]) -> None:
+        named = {f"{i:06}": np.asarray(array) for i, array in enumerate(arrays)}
+        write_tensors(self._path(name), named)
+
+    def forget(self) -> None:
+        """Removes all of them."""
+        for path in list(self.directory.glob(".refined-*")):
+            path.unlink()
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f".refined-{name.replace('/', '-')}"
+
+
+def _write(
+    source: Checkpoint,
+    original: Checkpoint,
+    target: Path,
+    model: nnx.Module,
+    planned: Sequence[PlannedTensor],
+) -> dict[str, LayerReport]:
+    """Writes all files; returns the reports of packed tensors."""
+    learned = _Learned.of(model, source)
+    before = read_report(source.directory / REPORT_NAME)
+
+    def write(writer: TensorWriter, tensor: PlannedTensor) -> LayerReport | None:
+        name = tensor.name
+        if not source.is_packed(name):
+            vector = learned.vector(name)
+            if vector is None:
+                source.copy(name, writer.sink(name))
+            else:
+                writer.write(name, vector)
+            return None
+        packed = learned.packed(name)
+        write_stored(writer, name, packed)
+        if name not in before:
+            return None
+        matrix = _matrix(original, source, name)
+        errors = jax.vmap(weight_error) if matrix.ndim > 2 else weight_error
+        error = errors(matrix, packed)
+        # What outputs lost was measured before.
+        return before[name]._replace(
+            relative_squared_error=float(jnp.mean(error)), calibration=None
+        )
+
+    shards: dict[str, list[PlannedTensor]] = {}
+    for tensor in planned:
+        shards.setdefault(source.places[tensor.name], []).append(tensor)
+    write_shards(target, list(shards.items()), write, {})
+    reports = join_parts(target, list(shards))
+    copy_other_files(source.directory, target)
+    if (index := source.directory / ORIGINAL_INDEX).exists():
+        with atomic_path(target / ORIGINAL_INDEX) as temporary:
+            shutil.copyfile(index, temporary)
+    # Rules and seed alone would promise the levels that they began with.
+    described = {**(source.quantization or {}), "refined": True}
+    write_config(target, source.config, described)
+    return reports
+
+
+def _matrix(original: Checkpoint, source: Checkpoint, name: str) -> Array:
+    stored = jnp.asarray(original.load(name))
+    is_transposed = source.described(name).is_transposed
+    return stored.swapaxes(-1, -2) if is_transposed else stored
+
+
+class _Learned(NamedTuple):
+    """What a refined model has for the tensors of its checkpoint.
+
+    Attributes:
+      source: The checkpoint.
+      tensors: Packed matrices, by path of the layer.
+      vectors: Parameters of one axis, by published name without its prefix.
+    """
+
+    source: Checkpoint
+    tensors: Mapping[str, QuantizedTensor]
+    vectors: Mapping[str, tuple[tuple[Any, ...], np.ndarray]]
+
+    @classmethod
+    def of(cls, model: nnx.Module, source: Checkpoint) -> "_Learned":
+        names = names_of(str(source.config.get("model_type")))
+        packed = nnx.to_flat_state(nnx.state(model, PackedKernel))
+        flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        return cls(
+            source,
+            {"/".join(map(str, path[:-1])): v.get_raw_value() for path, v in packed},
+            {
+                names.stem(path): (path, np.asarray(variable.get_value()))
+                for path, variable in flat
+                if variable.get_value().ndim == 1
+            },
+        )
+
+    def vector(self, name: str) -> Shaped[np.ndarray, " n"] | None:
+        """What a tensor that is not packed became; None if it stays as it is."""
+        spec = self.source.spec(name)
+        parsed = names_of(str(self.source.config.get("model_type"))).parse(name)
+        if parsed is None or len(spec.shape) != 1 or not is_float(spec.dtype):
+            return None
+        if (found := self.vectors.get(parsed.name)) is None:
+            return None
+        path, value = found
+        return stored_array(name, path, value, jnp.dtype(spec.dtype))
+
+    def packed(self, name: str) -> QuantizedTensor:
+        """A packed tensor, with the layout that it has on disk."""
+        stored = self.source.load(name)
+        assert isinstance(stored, QuantizedTensor)
+        path = tensor_roles(self.source.config).of(name, stored.full_shape).path
+        learned = self.tensors.get(path)
+        if learned is None:
+            return stored
+        for leaf, value in learned.leaves().items():
+            if value is not None and not np.isfinite(np.asarray(value)).all():
+                raise NonFiniteError(
+                    f"`{name}.{leaf}` is not finite after learning; use a lower rate."
+                )
+        return learned.replace(layout=stored.layout)
