@@ -17,12 +17,7 @@ from kashin_jax import (
     encode,
 )
 from kashin_jax.methods import output_loss, with_feedback
-from kashin_jax.methods.feedback import (
-    RowCode,
-    code_rows,
-    damped,
-    triangular_factors,
-)
+from kashin_jax.methods.feedback import RowCode, code_rows, damped, triangular_factors
 from kashin_jax.methods.joint.coder import joint_code
 from kashin_jax.methods.joint.words import all_pairs, levels_of_pairs
 from kashin_jax.tensors.kashin import unpack_rows
@@ -33,6 +28,7 @@ JOINT = JointKashin(bits=3, effort="fast").for_feedback()
 METHODS = {
     "joint": JOINT,
     "gptq": RTN(bits=3, group_size=16),
+    "act-order": RTN(bits=3, group_size=16, act_order=True),
     "k-means": KMeans(bits=3, num_restarts=1),
     "kashin-dct": AlternatingKashin(bits=3).for_feedback(),
     "rotated": Rotated(KMeans(bits=3, num_restarts=1)),
@@ -76,11 +72,12 @@ def test_the_factors_multiply_to_the_moments(size, last_first):
         np.testing.assert_allclose(inner, np.eye(size), atol=1e-5)
 
 
-def gptq(weight, moments, bits, group_size):
+def gptq(weight, moments, bits, group_size, grids=None):
     """Algorithm 1 of Frantar et al. (2022), one input at a time, in float64.
 
     With the Cholesky factor of the inverse of the moments, and the step and zero point
-    of a group from the weights as they are when its first input is reached.
+    of a group from the weights as they are when its first input is reached, unless
+    `grids` has those of every input.
     """
     w = np.array(weight, np.float64)
     inverse = np.linalg.inv(np.asarray(moments, np.float64))
@@ -88,7 +85,9 @@ def gptq(weight, moments, bits, group_size):
     highest = 2**bits - 1
     quantized = np.zeros_like(w)
     for j in range(len(w)):
-        if j % group_size == 0:
+        if grids is not None:
+            step, zero = (each[j] for each in grids)
+        elif j % group_size == 0:
             group = w[j : j + group_size]
             low = np.minimum(group.min(axis=0), 0)
             high = np.maximum(group.max(axis=0), 0)
@@ -116,23 +115,90 @@ def test_rtn_with_feedback_is_gptq(inputs, group_size):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_gptq_is_between_the_best_code_and_rounding():
-    """Guards order and sign of the feedback by trying all codes of four inputs."""
-    moments = damped(jnp.asarray(correlated_moments(4)), 0.01)
-    weight = gaussian(4, 16)
-    method = RTN(bits=2, group_size=4)
+@pytest.mark.parametrize(("inputs", "group_size"), [(32, 8), (20, 8), (16, None)])
+def test_act_order_is_gptq_of_inputs_in_another_order(inputs, group_size):
+    """Guards steps that go with the input, and codes put back in their places."""
+    weight, size = gaussian(inputs, 12), group_size or inputs
+    moments = damped(jnp.asarray(correlated_moments(inputs)), 0.01)
+    method = RTN(bits=3, group_size=group_size, act_order=True)
+    free = encode(weight, KEY, method)[0]
+    found = method.with_feedback(weight, free, moments)
+    np.testing.assert_array_equal(found.scale, free.scale)
+    np.testing.assert_array_equal(found.zero, free.zero)
+    order = np.argsort(-np.diagonal(moments))
+    steps, zeros = (
+        np.repeat(np.asarray(each, np.float64)[:, 0], size, axis=0)[order]
+        for each in (free.scale, free.float_zero())
+    )
+    ordered = np.asarray(moments)[np.ix_(order, order)]
+    expected = gptq(np.asarray(weight)[order], ordered, 3, None, (steps, zeros))
+    decoded = np.asarray(found.decode())[order]
+    np.testing.assert_allclose(decoded, expected, rtol=1e-3, atol=1e-4)
+    assert (order != np.arange(inputs)).any()
+
+
+@pytest.mark.parametrize("inputs", [4, 5, 6])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_is_between_the_best_code_and_rounding(inputs, act_order):
+    """Guards order and sign of the feedback by trying all codes of a few inputs."""
+    apart = np.abs(np.subtract.outer(np.arange(inputs), np.arange(inputs)))
+    moments = jnp.asarray(0.9**apart * np.outer(*[1 + np.arange(inputs) % 3] * 2))
+    moments = moments.astype(jnp.float32)
+    weight = gaussian(inputs, 64)
+    method = RTN(bits=2, group_size=inputs, act_order=act_order)
     free = encode(weight, KEY, method)[0]
     fed = method.with_feedback(weight, free, moments)
     # The first group is the only one: both have the same grid.
     step = np.asarray(free.scale, np.float32)[0]
     zero = np.asarray(free.float_zero())[0]
-    codes = np.array(list(itertools.product(range(4), repeat=4)), np.float32)
+    codes = np.array(list(itertools.product(range(4), repeat=inputs)), np.float32)
     errors = np.asarray(weight) - step * (codes[:, :, None] - zero)
     losses = np.einsum("cin,ij,cjn->cn", errors, moments, errors)
     best = losses.min(axis=0).sum()
     ours, rounded = (float(output_loss(weight, moments, t)) for t in (fed, free))
     assert best <= ours * 1.0001
-    assert ours - best < (rounded - best) / 2
+    # Of the least loss 1.25 to 1.89 times, where rounding has 4.1 to 5.9 times.
+    assert ours < 2 * best < rounded / 2
+
+
+def nearest_plane(weight, moments, step):
+    """Babai's algorithm (1986) in float64 for the lattice of whole steps.
+
+    Its basis are the columns of a root of the moments, orthogonalized by Gram and
+    Schmidt; the first input, as in GPTQ, is rounded first, so it is the last column.
+    """
+    values, vectors = np.linalg.eigh(np.asarray(moments, np.float64))
+    root = vectors * np.sqrt(values) @ vectors.T
+    basis = step * root[:, ::-1]
+    planes = basis.copy()
+    for i in range(len(basis)):
+        for j in range(i):
+            share = planes[:, j] @ basis[:, i] / (planes[:, j] @ planes[:, j])
+            planes[:, i] -= share * planes[:, j]
+    rest = root @ np.asarray(weight, np.float64)
+    found = np.zeros(weight.shape)
+    for i in reversed(range(len(basis))):
+        found[i] = np.round(planes[:, i] @ rest / (planes[:, i] @ planes[:, i]))
+        rest -= np.outer(basis[:, i], found[i])
+    return step * found[::-1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_ends_of_the_grid_gptq_is_babais_nearest_plane(seed):
+    """Guards the published property (arXiv:2507.18553), by an independent program."""
+    inputs, step = 12, 0.25
+    moments = damped(jnp.asarray(correlated_moments(inputs, seed=seed)), 0.01)
+    weight = gaussian(inputs, 24, seed)
+
+    def code(_, row, k):
+        found = jnp.round(row / step)
+        return RowCode((found + 128).astype(jnp.uint8), step * found)
+
+    codes, _ = code_rows(weight, moments, lambda *_: None, code)
+    values = step * (np.asarray(codes, np.float64) - 128)
+    assert 0 < codes.min() and codes.max() < 255
+    np.testing.assert_array_equal(values, nearest_plane(weight, moments, step))
+    assert (values != step * np.round(np.asarray(weight) / step)).mean() > 0.1
 
 
 def test_what_is_left_of_a_target_is_within_half_a_step():
@@ -141,18 +207,18 @@ def test_what_is_left_of_a_target_is_within_half_a_step():
     weight = gaussian(48, 8)
     step = 0.25
 
-    def code(_, row):
+    def code(_, row, k):
         values = step * jnp.round(row / step)
         return (jnp.zeros_like(row, jnp.uint8), values)
 
     kept = []
 
-    def remembering(prepared, row):
-        codes, values = code(prepared, row)
+    def remembering(prepared, row, k):
+        codes, values = code(prepared, row, k)
         jax.debug.callback(lambda v: kept.append(v), values, ordered=True)
         return RowCode(codes, values)
 
-    code_rows(weight, moments, lambda rows: None, remembering, group_size=16)
+    code_rows(weight, moments, lambda *_: None, remembering, group_size=16)
     jax.effects_barrier()
     error = np.asarray(weight) - np.stack(kept)
     factor = triangular_factors(moments, 1, last_first=False).factor

@@ -265,6 +265,13 @@ CALIBRATED_METHODS: Mapping[str, RowKind] = {
         is_calibrated=True,
         refinement=Refinement(),
     ),
+    "gptq-g128-act-order": RowKind(
+        make=lambda bits, *_: RTN(bits=_whole(bits), group_size=128, act_order=True),
+        note="GPTQ in order of descending second moments (act-order), steps of groups "
+        f"as in rtn-g128, so that no order is stored. {_FEEDBACK}",
+        is_random=True,
+        is_calibrated=True,
+    ),
     "rotate-k-means-calibrated": RowKind(
         make=lambda bits, basis, *_: Rotated(KMeans(bits=_whole(bits)), basis),
         note=f"As rotate-k-means, calibrated. {_FEEDBACK}",

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from kashin_jax.bases import Basis
 from kashin_jax.codebooks import assign_scalars, lloyd_sorted
@@ -195,14 +195,14 @@ def _fed(
     layout = free.layout
     basis = vector_bases(free.seed, layout.shape, 1).right
 
-    def code(_: None, row: Float[Array, " n"]) -> RowCode:
+    def code(_: None, row: Float[Array, " n"], __: Int[Array, ""]) -> RowCode:
         found = vector_code(row, basis, config)
         levels = found.u_levels[:, None], found.v_levels[:, None]
         u, v = factors_of_codes(found.codes[None], *levels, layout)
         values = (u + basis.synthesis(v))[0]
         return RowCode(found.codes, values, (found.u_levels, found.v_levels))
 
-    found = code_rows(weight.astype(jnp.float32), moments, lambda rows: None, code)
+    found = code_rows(weight.astype(jnp.float32), moments, lambda *_: None, code)
     u_levels, v_levels = found.stored
     return free.replace(
         packed_codes=pack_matrix(found.codes, layout.bits),

@@ -148,8 +148,8 @@ class CodedRows(NamedTuple):
 def code_rows(
     weight: Float[Array, "m n"],
     moments: Float[Array, "m m"],
-    prepare: Callable[[Float[Array, "size n"]], Any],
-    code: Callable[[Any, Float[Array, " n"]], RowCode],
+    prepare: Callable[[Float[Array, "size n"], Int[Array, ""]], Any],
+    code: Callable[[Any, Float[Array, " n"], Int[Array, ""]], RowCode],
     *,
     group_size: int | None = None,
 ) -> CodedRows:
@@ -159,8 +159,9 @@ def code_rows(
       weight: The matrix, `[in, out]`.
       moments: Damped second moments of the inputs.
       prepare: Called with the rows of a group as the errors of those before it have
-        changed them; what it gives, its scales say, is handed to `code` for each row.
-      code: Codes a row.
+        changed them, and its index; what it gives, its scales say, is handed to `code`
+        for each row.
+      code: Codes a row; the last argument is its place within the group.
       group_size: Rows of a group; None if groups do not matter.
     """
     m, n = weight.shape
@@ -182,7 +183,7 @@ def code_rows(
         fed = jnp.einsum("ij,in->jn", columns, error, precision="highest")
         # What the rows would be if none of the group lost anything of its target.
         prepared = prepare(
-            own + jax.scipy.linalg.solve_triangular(within, fed, trans="T")
+            own + jax.scipy.linalg.solve_triangular(within, fed, trans="T"), index
         )
         within = jnp.triu(within, 1)
 
@@ -190,7 +191,7 @@ def code_rows(
             lost: Float[Array, "size n"], k: Int[Array, ""]
         ) -> tuple[Array, tuple[Array, Any]]:
             more = jnp.einsum("i,in->n", within[:, k], lost, precision="highest")
-            found = code(prepared, own[k] + fed[k] + more)
+            found = code(prepared, own[k] + fed[k] + more, k)
             lost = lost.at[k].set(own[k] - found.values)
             return lost, (found.codes, found.stored)
 

@@ -66,11 +66,11 @@ def _fed(
     assert levels is not None, "only those of NF4 are not stored"
     unit = jnp.where(scale > 0, scale, 1.0)
 
-    def code(_: None, row: Float[Array, " n"]) -> RowCode:
+    def code(_: None, row: Float[Array, " n"], __: Int[Array, ""]) -> RowCode:
         codes = assign_scalars(row / unit, levels)
         return RowCode(codes, scale * levels[codes])
 
-    codes = code_rows(x, moments, lambda rows: None, code).codes
+    codes = code_rows(x, moments, lambda *_: None, code).codes
     return free.replace(packed_codes=free.layout.pack(codes))
 
 

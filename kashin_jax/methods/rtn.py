@@ -6,11 +6,11 @@ its own, as everybody's groups do (torch weights are `[out, in]`).
 
 import dataclasses
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from kashin_jax.methods.base import Encoded, Method, register
 from kashin_jax.methods.feedback import RowCode, code_rows
@@ -30,10 +30,15 @@ class RTN(Method):
       bits: Code width, of the zero points too.
       group_size: Weights of one output channel that share a step; None for the whole
         channel.
+      act_order: Whether error feedback codes inputs of large second moments first
+        ("act-order" of GPTQ), each with the step that its group has without data, so
+        that nothing more is stored. Without it inputs are coded in their order, and
+        steps are of what a group has become by then. Coding without data is the same.
     """
 
     bits: int = 4
     group_size: int | None = 128
+    act_order: bool = False
 
     takes_feedback: ClassVar[bool] = True
 
@@ -49,9 +54,17 @@ class RTN(Method):
         free: QuantizedTensor,
         moments: Float[Array, "m m"],
     ) -> AffineTensor:
-        """GPTQ: inputs in their order, the step of a group from its targets."""
+        """GPTQ: inputs in their order, or that of `act_order`."""
         assert isinstance(free, AffineTensor), "a tensor of this method"
-        return _fed(weight.astype(jnp.float32), free, moments)
+        fed = _fed_by_moments if self.act_order else _fed
+        return fed(weight.astype(jnp.float32), free, moments)
+
+    def to_fields(self) -> dict[str, Any]:
+        """The static choices as JSON; the usual order is not written."""
+        fields = super().to_fields()
+        if not self.act_order:
+            del fields["act_order"]
+        return fields
 
 
 @partial(jax.jit, static_argnames="layout")
@@ -66,16 +79,15 @@ def _encode(x: Float[Array, "m n"], layout: GroupLayout) -> AffineTensor:
 def _fed(
     x: Float[Array, "m n"], free: AffineTensor, moments: Float[Array, "m m"]
 ) -> AffineTensor:
+    """Steps of a group are of what it has become when its first input is coded."""
     layout = free.layout
     bits = layout.bits
 
-    def code(grid: _Grid, row: Float[Array, " n"]) -> RowCode:
-        codes = _nearest(row, grid.scale[0], grid.zero[0], bits)
-        values = grid.scale[0] * (codes.astype(jnp.float32) - grid.zero[0])
-        return RowCode(codes, values)
+    def code(grid: _Grid, row: Float[Array, " n"], _: Int[Array, ""]) -> RowCode:
+        return _on_grid(row, grid.scale[0], grid.zero[0], bits)
 
     codes, grids, _ = code_rows(
-        x, moments, lambda rows: _grid(rows, bits, 0), code,
+        x, moments, lambda rows, _: _grid(rows, bits, 0), code,
         group_size=layout.group_size,
     )  # fmt: skip
     return free.replace(
@@ -83,6 +95,31 @@ def _fed(
         scale=grids.scale.astype(jnp.float16),
         zero=pack_matrix(grids.zero.astype(jnp.uint8)[:, 0], bits),
     )
+
+
+@jax.jit
+def _fed_by_moments(
+    x: Float[Array, "m n"], free: AffineTensor, moments: Float[Array, "m m"]
+) -> AffineTensor:
+    """Large moments first; every input keeps the step that its group has in `free`."""
+    layout, m = free.layout, x.shape[0]
+    order = jnp.argsort(-jnp.diagonal(moments), stable=True)
+    scale, zero = free.scale[:, 0].astype(jnp.float32), free.float_zero()[:, 0]
+    group = order // (layout.group_size or m)
+    size = min(128, m)
+
+    def code(
+        groups: Int[Array, " size"], row: Float[Array, " n"], k: Int[Array, ""]
+    ) -> RowCode:
+        return _on_grid(row, scale[groups[k]], zero[groups[k]], layout.bits)
+
+    padded = jnp.pad(group, (0, -m % size))
+    codes, _ = code_rows(
+        x[order], moments[order][:, order],
+        lambda rows, index: jax.lax.dynamic_slice_in_dim(padded, index * size, size),
+        code, group_size=size,
+    )  # fmt: skip
+    return free.replace(packed_codes=layout.pack(codes[jnp.argsort(order)]))
 
 
 class _Grid(NamedTuple):
@@ -127,6 +164,16 @@ def _grid(rows: Float[Array, "*g s n"], bits: int, axis: int) -> _Grid:
     scale = ((high - low) / levels).astype(jnp.float16).astype(jnp.float32)
     zero = jnp.clip(jnp.round(-low / jnp.where(scale > 0, scale, 1.0)), 0, levels)
     return _Grid(scale, zero)
+
+
+def _on_grid(
+    row: Float[Array, " n"],
+    scale: Float[Array, " n"],
+    zero: Float[Array, " n"],
+    bits: int,
+) -> RowCode:
+    codes = _nearest(row, scale, zero, bits)
+    return RowCode(codes, scale * (codes.astype(jnp.float32) - zero))
 
 
 def _nearest(
