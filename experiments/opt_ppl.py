@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from experiments.common.calibration import CalibrationText, load_calibration
+from experiments.common.calibration import NamedCalibration, load_calibration
 from experiments.common.checkpoints import checkpoint_sha256, dense_directory
 from experiments.common.flags import (
     check_flags,
@@ -76,7 +76,7 @@ from experiments.common.text import (
 )
 from kashin_jax.bases import FAMILIES
 from kashin_jax.errors import UsageError
-from kashin_jax.io import quantized_before, read_json
+from kashin_jax.io import open_checkpoint, quantized_before, read_json
 from kashin_jax.models.context import own_context
 from kashin_jax.models.loading import LoadedModel, load_language_model
 from kashin_jax.models.tokenizer import AUTO, check_vocabulary, load_tokenizer
@@ -132,7 +132,7 @@ class OptPplConfig:
     calibration: str = flag(
         "",
         "UTF-8 text that calibrated methods learn from; `default`: the split of "
-        "wiki_vital for it.",
+        "wiki_vital for it, less what the model was trained on.",
     )
     calibration_tokens: int = flag(
         131_072, "Tokens of it, in whole windows.", _POSITIVE
@@ -246,15 +246,11 @@ def _load_text(config: OptPplConfig, loaded: LoadedModel) -> EvaluationText:
 
 def _load_calibration(
     config: OptPplConfig, loaded: LoadedModel
-) -> CalibrationText | None:
+) -> NamedCalibration | None:
     if not config.calibration:
         return None
-    return load_calibration(
-        config.calibration,
-        load_tokenizer(loaded.directory),
-        context=own_context(loaded),
-        count=config.calibration_tokens,
-    )
+    source = open_checkpoint(loaded.directory)
+    return load_calibration(config.calibration, source, config.calibration_tokens)
 
 
 def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:

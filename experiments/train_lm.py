@@ -15,7 +15,8 @@ far as it can be one (`experiments/train/transplant.py`). The embedded Llama is 
 
 The text is UTF-8. Documents are separated by empty lines (or `--separator`), shuffled
 anew in every epoch and joined by `</s>`; tokens are kept in `--cache_dir`, so a large
-text is tokenized once. Of an `--even_file` only every second document is trained on.
+text is tokenized once. Of an `--even_file` only every second document is trained on;
+`asset.json` in `hf/` says so, and `--calibration=default` then takes the others.
 `--out` receives
 
     log.jsonl     one object per `--log_every` steps: step, loss and grad_norm (means
@@ -90,7 +91,13 @@ from experiments.train.step import (
     init_state,
     make_trainer,
 )
-from experiments.train.stored import Panel, claim_directory, open_run, plot_log
+from experiments.train.stored import (
+    Panel,
+    claim_directory,
+    open_run,
+    plot_log,
+    write_asset,
+)
 from experiments.train.transplant import transplant
 from kashin_jax.errors import DataError, UsageError
 from kashin_jax.evaluation import (
@@ -99,7 +106,6 @@ from kashin_jax.evaluation import (
     score_windows,
     window_nll,
 )
-from kashin_jax.io import write_json
 from kashin_jax.models import (
     LoadedModel,
     OPTForCausalLM,
@@ -269,7 +275,12 @@ class _Job(NamedTuple):
         model = nnx.merge(graphdef, params)
         save_model(model, self.model_config, self.out / "hf", dtype="float16")
         save_tokenizer(self.tokenizer, self.out / "hf")
-        _write_asset(self.out / "hf", self.config)
+        write_asset(
+            self.out / "hf",
+            name=self.out.name,
+            context=self.config.context,
+            even_files=tuple(map(Path, self.config.even_file)),
+        )
 
     def keep_best(self, validate: Validate, log: Path) -> Validate:
         """The same measurement; a model that is the best so far is exported."""
@@ -447,13 +458,6 @@ def _check_teacher(
             f"`--context`={config.context} exceeds the teacher's "
             f"{teacher.config.context_length} positions; lower it."
         )
-
-
-def _write_asset(directory: Path, config: TrainConfig) -> None:
-    # Positions beyond the training context exist but are untrained; evaluations read
-    # the length to use from here.
-    content = {"name": Path(config.out).name, "trained_context": config.context}
-    write_json(directory / "asset.json", content)
 
 
 def _run(config: TrainConfig) -> int:

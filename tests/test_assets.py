@@ -1,14 +1,21 @@
 """The embedded files are the ones that the tables of results were made with."""
 
 import hashlib
+import itertools
 import json
 import re
+import shutil
 
 import pytest
 
 from experiments.assets.make_texts import recorded_sha256
+from experiments.common.calibration import load_calibration, unseen_documents
 from experiments.common.text import ASSETS
+from experiments.common.text_documents import split_documents
+from experiments.train.corpus import TextSource
+from experiments.train.stored import write_asset
 from kashin_jax.errors import CheckpointError
+from kashin_jax.io import open_checkpoint
 from kashin_jax.models.context import trained_context
 
 ROW = re.compile(r"\| `([^`]+)` \| [^|]+ \| ([\d,]+) \| `([0-9a-f]{64})` \|")
@@ -58,6 +65,31 @@ def test_test_and_validation_articles_are_new_to_the_model_and_to_calibration():
     assert len(set.union(*splits.values())) == 8807
     seen = (folder / "seen_titles.txt").read_text("utf-8").splitlines()
     assert len(seen) == 327 and set(seen) <= splits["calibration"]
+
+
+def test_documents_that_a_model_was_trained_on_are_not_for_its_calibration(tmp_path):
+    """Guards statistics of memorized text: of halves, and of a record not written."""
+    path = ASSETS / "wiki_vital" / "calibration.txt"
+    text = path.read_text("utf-8")
+    names = ("llama-wiki-12m", "opt-wiki-18m")
+    llama, opt = (open_checkpoint(ASSETS / name) for name in names)
+    assert unseen_documents(opt, text) is None
+    assert unseen_documents(llama, text.replace("a", "b")) is None
+    left = unseen_documents(llama, text)
+    trained = list(TextSource((), "", 0.0, 0, (path,)).documents())
+    documents = list(split_documents(left.split("\n")))
+    assert len(documents) == len(trained) == 4498 / 2
+    assert not set(documents) & set(trained)
+    pairs = zip(trained, documents, strict=True)
+    assert "\n\n".join(itertools.chain(*pairs)) + "\n" == text
+    found = load_calibration("default", llama, 1024)
+    assert found.name == "wiki_vital/calibration, odd documents"
+    assert found.text_sha256 == hashlib.sha256(left.encode()).hexdigest()
+    shutil.copytree(llama.directory, tmp_path / "new")
+    write_asset(tmp_path / "new", name="new", context=64, even_files=[path])
+    assert unseen_documents(open_checkpoint(tmp_path / "new"), text) == left
+    write_asset(tmp_path / "new", name="new", context=64, even_files=[])
+    assert unseen_documents(open_checkpoint(tmp_path / "new"), text) is None
 
 
 def test_git_leaves_the_bytes_of_assets_alone():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from experiments.common.text_documents import read_documents, split_documents
 from experiments.train.bpe import load_tokenizer, train_tokenizer
 from experiments.train.corpus import (
     Corpus,
@@ -17,10 +18,8 @@ from experiments.train.corpus import (
     TextSource,
     corpus_fingerprint,
     load_corpus,
-    read_documents,
     respace_document,
     respace_line,
-    split_documents,
 )
 from kashin_jax.errors import DataError
 

@@ -5,82 +5,94 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int32
-
 from experiments.common.corpora import ASSETS, read_utf8
-from kashin_jax.models.tokenizer import Tokenizer
-from kashin_jax.pipeline import Calibration, calibration_windows
+from experiments.common.text_documents import split_documents
+from kashin_jax.io import Checkpoint, read_json
+from kashin_jax.pipeline import Calibration, CalibrationText, calibration_text
 
-__all__ = ["DEFAULT", "CalibrationText", "load_calibration"]
+__all__ = ["DEFAULT", "NamedCalibration", "load_calibration", "unseen_documents"]
 
 DEFAULT = "default"
 """The split of `wiki_vital` for calibration, which shares no article with the test."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class CalibrationText:
-    """A tokenized text, and how much of it is used.
+class NamedCalibration:
+    """A text for calibration, as results have it.
 
     Attributes:
-      name: Of the text, as results have it.
-      tokens: All of it.
-      context: Tokens of a window.
-      count: Tokens used.
+      name: Of the text.
+      text: Its tokens.
       text_sha256: Of its UTF-8 bytes.
     """
 
     name: str
-    tokens: Int32[np.ndarray, " n"]
-    context: int
-    count: int
+    text: CalibrationText
     text_sha256: str
 
     def calibration(self, seed: int) -> Calibration:
-        """Windows of the text, others for every seed.
-
-        Raises:
-          UsageError: If `count` is less than two windows.
-          DataError: If the text is shorter.
-        """
-        windows = calibration_windows(
-            self.tokens, context=self.context, count=self.count, seed=seed
-        )
-        return Calibration(windows=windows)
+        """Windows of the text, others for every seed."""
+        return self.text.calibration(seed)
 
     def record_fields(self) -> dict[str, Any]:
         """The fields of a result that say what it was calibrated with."""
         return {
             "calibration": self.name,
-            "calibration_tokens": self.count,
+            "calibration_tokens": self.text.count,
             "calibration_sha256": self.text_sha256,
         }
 
 
-def load_calibration(
-    given: str, tokenizer: Tokenizer, *, context: int, count: int
-) -> CalibrationText:
+def load_calibration(given: str, source: Checkpoint, count: int) -> NamedCalibration:
     """Reads and tokenizes the text of `--calibration`; checks that it is long enough.
+
+    Of the default text only those documents are taken that the model was not trained
+    on, where its `asset.json` says so.
 
     Args:
       given: A UTF-8 file, or `DEFAULT`.
-      tokenizer: Of the model.
-      context: Tokens of a window.
+      source: The model's checkpoint.
       count: Tokens to use.
 
     Raises:
       UsageError: If `count` is less than two windows.
       DataError: If the file is missing, empty, malformed or too short.
+      CheckpointError: If `asset.json` cannot be read.
     """
-    is_default = given == DEFAULT
-    path = ASSETS / "wiki_vital/calibration.txt" if is_default else Path(given)
-    text = read_utf8(path)
-    found = CalibrationText(
-        name="wiki_vital/calibration" if is_default else f"text_file:{path.name}",
-        tokens=tokenizer.encode(text),
-        context=context,
-        count=count,
-        text_sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
+    if given == DEFAULT:
+        text = read_utf8(ASSETS / "wiki_vital/calibration.txt")
+        left = unseen_documents(source, text)
+        name = "wiki_vital/calibration"
+        name, text = (name, text) if left is None else (f"{name}, odd documents", left)
+    else:
+        name, text = f"text_file:{Path(given).name}", read_utf8(Path(given))
+    return NamedCalibration(
+        name=name,
+        text=calibration_text(source, text, count),
+        text_sha256=_sha256(text),
     )
-    found.calibration(0)
-    return found
+
+
+def unseen_documents(source: Checkpoint, text: str) -> str | None:
+    """Documents 1, 3, 5 ... of a text, in its layout, if a model has seen the others.
+
+    Models that `experiments.train_lm` trained on an `--even_file` name it by its hash
+    in `asset.json`.
+
+    Args:
+      source: The model's checkpoint.
+      text: Of documents with an empty line between two.
+
+    Returns:
+      What is left; None if the model was not trained on half of the text.
+    """
+    record = source.directory / "asset.json"
+    seen = read_json(record).get("even_documents_of", {}) if record.is_file() else {}
+    if _sha256(text) not in seen:
+        return None
+    documents = list(split_documents(text.split("\n")))
+    return "\n\n".join(documents[1::2]) + "\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

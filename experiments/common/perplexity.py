@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.common.calibration import CalibrationText
+from experiments.common.calibration import NamedCalibration
 from experiments.common.methods import FULL_PRECISION, RowKind, Width, joint_config
 from experiments.common.quantized_layers import (
     QuantizedCopy,
@@ -103,7 +103,7 @@ class Bench:
     weights_sha256: str
     batch_size: int
     finished: FinishedRecords | None = None
-    calibration: CalibrationText | None = None
+    calibration: NamedCalibration | None = None
 
     def quantize(
         self, rules: Rules, seed: int, method: RowKind | None = None

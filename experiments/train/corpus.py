@@ -1,6 +1,6 @@
 """Tokens of a training text: written once to disk, read as one shuffled stream.
 
-Text is cut into documents, which may be rewritten into WikiText's spacing: it separates
+Documents may be rewritten into WikiText's spacing: it separates
 punctuation by spaces, writes `-`, `,` and `.` inside words and numbers as `@-@`, `@,@`
 and `@.@`, and marks headings as ` = Title = `. A model trained on ordinary prose only
 is surprised by all of it.
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
+from experiments.common.text_documents import WIKITEXT_TITLE, read_documents
 from experiments.train.bpe import end_of_text_id, vocabulary_size
 from kashin_jax.errors import DataError, UsageError
 from kashin_jax.io import atomic_path
@@ -32,17 +33,10 @@ __all__ = [
     "TextSource",
     "corpus_fingerprint",
     "load_corpus",
-    "read_documents",
     "respace_document",
     "respace_line",
-    "split_documents",
 ]
 
-# The longest title in the 2014 Wikipedia sample has 88 characters, the shortest
-# one-line article 620.
-_TITLE_LENGTH = 200
-
-_WIKITEXT_TITLE = re.compile(r" = [^=\s].* = ?$")
 # In the plain articles of that sample nearly all such lines of up to seven words are
 # headings; of those with eight words or more none is.
 _SECTION = re.compile(r"(?=[A-Z0-9])(?:[^\s.,;:!?\"]+ ){0,6}[^\s.,;:!?\"]+\.$")
@@ -101,7 +95,7 @@ def respace_document(document: str) -> str:
     Returns:
       The rewritten article; one that already starts with a WikiText title unchanged.
     """
-    if _WIKITEXT_TITLE.match(document.partition("\n")[0]):
+    if WIKITEXT_TITLE.match(document.partition("\n")[0]):
         return document
     title, empty_line, body = document.partition("\n\n")
     if not empty_line:
@@ -116,73 +110,6 @@ def respace_document(document: str) -> str:
     return "\n".join(lines)
 
 
-def split_documents(lines: Iterable[str], *, separator: str = "") -> Iterator[str]:
-    """Cuts lines into documents.
-
-    A line equal to `separator` ends a document, and a WikiText title starts one. With
-    the default, an empty line, a lone short line is the title of what follows it, a
-    WikiText title too; so
-    prose whose paragraphs are separated by empty lines becomes one document per
-    paragraph, unless another separator is given.
-
-    Args:
-      lines: Lines with or without their line break.
-      separator: The whole text of a separating line, such as `<|endoftext|>`.
-
-    Yields:
-      Documents that hold more than white space, without line breaks at their ends.
-    """
-    title = ""
-    for chunk in _chunks(lines, separator):
-        if title and _WIKITEXT_TITLE.match(chunk.partition("\n")[0]):
-            yield title
-            title = ""
-        if not separator and not title and _is_title(chunk):
-            title = chunk
-            continue
-        yield f"{title}\n\n{chunk}" if title else chunk
-        title = ""
-    if title:
-        yield title
-
-
-def _is_title(chunk: str) -> bool:
-    return "\n" not in chunk and len(chunk) <= _TITLE_LENGTH
-
-
-def _chunks(lines: Iterable[str], separator: str) -> Iterator[str]:
-    chunk: list[str] = []
-    for line in itertools.chain(lines, [separator]):
-        line = line.rstrip("\r\n")
-        starts = bool(_WIKITEXT_TITLE.match(line))
-        if starts or line == separator:
-            text = "\n".join(chunk).strip("\n")
-            if text.strip():
-                yield text
-            chunk = []
-        if starts or line != separator:
-            chunk.append(line)
-
-
-def read_documents(path: Path, *, separator: str = "") -> Iterator[str]:
-    """Reads the documents of a UTF-8 text file, one at a time.
-
-    Raises:
-      DataError: If the file is missing, unreadable or not UTF-8.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            yield from split_documents(file, separator=separator)
-    except OSError as error:
-        raise DataError(
-            f"`{path}` cannot be read ({error.strerror}); give an existing text file."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"`{path}` is not UTF-8 text (byte {error.start}); convert it first."
-        ) from error
-
-
 # A new value makes old caches unreadable: raise it when documents are cut differently.
 _CACHE_FORMAT = 1
 _DOCUMENTS_PER_BATCH = 512
@@ -193,7 +120,7 @@ class TextSource(NamedTuple):
 
     Attributes:
       paths: UTF-8 files, read in this order.
-      separator: See `documents.split_documents`.
+      separator: See `text_documents.split_documents`.
       wikitext_spacing: Share of the documents rewritten in WikiText's spacing.
       seed: Chooses these documents.
       even_paths: Files read after them, of which documents 0, 2, 4 ... are taken.

@@ -15,7 +15,7 @@ from experiments.common.plots import save_picture
 from experiments.common.results import append_jsonl, read_jsonl, write_jsonl
 from experiments.train.step import TrainState
 from kashin_jax.errors import CheckpointError, UsageError
-from kashin_jax.io import write_json
+from kashin_jax.io import hash_file, write_json
 
 __all__ = [
     "Checkpoints",
@@ -25,7 +25,27 @@ __all__ = [
     "claim_directory",
     "open_run",
     "plot_log",
+    "write_asset",
 ]
+
+
+def write_asset(
+    directory: Path, *, name: str, context: int, even_files: Sequence[Path]
+) -> None:
+    """Writes what later programs must know of how an exported model was trained.
+
+    Args:
+      directory: Of the model; receives `asset.json`.
+      name: Of the model.
+      context: Tokens of a window. Positions beyond exist but are untrained.
+      even_files: Texts of which every second document was trained on, so that the
+        others are left for calibration; named by their hashes.
+    """
+    content: dict[str, Any] = {"name": name, "trained_context": context}
+    if even_files:
+        seen = {hash_file(file): file.name for file in even_files}
+        content["even_documents_of"] = seen
+    write_json(directory / "asset.json", content)
 
 
 def claim_directory(out: Path, identity: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kashin_jax.cli.calibrate import print_calibrated, read_calibration
-from kashin_jax.cli.evaluate import language_model, run_eval
+from kashin_jax.cli.calibrate import print_calibrated
+from kashin_jax.cli.evaluate import language_model, read_text, run_eval
 from kashin_jax.errors import UsageError
 from kashin_jax.io import open_checkpoint, quantized_before, read_json
 from kashin_jax.methods import JointKashin, config_from_json
@@ -24,6 +24,7 @@ from kashin_jax.pipeline import (
     Plan,
     Refinement,
     Rules,
+    calibration_text,
     dequantize_checkpoint,
     inspect_checkpoint,
     plan_checkpoint,
@@ -79,7 +80,8 @@ def run_quantize(
         )
     text = None
     if calibration is not None:
-        text = read_calibration(source, calibration, calibration_tokens, seed)
+        given = read_text(Path(calibration))
+        text = calibration_text(source, given, calibration_tokens).calibration(seed)
     if dry_run:
         chosen = chosen if text is None else calibration_rules(chosen)
         if budget is not None:

@@ -114,11 +114,11 @@ def _fed_by_moments(
         return _on_grid(row, scale[groups[k]], zero[groups[k]], layout.bits)
 
     padded = jnp.pad(group, (0, -m % size))
-    codes, _ = code_rows(
+    codes = code_rows(
         x[order], moments[order][:, order],
         lambda rows, index: jax.lax.dynamic_slice_in_dim(padded, index * size, size),
         code, group_size=size,
-    )  # fmt: skip
+    ).codes  # fmt: skip
     return free.replace(packed_codes=layout.pack(codes[jnp.argsort(order)]))
 
 

@@ -3,6 +3,8 @@
 from kashin_jax.pipeline.allocate import allocate_widths as allocate_widths
 from kashin_jax.pipeline.calibration import Calibration as Calibration
 from kashin_jax.pipeline.calibration import calibration_windows as calibration_windows
+from kashin_jax.pipeline.calibration_text import CalibrationText as CalibrationText
+from kashin_jax.pipeline.calibration_text import calibration_text as calibration_text
 from kashin_jax.pipeline.checkpoint import StreamResult as StreamResult
 from kashin_jax.pipeline.checkpoint import (
     dequantize_checkpoint as dequantize_checkpoint,
@@ -56,6 +58,7 @@ __all__ = [
     "SHARED_INPUTS",
     "Calibration",
     "CalibrationReport",
+    "CalibrationText",
     "Gain",
     "Inspection",
     "LayerPlan",
@@ -71,6 +74,7 @@ __all__ = [
     "StreamResult",
     "TensorRow",
     "allocate_widths",
+    "calibration_text",
     "calibration_windows",
     "default_select",
     "dequantize_checkpoint",
