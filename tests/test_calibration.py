@@ -51,6 +51,7 @@ def windows(count=16, seed=0):
 
 
 TEXT = Calibration(windows=windows())
+WEIGHTED = Calibration(windows=windows(), weighting="gradient")
 
 
 def files(directory):
@@ -184,6 +185,45 @@ def test_the_network_in_full_precision_is_another_one(tiny, fed, tmp_path):
     assert by_path[last].calibration != quantized[last].calibration
 
 
+def test_tokens_weighed_alike_are_those_without_weights(tiny, fed, monkeypatch):
+    """Guards layers that get moments of their own where they read the same input."""
+
+    def alike(runner, wanted, batches, key):
+        assert [len(layers) for layers in wanted] == [LINEARS // len(wanted)] * 2
+        return [
+            {path: [np.ones(b.shape, np.float32) for b in batches] for path in layers}
+            for layers in wanted
+        ]
+
+    monkeypatch.setattr(calibration, "gradient_weights", alike)
+    model = load_language_model(tiny).model
+    _, reports = quantize_model(model, rules=GPTQ, calibration=WEIGHTED)
+    by_path = {report.path: report.calibration for report in fed.reports.values()}
+    for path, report in reports.items():
+        np.testing.assert_allclose(report.calibration, by_path[path], rtol=1e-6)
+
+
+def test_weights_by_gradients_are_resumed_to_the_same_bytes(
+    tiny, fed, tmp_path, monkeypatch
+):
+    """Guards the draw of tokens, which must not depend on what is left to do."""
+    whole = quantize_checkpoint(tiny, tmp_path / "whole", GPTQ, calibration=WEIGHTED)
+    assert files(whole.directory) != files(fed.directory)
+    for report in whole.reports.values():
+        assert report.calibration.output_error <= report.calibration.data_free_error
+    calls = Calls(calibrated_checkpoint.keep_tensor)
+    calls.interrupted_at = LINEARS // 2 + 2
+    monkeypatch.setattr(calibrated_checkpoint, "keep_tensor", calls)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=WEIGHTED)
+    with pytest.raises(UsageError, match="other calibration"):
+        quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=TEXT)
+    calls.count, calls.interrupted_at = 0, None
+    quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=WEIGHTED)
+    assert calls.count == LINEARS // 2 - 1
+    assert files(tmp_path / "out") == files(whole.directory)
+
+
 def test_a_model_in_memory_gets_the_codes_of_the_checkpoint(tiny, fed):
     """Guards the twin of `quantize_checkpoint`."""
     model = load_language_model(tiny).model
@@ -271,6 +311,7 @@ def test_a_classifier_is_refused(tmp_path):
         ({"windows": windows()[:1]}, "two windows"),
         ({"windows": windows(), "dampings": ()}, "`dampings`"),
         ({"windows": windows(), "dampings": (0.0,)}, "`dampings`"),
+        ({"windows": windows(), "weighting": "loss"}, "`weighting`"),
     ],
 )
 def test_choices_are_checked(fields, message):
@@ -312,6 +353,11 @@ def test_the_command_takes_a_text(tiny, tmp_path, capsys):
     assert f"{LINEARS} layers calibrated: on held-out text" in printed
     assert main([*command, *calibrated]) == 0
     assert "Already done" in capsys.readouterr().out
+    weighted = "--calibration-weighting=gradient"
+    assert main([*command, *calibrated, weighted]) == 2
+    assert "other calibration" in capsys.readouterr().err
+    assert main([*command, weighted]) == 2
+    assert "`--calibration-weighting` needs" in capsys.readouterr().err
     assert main([*command, "--calibration=/no/such.txt"]) == 1
     assert "/no/such.txt" in capsys.readouterr().err
     assert main([*command, f"--calibration={text}"]) == 1
@@ -331,10 +377,14 @@ def test_the_main_job_has_calibrated_rows(tiny, tmp_path, capsys):
     assert found["calibration_tokens"] == 256 and len(found["calibration_sha256"]) == 64
     assert 0 < found["output_error"] <= found["data_free_output_error"]
     assert (tmp_path / "out" / "calibrated_opt.jsonl").exists()
+    weighted = "--calibration_weighting=gradient"
+    table(tiny, tmp_path / "out", *flags, weighted, "--methods=gptq-g128")
     flags[1] = "--calibration_tokens=128"
     records = table(tiny, tmp_path / "out", *flags, "--methods=gptq-g128")
-    counts = [record.get("calibration_tokens") for record in records]
-    assert sorted(filter(None, counts)) == [128, 256]
+    names = ("calibration_tokens", "calibration_weighting")
+    kinds = [[record.get(name) for name in names] for record in records[1:]]
+    assert kinds == [[256, None], [256, "gradient"], [128, None]]
+    assert records[1] == {**found, "date": records[1]["date"]}
 
 
 @pytest.mark.parametrize(
@@ -342,6 +392,7 @@ def test_the_main_job_has_calibrated_rows(tiny, tmp_path, capsys):
     [
         (["--methods=gptq-g128"], 2, "`gptq-g128` needs `--calibration`"),
         (["--methods=uniform", "--calibration=default"], 2, "name one, or leave it"),
+        (["--calibration_weighting=gradient"], 2, "needs `--calibration`"),
         (["--methods=gptq-g128", "--calibration=/no.txt"], 1, "/no.txt"),
         (
             ["--methods=gptq-g128", "--calibration=default", "--calibration_tokens=40"],

@@ -1,17 +1,19 @@
 """Second moments of inputs, and a model run block by block to collect them."""
 
 import decoders
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from kashin_jax.errors import UsageError
+from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.models.loading import load_language_model
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.pipeline import blocks, selected_kernels
 from kashin_jax.pipeline.blocks import BlockRunner, find_blocks
 from kashin_jax.pipeline.moments import Moments, half_moments, half_of, whole_of
+from kashin_jax.pipeline.token_weights import gradient_weights
 
 TOKENS = np.random.default_rng(0).integers(3, 60, (2, 9)).astype(np.int32)
 
@@ -97,6 +99,95 @@ def test_moments_of_a_stage_are_those_of_what_its_layers_read():
     np.testing.assert_allclose(whole_of(half, 16), read.T @ read, rtol=1e-4, atol=1e-4)
     assert block is runner.blocks[0]
     assert type(block.fc1) is nnx.Linear
+
+
+def gradients_of_outputs(model, paths, tokens, key):
+    """Of the loss against drawn tokens, through the whole model, by `jax.grad`."""
+    graphdef, state = nnx.split(model)
+
+    def loss(extra):
+        whole = nnx.merge(graphdef, state)
+        for path in paths:
+            layer = blocks._at(whole, path)
+            shifted = nnx.Sequential(layer, lambda y, path=path: y + extra[path])
+            blocks._put_at(whole, path, shifted)
+        scores = jax.nn.log_softmax(whole(tokens)[:, :-1])
+        drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
+        return -jnp.take_along_axis(scores, drawn[..., None], -1).sum()
+
+    sizes = {
+        path: blocks._at(model, path).kernel.get_value().shape[1] for path in paths
+    }
+    zeros = {path: jnp.zeros((*tokens.shape, size)) for path, size in sizes.items()}
+    return jax.grad(loss)(zeros)
+
+
+@pytest.mark.parametrize("variant", ["opt", "llama"])
+def test_weights_are_squared_gradients_of_the_whole_model(variant, tmp_path):
+    """Guards gradients that are taken block by block, and from batch to batch."""
+    if variant == "opt":
+        model = opt()
+    else:
+        model = load_language_model(decoders.checkpoint(variant, tmp_path)).model
+    key = jax.random.key(3)
+    path = find_blocks(model, selected_kernels(model))
+    runner = BlockRunner(model, path)
+    wanted: list = [[] for _ in runner.blocks]
+    for layer in selected_kernels(model):
+        if layer.startswith(f"{path}/"):
+            index, _, own = layer.removeprefix(f"{path}/").partition("/")
+            wanted[int(index)].append(own)
+    batches = [TOKENS, TOKENS[::-1] + 1]
+    found = gradient_weights(runner, wanted, batches, key)
+    paths = [f"{path}/{i}/{own}" for i, layers in enumerate(wanted) for own in layers]
+    of_window = jax.jit(lambda t, k: gradients_of_outputs(model, paths, t, k))
+    gradients = [
+        of_window(window[None], jax.random.fold_in(key, k))
+        for k, window in enumerate(np.concatenate(batches))
+    ]
+    for i, layers in enumerate(found):
+        assert sorted(layers) == sorted(wanted[i])
+        for own, weights in layers.items():
+            squares = np.concatenate(
+                [np.square(each[f"{path}/{i}/{own}"]).mean(-1) for each in gradients]
+            )
+            weights = np.concatenate(weights)
+            expected = squares / squares.mean()
+            np.testing.assert_allclose(weights, expected, rtol=1e-2, atol=1e-4)
+            assert weights.max() > 1.5 and weights.min() < 0.5
+
+
+def test_weights_enter_moments_as_they_should():
+    """Guards weights of one layer that reads what others read with other weights."""
+    model = opt()
+    runner = BlockRunner(model, "decoder/layers")
+    x = runner.first(TOKENS)
+    stages = [("self_attn/q_proj",), ("self_attn/v_proj",)]
+    one = np.random.default_rng(0).uniform(size=TOKENS.shape).astype(np.float32)
+    weights = [one, np.ones_like(one)]
+    found = runner.moments(0, runner.blocks[0], stages, TOKENS, x, weights)
+    plain = runner.moments(0, runner.blocks[0], stages, TOKENS, x)
+    np.testing.assert_array_equal(found[stages[1]], plain[stages[1]])
+    read = np.asarray(runner.blocks[0].self_attn_layer_norm(x), float)
+    expected = np.einsum("bt,btm,btn->mn", one, read, read)
+    half = np.asarray(found[stages[0]], float)
+    np.testing.assert_allclose(whole_of(half, 16), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_that_does_not_depend_on_a_layer_weighs_all_tokens_alike():
+    """Guards a division by zero; and NaN, which must not look like it."""
+    model = opt()
+    layer = model.decoder.layers[2]
+    layer.fc2.kernel.set_value(jnp.zeros_like(layer.fc2.kernel.get_value()))
+    runner = BlockRunner(model, "decoder/layers")
+    wanted = [[], [], ["fc1", "fc2"]]
+    found = gradient_weights(runner, wanted, [TOKENS], jax.random.key(0))[2]
+    np.testing.assert_array_equal(found["fc1"][0], np.ones(TOKENS.shape))
+    assert np.std(found["fc2"][0]) > 0
+    layer.fc2.kernel.set_value(jnp.full_like(layer.fc2.kernel.get_value(), jnp.nan))
+    runner = BlockRunner(model, "decoder/layers")
+    with pytest.raises(NonFiniteError, match=r"decoder/layers/2/fc. *`: the gradient"):
+        gradient_weights(runner, wanted, [TOKENS], jax.random.key(0))
 
 
 def test_blocks_of_one_structure_share_their_programs():

@@ -36,14 +36,19 @@ class NamedCalibration:
 
     def record_fields(self) -> dict[str, Any]:
         """The fields of a result that say what it was calibrated with."""
+        weighting = self.text.weighting
         return {
             "calibration": self.name,
             "calibration_tokens": self.text.count,
             "calibration_sha256": self.text_sha256,
+            # Older rows have no such field, and were made without.
+            **({} if weighting is None else {"calibration_weighting": weighting}),
         }
 
 
-def load_calibration(given: str, source: Checkpoint, count: int) -> NamedCalibration:
+def load_calibration(
+    given: str, source: Checkpoint, count: int, weighting: str | None = None
+) -> NamedCalibration:
     """Reads and tokenizes the text of `--calibration`; checks that it is long enough.
 
     Of the default text only those documents are taken that the model was not trained
@@ -53,6 +58,7 @@ def load_calibration(given: str, source: Checkpoint, count: int) -> NamedCalibra
       given: A UTF-8 file, or `DEFAULT`.
       source: The model's checkpoint.
       count: Tokens to use.
+      weighting: See `Calibration`.
 
     Raises:
       UsageError: If `count` is less than two windows.
@@ -68,7 +74,7 @@ def load_calibration(given: str, source: Checkpoint, count: int) -> NamedCalibra
         name, text = f"text_file:{Path(given).name}", read_utf8(Path(given))
     return NamedCalibration(
         name=name,
-        text=calibration_text(source, text, count),
+        text=calibration_text(source, text, count, weighting),
         text_sha256=_sha256(text),
     )
 

@@ -131,6 +131,9 @@ class Bench:
         """The finished row of these choices, if there is one."""
         of_bench = {**self.identity, "weights_sha256": self.weights_sha256}
         found = self.finished.find({**of_bench, **choices}) if self.finished else []
+        # Rows without weighting do not name it, and so are like those with it.
+        name = "calibration_weighting"
+        found = [row for row in found if row.get(name) == choices.get(name)]
         return {**self.text_fields(), **self._with_bits(found[0])} if found else None
 
     def text_fields(self) -> dict[str, Any]:

@@ -76,6 +76,7 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         (
             *_MODEL, "dataset", "text_sha256", "context", "stride", "max_tokens",
             *_ROW, "calibration", "calibration_sha256", "calibration_tokens",
+            "calibration_weighting",
         ),
         (
             f"{_CALIBRATED} --bits=2,3,4 --methods=kashin-joint-calibrated,gptq-g128",

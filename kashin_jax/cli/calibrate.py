@@ -1,11 +1,41 @@
-"""What `kashin quantize --calibration` says of its effect."""
+"""The text of `kashin quantize --calibration`, and what is said of its effect."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from kashin_jax.pipeline import LayerReport
+from kashin_jax.cli.evaluate import read_text
+from kashin_jax.errors import UsageError
+from kashin_jax.io import Checkpoint
+from kashin_jax.pipeline import Calibration, LayerReport, calibration_text
 from kashin_jax.pipeline.report import kept_without
 
-__all__ = ["print_calibrated"]
+__all__ = ["print_calibrated", "read_calibration"]
+
+
+def read_calibration(
+    source: Checkpoint, file: str | None, count: int, weighting: str, seed: int
+) -> Calibration | None:
+    """The calibration that the flags ask for, if any.
+
+    Args:
+      source: The checkpoint.
+      file: UTF-8 text.
+      count: Tokens to use.
+      weighting: Of tokens, or `none`.
+      seed: Of the draw of windows.
+
+    Raises:
+      UsageError: If the model does not run here, `count` is too small, or there is a
+        weighting without a file.
+      DataError: If the file is no UTF-8 text, or too short.
+    """
+    kind = None if weighting == "none" else weighting
+    if file is not None:
+        text = calibration_text(source, read_text(Path(file)), count, kind)
+        return text.calibration(seed)
+    if kind is not None:
+        raise UsageError("`--calibration-weighting` needs `--calibration`.")
+    return None
 
 
 def print_calibrated(reports: Mapping[str, LayerReport]) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kashin_jax.cli.calibrate import print_calibrated
+from kashin_jax.cli.calibrate import print_calibrated, read_calibration
 from kashin_jax.cli.evaluate import language_model, read_text, run_eval
 from kashin_jax.errors import UsageError
 from kashin_jax.io import open_checkpoint, quantized_before, read_json
@@ -61,6 +61,7 @@ def run_quantize(
     max_shard_size: int,
     calibration: str | None,
     calibration_tokens: int,
+    calibration_weighting: str,
     dry_run: bool,
     force: bool,
     restart: bool,
@@ -78,10 +79,9 @@ def run_quantize(
             "look better than they are.",
             file=sys.stderr,
         )
-    text = None
-    if calibration is not None:
-        given = read_text(Path(calibration))
-        text = calibration_text(source, given, calibration_tokens).calibration(seed)
+    text = read_calibration(
+        source, calibration, calibration_tokens, calibration_weighting, seed
+    )
     if dry_run:
         chosen = chosen if text is None else calibration_rules(chosen)
         if budget is not None:
@@ -248,7 +248,9 @@ def run_refine(
 ) -> int:
     """Refines a quantized checkpoint."""
     source = open_checkpoint(original)
-    text = read_calibration(source, calibration, calibration_tokens, seed)
+    text = calibration_text(
+        source, read_text(Path(calibration)), calibration_tokens
+    ).calibration(seed)
     given: dict[str, Any] = {
         "block_epochs": block_epochs, "epochs": epochs, "text_weight": text_weight
     }  # fmt: skip

@@ -141,6 +141,13 @@ def _quantize(commands: Any) -> None:
         help="tokens of it to use, drawn in windows by the seed; default: 131072",
     )
     parser.add_argument(
+        "--calibration-weighting",
+        choices=("none", "gradient"),
+        default="none",
+        help="what a token of it weighs: all the same, or the squared gradient of the "
+        "loss with respect to each layer's outputs; default: none",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write nothing"
     )
     again = parser.add_mutually_exclusive_group()

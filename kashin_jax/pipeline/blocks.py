@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.pipeline.moments import half_moments
 from kashin_jax.pipeline.paths import join
 
-__all__ = ["BlockRunner", "Program", "Stage", "find_blocks", "run_block"]
+__all__ = [
+    "BlockRunner",
+    "Program",
+    "PulledBack",
+    "Stage",
+    "find_blocks",
+    "run_block",
+]
 
 Stage = tuple[str, ...]
 """Paths within a block of layers that read the same input, in the order of calls."""
@@ -50,10 +57,14 @@ class _Stop(nnx.Module):
     def __init__(self, index: int, outline: _Outline) -> None:
         self.index, self.outline = index, outline
         self.tell: Callable[..., None] | None = None
+        # Gives what the last block gave; nothing is changed without.
+        self.give: Callable[[], Array] | None = None
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Any:
         if self.tell is not None:
             self.tell(self.index, x, args, kwargs)
+        if self.give is not None:
+            x = self.give()
         given = self.outline(x, args, kwargs)
         if not isinstance(given, tuple):
             return x
@@ -74,20 +85,41 @@ def _outline(block: nnx.Module) -> _Outline:
 
 
 class _Ear(nnx.Module):
-    """Stands around a layer: says what it was called with, and calls it."""
+    """Stands around a layer and calls it: tells its input, or changes its outputs."""
 
-    def __init__(self, path: str, inner: Any, tell: Callable[[str, Any], None]) -> None:
-        self.path, self.inner, self.tell = path, inner, tell
+    def __init__(
+        self,
+        path: str,
+        inner: Any,
+        tell: Callable[[str, Array], None] | None = None,
+        change: Callable[[str, Array], Array] | None = None,
+    ) -> None:
+        self.path, self.inner, self.tell, self.change = path, inner, tell, change
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Any:
-        self.tell(self.path, x)
-        return self.inner(x, *args, **kwargs)
+        if self.tell is not None:
+            self.tell(self.path, x)
+        y = self.inner(x, *args, **kwargs)
+        return y if self.change is None else self.change(self.path, y)
 
 
 class _Call(NamedTuple):
     # What a block is called with besides hidden states.
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class PulledBack(NamedTuple):
+    """The gradient of a loss in front of a block, and at its layers.
+
+    Attributes:
+      gradient: With respect to hidden states in front of the block.
+      squares: Of every wanted layer that was called, for every token the mean square of
+        the gradient with respect to the layer's outputs.
+    """
+
+    gradient: Float[Array, "b t d"]
+    squares: dict[str, Float[Array, "*b"]]
 
 
 class BlockRunner:
@@ -171,6 +203,7 @@ class BlockRunner:
         stages: Sequence[Stage],
         tokens: Int[np.ndarray, "b t"],
         x: Float[Array | np.ndarray, "b t d"],
+        weights: Sequence[Float[np.ndarray, "*b"]] | None = None,
     ) -> Mapping[Stage, Float[Array, "r c"]]:
         """Sums of x x^T over all tokens, x the input of each stage; halves of them.
 
@@ -180,12 +213,56 @@ class BlockRunner:
           stages: From `stages`.
           tokens: Of the batch.
           x: Hidden states in front of it.
+          weights: Of every token in the sum, for each stage; None weighs all alike.
         """
         graphdef, state = nnx.split(block)
         wanted = tuple(stage[0] for stage in stages)
         program = self.program(index, graphdef, wanted)
-        found = _moments(program, self.state, state, jnp.asarray(tokens), x)
+        found = _moments(program, self.state, state, jnp.asarray(tokens), x, weights)
         return dict(zip(stages, found, strict=True))
+
+    def loss_gradient(
+        self,
+        tokens: Int[np.ndarray, "b t"],
+        x: Float[Array | np.ndarray, "b t d"],
+        key: Key[Array, ""],
+    ) -> Float[Array, "b t d"]:
+        """The gradient of the model's loss with respect to what the last block gives.
+
+        The loss is the cross entropy, summed over tokens, of next tokens that are drawn
+        from the model's own predictions.
+
+        Args:
+          tokens: Of the batch.
+          x: Hidden states behind the last block.
+          key: Of the draw.
+        """
+        return _loss_gradient(
+            self._graphdef, self.path, self.state, jnp.asarray(tokens), x, key
+        )
+
+    def pulled_back(
+        self,
+        index: int,
+        wanted: Collection[str],
+        tokens: Int[np.ndarray, "b t"],
+        x: Float[Array | np.ndarray, "b t d"],
+        gradient: Float[Array, "b t d"],
+    ) -> "PulledBack":
+        """Takes the gradient of a loss from behind a block to its front.
+
+        Args:
+          index: Of the block.
+          wanted: Paths of layers within it.
+          tokens: Of the batch.
+          x: Hidden states in front of it.
+          gradient: With respect to those behind it.
+        """
+        graphdef, state = nnx.split(self.blocks[index])
+        program = self.program(index, graphdef, tuple(wanted))
+        return _pulled_back(
+            program, self.state, state, jnp.asarray(tokens), x, gradient
+        )
 
     def program(
         self, index: int, block: Any, wanted: tuple[str, ...] = ()
@@ -273,7 +350,7 @@ def _heard(
         found.setdefault(id(x), (x, []))[1].append(path)
 
     for path in program.wanted:
-        _put_at(block, path, _Ear(path, _at(block, path), tell))
+        _put_at(block, path, _Ear(path, _at(block, path), tell=tell))
     run_block(program, shell, block, tokens, x)
     return [x for x, _ in found.values()], [tuple(e) for _, e in found.values()]
 
@@ -286,13 +363,64 @@ def _outputs(program: Program, shell: Any, state: Any, tokens: Array, x: Any) ->
 
 @partial(jax.jit, static_argnums=0)
 def _moments(
-    program: Program, shell: Any, state: Any, tokens: Array, x: Any
+    program: Program, shell: Any, state: Any, tokens: Array, x: Any, weights: Any
 ) -> list[Array]:
     inputs, stages = _heard(program, shell, state, tokens, x)
     by_layer = {
         path: x for x, stage in zip(inputs, stages, strict=True) for path in stage
     }
-    return [half_moments(by_layer[path]) for path in program.wanted]
+    rows = [by_layer[path] for path in program.wanted]
+    if weights is not None:
+        # Half of a weight for each of the two factors.
+        rows = [
+            x.astype(jnp.float32) * jnp.sqrt(weight)[..., None]
+            for x, weight in zip(rows, weights, strict=True)
+        ]
+    return [half_moments(x) for x in rows]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _loss_gradient(
+    graphdef: Any, path: str, state: Any, tokens: Array, x: Any, key: Key[Array, ""]
+) -> Float[Array, "b t d"]:
+    def loss(x: Array) -> Array:
+        model = nnx.merge(graphdef, state)
+        *_, last = _at(model, path)
+        last.give = lambda: x
+        # Nothing follows on the last token of a window.
+        scores = jax.nn.log_softmax(model(tokens)[:, :-1].astype(jnp.float32))
+        drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
+        return -jnp.sum(jnp.take_along_axis(scores, drawn[..., None], axis=-1))
+
+    return jax.grad(loss)(x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pulled_back(
+    program: Program, shell: Any, state: Any, tokens: Array, x: Any, gradient: Array
+) -> PulledBack:
+    def run(x: Array, extra: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        block = nnx.merge(program.block, state)
+        given: dict[str, Array] = {}
+
+        def change(path: str, y: Array) -> Array:
+            given[path] = y
+            return y + extra[path] if path in extra else y
+
+        for path in program.wanted:
+            _put_at(block, path, _Ear(path, _at(block, path), change=change))
+        return run_block(program, shell, block, tokens, x), given
+
+    # Zeros that are added to outputs: their gradients are those of the outputs.
+    outputs = jax.eval_shape(lambda x: run(x, {})[1], x)
+    zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), outputs)
+    _, pull = jax.vjp(lambda x, extra: run(x, extra)[0], x, zeros)
+    before, gradients = pull(gradient)
+    squares = {
+        path: jnp.mean(jnp.square(each.astype(jnp.float32)), axis=-1)
+        for path, each in gradients.items()
+    }
+    return PulledBack(before, squares)
 
 
 def _at(model: Any, path: str) -> Any:

@@ -34,10 +34,12 @@ from kashin_jax.pipeline.plan import Choice
 from kashin_jax.pipeline.report import CalibrationReport, LayerReport
 from kashin_jax.pipeline.rules import Rules
 from kashin_jax.pipeline.run import reported
+from kashin_jax.pipeline.token_weights import TokenWeights, gradient_weights
 from kashin_jax.progress import progress_bar
 from kashin_jax.tensors import QuantizedTensor, dequantize
 
 __all__ = [
+    "WEIGHTINGS",
     "Calibration",
     "calibration_rules",
     "calibration_windows",
@@ -49,6 +51,9 @@ __all__ = [
 _PASS = 8192
 # One window in so many is held out.
 _HELD_OUT = 8
+
+WEIGHTINGS = (None, "gradient")
+"""How tokens may be weighted."""
 
 _logger = logging.getLogger(__name__)
 
@@ -64,11 +69,15 @@ class Calibration:
         layer gets the one that loses least on held-out windows.
       is_sequential: Whether layers read the text through a network whose earlier layers
         are quantized already, or through that in full precision.
+      weighting: `gradient` weighs every token, for every layer, by the squared gradient
+        of the loss with respect to the layer's outputs, see `gradient_weights`; None
+        weighs all alike.
     """
 
     windows: Int32[np.ndarray, "w t"]
     dampings: tuple[float, ...] = (0.01, 0.1)
     is_sequential: bool = True
+    weighting: str | None = None
 
     def __post_init__(self) -> None:
         if self.windows.ndim != 2 or len(self.windows) < 2:
@@ -80,12 +89,18 @@ class Calibration:
             raise UsageError(
                 f"`dampings` must be positive numbers. Got {self.dampings}."
             )
+        if self.weighting not in WEIGHTINGS:
+            raise UsageError(
+                f"`weighting` must be one of {WEIGHTINGS}. Got {self.weighting!r}."
+            )
 
     @property
     def digest(self) -> str:
         """A hash of everything that the codes depend on."""
         tokens = np.ascontiguousarray(self.windows, np.int32)
         parts = [tokens.shape, self.dampings, self.is_sequential]
+        # Named only where there is one: other runs keep their digests.
+        parts += [] if self.weighting is None else [self.weighting]
         return hashlib.sha256(repr(parts).encode() + tokens.tobytes()).hexdigest()
 
 
@@ -185,6 +200,7 @@ def quantize_calibrated(
     chosen = {choice.path: choice for choice in choices}
     path = find_blocks(model, chosen)
     run = _Run(BlockRunner(model, path), calibration, root, kernel, kept, keep)
+    run.weigh(chosen)
     size = sum(math.prod(choice.candidate.shape) for choice in choices)
     with progress_bar(size, "weights", desc="calibration ") as progress:
         for index in range(len(run.runner.blocks)):
@@ -216,8 +232,26 @@ class _Run:
         self.runner, self._calibration, self._root = runner, calibration, root
         self._kernel, self._kept, self._keep = kernel, kept, keep
         self._batches = list(_batches(calibration.windows))
+        self._weights: list[TokenWeights] | None = None
         # Hidden states in front of the next block, on the host.
         self._hidden = [np.asarray(runner.first(b.tokens)) for b in self._batches]
+
+    def weigh(self, chosen: Mapping[str, Choice]) -> None:
+        """Collects the weights of all tokens, if they are to differ.
+
+        Args:
+          chosen: By path within the model.
+        """
+        if self._calibration.weighting is None:
+            return
+        wanted = []
+        for index, block in enumerate(self.runner.blocks):
+            start = f"{self.runner.path}/{index}/"
+            own = [p.removeprefix(start) for p in chosen if p.startswith(start)]
+            wanted.append([path for path in own if _is_linear(block, path)])
+        batches = [batch.tokens for batch in self._batches]
+        key = path_key(self._root, self.runner.path)
+        self._weights = gradient_weights(self.runner, wanted, batches, key)
 
     def block(self, index: int, own: Mapping[str, Choice]) -> Iterator[Choice]:
         """Quantizes layers of a block and moves on behind it; gives what was done.
@@ -232,7 +266,7 @@ class _Run:
         is_changed = self._calibration.is_sequential
         # A copy, whose kernels are changed as soon as they are quantized.
         block = nnx.clone(original) if is_changed else original
-        for group in [[stage] for stage in stages] if is_changed else [stages]:
+        for group in self._groups(stages):
             done = {p: self._kept(own[p]) for stage in group for p in stage}
             rest = [s for s in group if any(done[p] is None for p in s)]
             moments = self._moments(index, block, rest, own)
@@ -250,6 +284,15 @@ class _Run:
                 for batch, x in zip(self._batches, self._hidden, strict=True)
             ]
 
+    def _groups(self, stages: Sequence[Stage]) -> list[list[Stage]]:
+        """Stages, each with moments of its own, that one pass collects."""
+        is_sequential = self._calibration.is_sequential
+        groups = [[stage] for stage in stages] if is_sequential else [list(stages)]
+        if self._weights is None:
+            return groups
+        # Layers that read the same input differ in what its tokens weigh.
+        return [[(path,) for stage in group for path in stage] for group in groups]
+
     def _moments(
         self,
         index: int,
@@ -259,10 +302,13 @@ class _Run:
     ) -> dict[Stage, "_Heard"]:
         """What layers read, in windows to learn from and in those held out."""
         sums = {s: _Heard.none(own[s[0]].candidate.shape[-2]) for s in stages}
-        for batch, x in zip(self._batches, self._hidden, strict=True):
+        for k, (batch, x) in enumerate(zip(self._batches, self._hidden, strict=True)):
             if not stages:
                 break
-            found = self.runner.moments(index, block, stages, batch.tokens, x)
+            weights = None
+            if self._weights is not None:
+                weights = [self._weights[index][stage[0]][k] for stage in stages]
+            found = self.runner.moments(index, block, stages, batch.tokens, x, weights)
             for stage, half in found.items():
                 sums[stage] = sums[stage].plus(batch, half)
         for stage, heard in sums.items():
