@@ -262,6 +262,7 @@ def _load_calibration(
     return load_calibration(
         config.calibration, source, config.calibration_tokens,
         _WEIGHTINGS[config.calibration_weighting],
+        Path(config.data_dir) if config.data_dir else None,
     )  # fmt: skip
 
 

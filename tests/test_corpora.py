@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.common import corpora
+from experiments.common.calibration import CORPORA
 from experiments.common.corpora import DATASETS
 from experiments.common.text import load_text
 from kashin_jax.errors import DataError
@@ -111,6 +112,24 @@ def test_the_hub_gives_what_neither_folder_nor_repository_has(tmp_path, fake_hub
             {"validation": "en/c4-validation.00000-of-00008.json.gz"},
         )),
     }  # fmt: skip
+
+
+def test_training_texts_come_from_the_hub_or_a_folder(tmp_path, fake_hub):
+    """Guards the split that is asked for: test text in calibration would be a leak."""
+    hub = {name: read(None) for name, read in CORPORA.items()}
+    assert hub == {"wikitext2": WIKITEXT_RAW, "c4": "\n\n".join(C4)}
+    assert set(map(repr, fake_hub.asked)) == {
+        repr(("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None, None)),
+        repr((
+            "allenai/c4", None, "train", None,
+            {"train": "en/c4-train.00000-of-01024.json.gz"},
+        )),
+    }  # fmt: skip
+    written(tmp_path, "wikitext2/wiki.train.raw", b"Words.\n")
+    content = gzip.compress(jsonl(["One", "two"]), mtime=0)
+    written(tmp_path, "c4/c4-train.00000-of-01024.json.gz", content)
+    found = {name: read(tmp_path) for name, read in CORPORA.items()}
+    assert found == {"wikitext2": "Words.\n", "c4": "One\n\ntwo"}
 
 
 def test_files_of_the_user_give_the_same_text_and_the_hub_is_not_asked(user, fake_hub):

@@ -2,15 +2,22 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.common.corpora import ASSETS, read_utf8
+from experiments.common.corpora import ASSETS, c4_train, read_utf8, wikitext2_train
 from experiments.common.text_documents import split_documents
 from kashin_jax.io import Checkpoint, read_json
 from kashin_jax.pipeline import Calibration, CalibrationText, calibration_text
 
-__all__ = ["DEFAULT", "NamedCalibration", "load_calibration", "unseen_documents"]
+__all__ = [
+    "CORPORA",
+    "DEFAULT",
+    "NamedCalibration",
+    "load_calibration",
+    "unseen_documents",
+]
 
 DEFAULT = "default"
 """The split of `wiki_vital` for calibration, which shares no article with the test."""
@@ -46,8 +53,19 @@ class NamedCalibration:
         }
 
 
+CORPORA: Mapping[str, Callable[[Path | None], str]] = {
+    "wikitext2": wikitext2_train,
+    "c4": c4_train,
+}
+"""Training texts that published tables are calibrated with, by name."""
+
+
 def load_calibration(
-    given: str, source: Checkpoint, count: int, weighting: str | None = None
+    given: str,
+    source: Checkpoint,
+    count: int,
+    weighting: str | None = None,
+    data_dir: Path | None = None,
 ) -> NamedCalibration:
     """Reads and tokenizes the text of `--calibration`; checks that it is long enough.
 
@@ -55,10 +73,11 @@ def load_calibration(
     on, where its `asset.json` says so.
 
     Args:
-      given: A UTF-8 file, or `DEFAULT`.
+      given: A UTF-8 file, `DEFAULT`, or a name of `CORPORA`.
       source: The model's checkpoint.
       count: Tokens to use.
       weighting: See `Calibration`.
+      data_dir: The user's folder, for the texts of `CORPORA`; the hub has them, too.
 
     Raises:
       UsageError: If `count` is less than two windows.
@@ -70,6 +89,8 @@ def load_calibration(
         left = unseen_documents(source, text)
         name = "wiki_vital/calibration"
         name, text = (name, text) if left is None else (f"{name}, odd documents", left)
+    elif given in CORPORA:
+        name, text = f"{given}/train", CORPORA[given](data_dir)
     else:
         name, text = f"text_file:{Path(given).name}", read_utf8(Path(given))
     return NamedCalibration(

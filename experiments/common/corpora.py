@@ -26,6 +26,7 @@ __all__ = [
     "Dataset",
     "HubTable",
     "c4",
+    "c4_train",
     "check_data_dir",
     "hub_table",
     "lambada",
@@ -34,6 +35,7 @@ __all__ = [
     "wiki_vital",
     "wikitext2_gptq",
     "wikitext2_raw",
+    "wikitext2_train",
 ]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -41,6 +43,7 @@ LAMBADA_STRIDE = 512
 PUBLISHED_CONTEXT = 2048
 _TIMEOUT_SECONDS = 10.0
 _C4_TEXTS = 1100
+_C4_TRAINING_TEXTS = 10_000
 _C4_WINDOWS = 256
 
 
@@ -149,14 +152,14 @@ def wiki_vital(data_dir: Path | None) -> str:
     return read_utf8(_find(data_dir, [name])[0] or ASSETS / name)
 
 
-def wikitext2_raw(data_dir: Path | None) -> str:
-    """WikiText-2 raw, the test file as it is."""
-    path, missing = _find(data_dir, ["wikitext2/wiki.test.raw"])
+def wikitext2_raw(data_dir: Path | None, split: str = "test") -> str:
+    """WikiText-2 raw, a file as it is."""
+    path, missing = _find(data_dir, [f"wikitext2/wiki.{split}.raw"])
     if path is not None:
         return read_utf8(path)
     # The hub keeps the rows as they are, except that it empties the blank ones.
     (rows,) = hub_table(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", "test", ["text"], missing=missing
+        "Salesforce/wikitext", "wikitext-2-raw-v1", split, ["text"], missing=missing
     ).columns
     return "".join(row or " \n" for row in rows)
 
@@ -205,20 +208,41 @@ def c4(data_dir: Path | None) -> str:
     random, is another text.
     """
     name = "c4-validation.00000-of-00008.json.gz"
+    return " ".join(_c4_texts(data_dir, "validation", name, _C4_TEXTS))
+
+
+def wikitext2_train(data_dir: Path | None) -> str:
+    """WikiText-2 raw, the training file as it is, for calibration."""
+    return wikitext2_raw(data_dir, "train")
+
+
+def c4_train(data_dir: Path | None) -> str:
+    """The first 10,000 texts of C4's first training file, an empty line between two.
+
+    GPTQ and others after it draw windows from the same file.
+    """
+    name = "c4-train.00000-of-01024.json.gz"
+    return "\n\n".join(_c4_texts(data_dir, "train", name, _C4_TRAINING_TEXTS))
+
+
+def _c4_texts(
+    data_dir: Path | None, split: str, name: str, count: int
+) -> Sequence[str]:
+    """The first texts of a file of C4, of the user's or the hub's."""
     path, missing = _find(data_dir, [f"c4/{name}", f"c4/{name.removesuffix('.gz')}"])
     if path is not None:
-        return " ".join(_c4_texts(path))
+        return _first_texts(path, count)
     (rows,) = hub_table(
-        "allenai/c4", None, "validation", ["text"], missing=missing, files=f"en/{name}"
+        "allenai/c4", None, split, ["text"], missing=missing, files=f"en/{name}"
     ).columns
-    return " ".join(rows[:_C4_TEXTS])
+    return rows[:count]
 
 
-def _c4_texts(path: Path) -> list[str]:
+def _first_texts(path: Path, count: int) -> list[str]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             # A tenth of it is used; nobody wants to wait for the rest.
-            lines = [line.decode("utf-8") for line in itertools.islice(file, _C4_TEXTS)]
+            lines = [line.decode("utf-8") for line in itertools.islice(file, count)]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"`{path}` cannot be read ({error}); restore it.") from error
     if not lines:
