@@ -83,6 +83,7 @@ def test_vectors_are_coded_as_the_paper_says(bits, axis, shape):
     assert relative(tensor.decode(), expected) < 2e-3
 
 
+@pytest.mark.slow
 def test_one_round_without_refinement_is_the_decomposition_itself():
     """Guards the closed form: after u, u, v, v the levels are exact but for fp16."""
     w = weight((96, 3))
@@ -107,6 +108,7 @@ def test_four_bits_take_four_halves_for_a_vector(axis):
     assert ("output", "input")[axis] in repr(tensor)
 
 
+@pytest.mark.slow
 def test_error_falls_by_the_rate_of_a_sign_step_for_each_bit():
     """sqrt(1 - 2 / pi) for a step and a Gaussian vector: .363 of the energy."""
     w = jnp.asarray(problems.gaussian(512, 8))
@@ -131,6 +133,7 @@ def test_hard_vectors_and_prime_lengths_are_coded(axis):
     assert relative(decoded[8], vectors[8]) < 0.3
 
 
+@pytest.mark.slow
 def test_a_stack_is_coded_as_its_matrices_and_types_do_not_matter():
     """Guards `vmap` over experts, `jit`, and bfloat16 weights."""
     stack = jnp.stack([weight((24, 10), seed) for seed in (1, 2)]).astype(jnp.bfloat16)
@@ -145,7 +148,11 @@ def test_a_stack_is_coded_as_its_matrices_and_types_do_not_matter():
 
 
 @pytest.mark.parametrize(
-    "config", [AlternatingKashin(axis=1), Rotated(AlternatingKashin(axis=1))]
+    "config",
+    [
+        AlternatingKashin(axis=1),
+        pytest.param(Rotated(AlternatingKashin(axis=1)), marks=pytest.mark.slow),
+    ],
 )
 def test_moments_of_the_identity_give_the_codes_without_data(config):
     """Guards targets: with nothing to feed on, each row is coded as it is."""

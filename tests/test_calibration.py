@@ -94,6 +94,7 @@ def test_reports_are_read_back(fed):
     assert line["calibration"].keys() == {"output_error", "data_free_error", "damping"}
 
 
+@pytest.mark.slow
 def test_vectors_are_coded_with_a_text_along_outputs(tiny, tmp_path):
     """Guards the whole way of the follow-up's method, from rules to what is stored."""
     rules = Rules(config=AlternatingKashin(bits=2))
@@ -203,6 +204,7 @@ def test_tokens_weighed_alike_are_those_without_weights(tiny, fed, monkeypatch):
         np.testing.assert_allclose(report.calibration, by_path[path], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_by_gradients_are_resumed_to_the_same_bytes(
     tiny, fed, tmp_path, monkeypatch
 ):

@@ -194,7 +194,7 @@ def test_without_ends_of_the_grid_gptq_is_babais_nearest_plane(seed):
         found = jnp.round(row / step)
         return RowCode((found + 128).astype(jnp.uint8), step * found)
 
-    codes, _ = code_rows(weight, moments, lambda *_: None, code)
+    codes = code_rows(weight, moments, lambda *_: None, code).codes
     values = step * (np.asarray(codes, np.float64) - 128)
     assert 0 < codes.min() and codes.max() < 255
     np.testing.assert_array_equal(values, nearest_plane(weight, moments, step))
@@ -227,7 +227,9 @@ def test_what_is_left_of_a_target_is_within_half_a_step():
     assert np.abs(error).max() > step / 2 + 1e-3
 
 
-@pytest.mark.parametrize("bits", [2, 3, 3.5])
+@pytest.mark.parametrize(
+    "bits", [2, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 3.5))]
+)
 def test_moments_of_the_identity_give_the_codes_without_data(bits):
     """Guards the band by band search against the one of all blocks at once."""
     config = JointKashin(bits=bits, effort="fast").for_feedback()

@@ -31,7 +31,7 @@ from experiments.glue import GlueConfig, main
 __all__ = ["finished", "given"]  # fixtures
 
 # Quantizing takes longer than compiling does.
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 SCHEMA = {
     "method", "bits", "stored_bits_per_weight", "model_bits_per_weight", "task",

@@ -62,7 +62,10 @@ def run_through(model, path):
     return runner, x
 
 
-@pytest.mark.parametrize("variant", ["opt", "llama", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize(
+    "variant",
+    ["opt", "llama", "gpt_neox", pytest.param("gemma3_text", marks=pytest.mark.slow)],
+)
 def test_blocks_one_by_one_are_the_model(variant, tmp_path):
     """Guards what blocks are called with: masks and angles that differ by block."""
     if variant == "opt":

@@ -96,6 +96,7 @@ def test_levels_follow_from_rates():
         assert float(round_rate(c)) > rate_from_constant(c)
 
 
+@pytest.mark.slow
 def test_vectors_that_a_sign_dct_spreads_worst_ask_for_no_larger_constant():
     """Theorem 2: c3 of the worst vectors found does not grow with their length."""
     needed = []

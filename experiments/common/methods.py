@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 FULL_PRECISION = "full precision"
+REFINED_CONTROL = "full precision, refined"
 AS_STORED = "as stored"
 JOINT = "kashin-joint"
 

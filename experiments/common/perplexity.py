@@ -15,7 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments.common.calibration import NamedCalibration
-from experiments.common.methods import FULL_PRECISION, RowKind, Width, joint_config
+from experiments.common.methods import (
+    FULL_PRECISION,
+    REFINED_CONTROL,
+    RowKind,
+    Width,
+    joint_config,
+)
 from experiments.common.quantized_layers import (
     QuantizedCopy,
     QuantizedLayer,
@@ -227,7 +233,7 @@ def refined_control_row(
     assert bench.calibration is not None, "refined rows have a text"
     bits = float(stored_width(bench.loaded.stored_dtype))
     fields = bench.calibration.record_fields() | refinement_fields(refinement)
-    choices = {"method": f"{FULL_PRECISION}, refined", "bits": int(bits), "seed": seed}
+    choices = {"method": REFINED_CONTROL, "bits": int(bits), "seed": seed}
     if known := bench.known(choices | fields):
         return known
     alone = dataclasses.replace(refinement, block_epochs=0, seed=seed)

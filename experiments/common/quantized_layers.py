@@ -122,7 +122,11 @@ def quantized_copy(
             directory, work / f"{name}-{learned}", loaded.directory, windows,
             refinement, exist_ok=True,
         )  # fmt: skip
-        directory, found_reports = refined.directory, refined.reports
+        directory = refined.directory
+        found_reports = {
+            name: report._replace(seconds=found_reports[name].seconds)
+            for name, report in refined.reports.items()
+        }
     heads = head_names(directory)
     model = load_quantized(directory, head=heads[0] if heads else None).model
     found = nnx.to_flat_state(nnx.state(model, PackedKernel))

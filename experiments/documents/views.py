@@ -24,6 +24,7 @@ from experiments.common.methods import (
     GLUE_METHODS,
     JOINT,
     METHODS,
+    REFINED_CONTROL,
 )
 from experiments.common.perplexity_table import (
     comparison_tables,
@@ -96,12 +97,13 @@ def ordered(
       methods: The first ones, in their order.
     """
     every = dict.fromkeys((*methods, *METHODS, *CALIBRATED_METHODS))
-    order = [FULL_PRECISION, *every]
+    full = FULL_PRECISION, REFINED_CONTROL
+    order = [*full, *every]
 
     def place(record: Record) -> tuple[Any, ...]:
         method = str(record["method"]).removesuffix("-mixed")
         return (
-            method != FULL_PRECISION, record["bits"], order.index(method),
+            method not in full, record["bits"], order.index(method),
             record.get("basis") or "", record.get("seed") or 0,
         )  # fmt: skip
 

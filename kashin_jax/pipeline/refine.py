@@ -258,8 +258,9 @@ def _refine_blocks(
                 )  # fmt: skip
                 params, gain = _learned(parts, fit, work, progress.update)
                 gains.append(gain)
-                block = parts.model(params)
-                _put(model, f"{path}/{index}", block)
+                if params is not None:
+                    block = parts.model(params)
+                    _put(model, f"{path}/{index}", block)
             hidden = _outputs(runner, index, block, work, hidden)
     return model, tuple(gains)
 
@@ -288,7 +289,7 @@ def _refine_whole(
     fit = _Fit("whole", loss, state, (work.windows,), epochs, rate)
     with progress_bar(work.steps(epochs), "steps", desc="end to end ") as progress:
         params, gain = _learned(parts, fit, work, progress.update)
-    return parts.model(params), gain
+    return (model if params is None else parts.model(params)), gain
 
 
 class _BlockLoss(NamedTuple):
@@ -342,8 +343,8 @@ class _Fit(NamedTuple):
 
 def _learned(
     parts: Refinable, fit: _Fit, work: _Work, advance: Callable[[int], Any]
-) -> tuple[list[Array], Gain]:
-    """Parameters after all steps, or those before where they were better."""
+) -> tuple[list[Array] | None, Gain]:
+    """Parameters after all steps; None where those before were no worse."""
     steps, every = work.order(fit.epochs), _SAVED_EVERY
     static = _Static(parts.structure, fit.loss, fit.rate, len(steps))
     before = _mean_loss(parts.params, parts, fit, work)
@@ -363,7 +364,7 @@ def _learned(
             "checkpoints, or give another text."
         )
     # NaN is not less.
-    return (state[0] if after < before else parts.params), Gain(before, after)
+    return (state[0] if after < before else None), Gain(before, after)
 
 
 _SAVED_EVERY = 32
