@@ -88,7 +88,6 @@ EMBEDDED = ASSETS / "opt-wiki-18m"
 _INSTEAD = "`kashin eval` scores it."
 _GIVEN = (bool, "given")
 _DATASET = (lambda x: x in DATASETS, f"one of {', '.join(DATASETS)}")
-_WEIGHTINGS = {"none": None, "gradient": "gradient"}
 _POSITIVE = (lambda x: x >= 1, "at least 1")
 
 
@@ -138,12 +137,6 @@ class OptPplConfig:
     calibration_tokens: int = flag(
         131_072, "Tokens of it, in whole windows.", _POSITIVE
     )
-    calibration_weighting: str = flag(
-        "none",
-        "What a token weighs: none, or gradient, the squared gradient of the loss with "
-        "respect to each layer's outputs.",
-        (_WEIGHTINGS.__contains__, " or ".join(_WEIGHTINGS)),
-    )
     basis: tuple[str, ...] = flag(
         ("hadamard",),
         f"List of families ({', '.join(FAMILIES)}); `left:right` for unequal sides.",
@@ -171,8 +164,6 @@ class OptPplConfig:
                 "`--calibration` is for the methods "
                 f"{', '.join(CALIBRATED_METHODS)}; name one, or leave it out."
             )
-        if self.calibration_weighting != "none" and not self.calibration:
-            raise UsageError("`--calibration_weighting` needs `--calibration`.")
         parse_max_tokens(self.max_tokens)
         parse_widths("bits", self.bits, 1, 8)
         parse_numbers("seed", self.seed, 0, 2**31 - 1)
@@ -261,7 +252,6 @@ def _load_calibration(
     source = open_checkpoint(loaded.directory)
     return load_calibration(
         config.calibration, source, config.calibration_tokens,
-        _WEIGHTINGS[config.calibration_weighting],
         Path(config.data_dir) if config.data_dir else None,
     )  # fmt: skip
 
@@ -382,8 +372,6 @@ def _columns(config: OptPplConfig, records: list[dict[str, Any]]) -> tuple[Colum
         columns.insert(1, Column("basis", "basis"))
     if any("output_error" in record for record in records):
         columns.insert(-1, Column("output_error", "outputs", fixed(4)))
-    if any("calibration_weighting" in record for record in records):
-        columns.insert(1, Column("calibration_weighting", "tokens weighed by"))
     if any("published" in record for record in records):
         columns.insert(-1, Column("published", "published", fixed(2)))
     return tuple(columns)

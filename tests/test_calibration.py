@@ -379,13 +379,9 @@ def test_the_main_job_has_calibrated_rows(tiny, tmp_path, capsys):
     assert found["calibration_tokens"] == 256 and len(found["calibration_sha256"]) == 64
     assert 0 < found["output_error"] <= found["data_free_output_error"]
     assert (tmp_path / "out" / "calibrated_opt.jsonl").exists()
-    weighted = "--calibration_weighting=gradient"
-    table(tiny, tmp_path / "out", *flags, weighted, "--methods=gptq-g128")
     flags[1] = "--calibration_tokens=128"
     records = table(tiny, tmp_path / "out", *flags, "--methods=gptq-g128")
-    names = ("calibration_tokens", "calibration_weighting")
-    kinds = [[record.get(name) for name in names] for record in records[1:]]
-    assert kinds == [[256, None], [256, "gradient"], [128, None]]
+    assert [record["calibration_tokens"] for record in records[1:]] == [256, 128]
     assert records[1] == {**found, "date": records[1]["date"]}
 
 
@@ -394,7 +390,6 @@ def test_the_main_job_has_calibrated_rows(tiny, tmp_path, capsys):
     [
         (["--methods=gptq-g128"], 2, "`gptq-g128` needs `--calibration`"),
         (["--methods=uniform", "--calibration=default"], 2, "name one, or leave it"),
-        (["--calibration_weighting=gradient"], 2, "needs `--calibration`"),
         (["--methods=gptq-g128", "--calibration=/no.txt"], 1, "/no.txt"),
         (
             ["--methods=gptq-g128", "--calibration=default", "--calibration_tokens=40"],

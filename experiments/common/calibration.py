@@ -43,13 +43,10 @@ class NamedCalibration:
 
     def record_fields(self) -> dict[str, Any]:
         """The fields of a result that say what it was calibrated with."""
-        weighting = self.text.weighting
         return {
             "calibration": self.name,
             "calibration_tokens": self.text.count,
             "calibration_sha256": self.text_sha256,
-            # Older rows have no such field, and were made without.
-            **({} if weighting is None else {"calibration_weighting": weighting}),
         }
 
 
@@ -64,7 +61,6 @@ def load_calibration(
     given: str,
     source: Checkpoint,
     count: int,
-    weighting: str | None = None,
     data_dir: Path | None = None,
 ) -> NamedCalibration:
     """Reads and tokenizes the text of `--calibration`; checks that it is long enough.
@@ -76,7 +72,6 @@ def load_calibration(
       given: A UTF-8 file, `DEFAULT`, or a name of `CORPORA`.
       source: The model's checkpoint.
       count: Tokens to use.
-      weighting: See `Calibration`.
       data_dir: The user's folder, for the texts of `CORPORA`; the hub has them, too.
 
     Raises:
@@ -95,7 +90,7 @@ def load_calibration(
         name, text = f"text_file:{Path(given).name}", read_utf8(Path(given))
     return NamedCalibration(
         name=name,
-        text=calibration_text(source, text, count, weighting),
+        text=calibration_text(source, text, count),
         text_sha256=_sha256(text),
     )
 

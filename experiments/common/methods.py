@@ -63,6 +63,7 @@ class RowKind:
       mixes_widths: Whether a width between its own is met as a budget of stored bits,
         by widths that differ from layer to layer.
       is_calibrated: Whether layers are coded with a text, by error feedback.
+      weighting: What tokens of that text weigh, see `Calibration`.
       refinement: How what decodes the codes then learns from that text; None for not.
     """
 
@@ -74,6 +75,7 @@ class RowKind:
     keeps_failures: bool = False
     mixes_widths: bool = False
     is_calibrated: bool = False
+    weighting: str | None = None
     refinement: Refinement | None = None
 
     def is_budget(self, bits: Width) -> bool:
@@ -241,6 +243,15 @@ CALIBRATED_METHODS: Mapping[str, RowKind] = {
         note=f"GPTQ: round-to-nearest as in rtn-g128, calibrated. {_FEEDBACK}",
         is_random=True,
         is_calibrated=True,
+    ),
+    "kashin-joint-weighted": RowKind(
+        make=joint_config,
+        note="As kashin-joint-calibrated, tokens weighed by the squared gradient of "
+        "the loss with respect to each layer's outputs.",
+        has_basis=True,
+        is_random=True,
+        is_calibrated=True,
+        weighting="gradient",
     ),
     "kashin-joint-refined": RowKind(
         make=joint_config,

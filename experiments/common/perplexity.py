@@ -118,6 +118,9 @@ class Bench:
         is_calibrated = method is not None and method.is_calibrated
         text = self.calibration if is_calibrated else None
         calibration = None if text is None else text.calibration(seed)
+        if calibration is not None and method is not None:
+            weighting = method.weighting
+            calibration = dataclasses.replace(calibration, weighting=weighting)
         refinement = None if method is None else method.refinement
         if refinement is not None:
             refinement = dataclasses.replace(refinement, seed=seed)
@@ -131,15 +134,14 @@ class Bench:
         if self.calibration is None or not method.is_calibrated:
             return {}
         fields = self.calibration.record_fields()
+        if method.weighting is not None:
+            fields["calibration_weighting"] = method.weighting
         return fields | refinement_fields(method.refinement)
 
     def known(self, choices: Record) -> dict[str, Any] | None:
         """The finished row of these choices, if there is one."""
         of_bench = {**self.identity, "weights_sha256": self.weights_sha256}
         found = self.finished.find({**of_bench, **choices}) if self.finished else []
-        # Rows without weighting do not name it, and so are like those with it.
-        name = "calibration_weighting"
-        found = [row for row in found if row.get(name) == choices.get(name)]
         return {**self.text_fields(), **self._with_bits(found[0])} if found else None
 
     def text_fields(self) -> dict[str, Any]:
