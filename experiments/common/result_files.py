@@ -38,8 +38,8 @@ _THREE = "--max_tokens=16384 --seed=0,1,2"
 _WIKITEXT = "experiments.opt_ppl --dataset=wikitext2 --data_dir=$DATA"
 _LAMBADA = "experiments.opt_ppl --dataset=lambada --data_dir=$DATA"
 
-_CALIBRATED = "experiments.opt_ppl --max_tokens=16384 --calibration=default "
-_CALIBRATED += "--calibration_tokens=65536"
+_CALIBRATED = "experiments.opt_ppl --max_tokens=16384 --calibration=default"
+_FED = "kashin-joint-calibrated,gptq-g128"
 
 
 def _figure(about: str, name: str, *key: str) -> ResultFile:
@@ -76,12 +76,20 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         (
             *_MODEL, "dataset", "text_sha256", "context", "stride", "max_tokens",
             *_ROW, "calibration", "calibration_sha256", "calibration_tokens",
-            "calibration_weighting",
         ),
         (
-            f"{_CALIBRATED} --bits=2,3,4 --methods=kashin-joint-calibrated,gptq-g128",
-            f"{_CALIBRATED} --bits=2,3 --methods=kashin-joint-calibrated --seed=1",
-            f"{_CALIBRATED} --bits=2 --methods=kashin-joint-calibrated --seed=2",
+            f"{_CALIBRATED} --bits=2 --seed=0,1,2 "
+            f"--methods={_FED},kashin-joint-refined",
+            f"{_CALIBRATED} --bits=2 --methods=gptq-g128-act-order,"
+            "kashin-joint-distilled",
+            f"{_CALIBRATED} --bits=3 --methods={_FED},kashin-joint-refined",
+            f"{_CALIBRATED} --bits=4 --methods={_FED},kashin-dct-calibrated,"
+            "rotate-kashin-dct-calibrated",
+            f"{_CALIBRATED} --bits=8 --methods=gptq-g128,gptq-g128-refined",
+            f"{_CALIBRATED} --dataset=wikitext2 --data_dir=$DATA --bits=2 "
+            f"--seed=0,1,2 --methods={_FED}",
+            f"{_CALIBRATED} --dataset=lambada --data_dir=$DATA --bits=2 "
+            f"--seed=0,1,2 --methods={_FED}",
         ),
     ),
     "table3_glue": ResultFile(

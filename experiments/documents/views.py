@@ -291,6 +291,12 @@ VIEWS: Mapping[str, View] = MappingProxyType({
         _means,
     ),
     "opt-calibrated": View("calibrated_opt", _VITAL, _calibrated),
+    "opt-calibrated-wikitext2": View(
+        "calibrated_opt", _WIKITEXT | _SEEDS, _calibrated
+    ),
+    "opt-calibrated-lambada": View(
+        "calibrated_opt", {"dataset": "lambada"} | _SEEDS, _calibrated
+    ),
     "opt-lambada": _opt({"dataset": "lambada"} | _SEEDS, _means),
     "opt-lambada-rivals": _opt({"dataset": "lambada"} | _SEEDS, _compared),
     "sentiment": _glue_view(SENTIMENT, {}),
