@@ -107,7 +107,9 @@ def test_vectors_are_coded_with_a_text_along_outputs(tiny, tmp_path):
     assert {tensor.layout.axis for tensor in packed} == {1}
 
 
-@pytest.mark.parametrize("at", [1, 2, 6, LINEARS])
+@pytest.mark.parametrize(
+    "at", [1, LINEARS, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 6))]
+)
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     tiny, fed, tmp_path, monkeypatch, at
 ):

@@ -151,16 +151,19 @@ def found():
     return measured("joint")
 
 
+@pytest.mark.slow
 def test_products_stay_where_the_matrix_lies_and_are_those_of_one_device(found):
     assert len(found["cases"]) == 6
     check_cases(found["cases"])
 
 
+@pytest.mark.slow
 def test_two_layers_cut_as_usual_add_up_once(found):
     assert found["chain"]["sent"] == {"all-reduce": 1}
     assert found["chain"]["error"] < 1e-6
 
 
+@pytest.mark.slow
 def test_cut_products_are_differentiated_and_mapped(found):
     assert max(found["transforms"].values()) < 1e-5, found["transforms"]
 

@@ -64,7 +64,8 @@ def run_through(model, path):
 
 @pytest.mark.parametrize(
     "variant",
-    ["opt", "llama", "gpt_neox", pytest.param("gemma3_text", marks=pytest.mark.slow)],
+    ["opt", "llama"]
+    + [pytest.param(v, marks=pytest.mark.slow) for v in ("gpt_neox", "gemma3_text")],
 )
 def test_blocks_one_by_one_are_the_model(variant, tmp_path):
     """Guards what blocks are called with: masks and angles that differ by block."""

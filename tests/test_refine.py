@@ -86,6 +86,7 @@ def test_codes_stay_and_what_decodes_them_moves(packed, refined):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 def test_the_file_is_the_model_and_says_what_it_is(packed, tiny, refined):
     model, _ = refine_model(
         load_quantized(packed).model, load_language_model(tiny).model, TEXT, SHORT
@@ -123,6 +124,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert not list((tmp_path / "r").glob(".refined-*"))
 
 
+@pytest.mark.slow
 def test_a_stage_that_brings_nothing_is_undone(tiny, packed):
     """Guards "never worse": steps so large that everything is destroyed."""
     model = load_quantized(packed).model
