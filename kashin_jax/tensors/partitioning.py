@@ -130,6 +130,12 @@ class _Cut:
             if size == cuts:
                 alone.add(kind)
                 return kind
+            if cuts == 1:
+                # Of factors beside others none may have size 1.
+                if (name := f"{kind}{size}") not in alone:
+                    alone.add(name)
+                    uncut.append(name)
+                return name
             # Within blocks, or within what of them fills whole bytes.
             if (minor := f"{kind}{size // cuts}") not in sizes:
                 uncut.append(minor)
