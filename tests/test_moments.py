@@ -13,6 +13,7 @@ from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.pipeline import blocks, selected_kernels
 from kashin_jax.pipeline.blocks import BlockRunner, find_blocks
 from kashin_jax.pipeline.moments import Moments, half_moments, half_of, whole_of
+from kashin_jax.pipeline.paths import at_path, put_at_path
 from kashin_jax.pipeline.token_weights import gradient_weights
 
 TOKENS = np.random.default_rng(0).integers(3, 60, (2, 9)).astype(np.int32)
@@ -112,16 +113,14 @@ def gradients_of_outputs(model, paths, tokens, key):
     def loss(extra):
         whole = nnx.merge(graphdef, state)
         for path in paths:
-            layer = blocks._at(whole, path)
+            layer = at_path(whole, path)
             shifted = nnx.Sequential(layer, lambda y, path=path: y + extra[path])
-            blocks._put_at(whole, path, shifted)
+            put_at_path(whole, path, shifted)
         scores = jax.nn.log_softmax(whole(tokens)[:, :-1])
         drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
         return -jnp.take_along_axis(scores, drawn[..., None], -1).sum()
 
-    sizes = {
-        path: blocks._at(model, path).kernel.get_value().shape[1] for path in paths
-    }
+    sizes = {path: at_path(model, path).kernel.get_value().shape[1] for path in paths}
     zeros = {path: jnp.zeros((*tokens.shape, size)) for path, size in sizes.items()}
     return jax.grad(loss)(zeros)
 

@@ -13,13 +13,14 @@ from tiny_finetuning import config_of, write_model, write_tasks
 from experiments import refine_glue
 from experiments.classification.quantized import load_classifier_packed
 from experiments.common.results import read_jsonl
-from experiments.finetuning.model import load_start, packed_tensors
+from experiments.finetuning.model import load_start
 from experiments.finetuning.run import finetune
 from experiments.glue import main as glue
 from experiments.refine_glue import main
 from kashin_jax import stored_bits
 from kashin_jax.errors import UsageError
 from kashin_jax.models import load_classifier
+from kashin_jax.pipeline import packed_tensors
 from kashin_jax.pipeline.refinable import take_apart
 
 pytestmark = pytest.mark.slow

@@ -26,7 +26,12 @@ from kashin_jax.methods import config_to_json
 from kashin_jax.models import ClassifierConfig, LoadedClassifier, SequenceClassifier
 from kashin_jax.models.registry import names_of
 from kashin_jax.models.saving import stored_array
-from kashin_jax.pipeline import load_quantized, rules_from_json, rules_to_json
+from kashin_jax.pipeline import (
+    load_quantized,
+    packed_tensors,
+    rules_from_json,
+    rules_to_json,
+)
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
@@ -173,13 +178,12 @@ def load_classifier_packed(
     if not isinstance(loaded, LoadedClassifier):
         raise CheckpointError(f"{directory}: is no classifier; name one.")
     found = nnx.to_flat_state(nnx.state(loaded.model, PackedKernel))
-    kernels = {path: variable.get_value() for path, variable in found}
-    if odd := [path for path in kernels if path[-1] != "kernel"]:
+    if odd := [path for path, _ in found if path[-1] != "kernel"]:
         raise CheckpointError(
             f"{directory}: has the embedding `{'/'.join(map(str, odd[0]))}` packed; "
             "quantize the original without a rule for embeddings."
         )
-    tensors = {"/".join(map(str, path[:-1])): kernels[path] for path in kernels}
+    tensors = packed_tensors(loaded.model)
     rules, seed = _asked_for(directory / "config.json")
     return QuantizedClassifier(loaded, tensors, rules, seed)
 

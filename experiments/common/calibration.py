@@ -9,7 +9,7 @@ from typing import Any
 from experiments.common.corpora import ASSETS, c4_train, read_utf8, wikitext2_train
 from experiments.common.text_documents import split_documents
 from kashin_jax.io import Checkpoint, read_json
-from kashin_jax.pipeline import Calibration, CalibrationText, calibration_text
+from kashin_jax.pipeline import CalibrationText, calibration_text
 
 __all__ = [
     "CORPORA",
@@ -36,10 +36,6 @@ class NamedCalibration:
     name: str
     text: CalibrationText
     text_sha256: str
-
-    def calibration(self, seed: int) -> Calibration:
-        """Windows of the text, others for every seed."""
-        return self.text.calibration(seed)
 
     def record_fields(self) -> dict[str, Any]:
         """The fields of a result that say what it was calibrated with."""

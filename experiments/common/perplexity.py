@@ -115,15 +115,11 @@ class Bench:
         self, rules: Rules, seed: int, method: RowKind | None = None
     ) -> QuantizedCopy:
         """A quantized copy of the checkpoint, calibrated and refined as a row asks."""
-        is_calibrated = method is not None and method.is_calibrated
-        text = self.calibration if is_calibrated else None
-        calibration = None if text is None else text.calibration(seed)
-        if calibration is not None and method is not None:
-            weighting = method.weighting
-            calibration = dataclasses.replace(calibration, weighting=weighting)
-        refinement = None if method is None else method.refinement
-        if refinement is not None:
-            refinement = dataclasses.replace(refinement, seed=seed)
+        calibration = refinement = None
+        if self.calibration is not None and method is not None and method.is_calibrated:
+            calibration = self.calibration.text.calibration(seed, method.weighting)
+            if method.refinement is not None:
+                refinement = dataclasses.replace(method.refinement, seed=seed)
         return quantized_copy(
             self.loaded, rules, seed, self.work, self.weights_sha256, calibration,
             refinement,
@@ -196,21 +192,42 @@ def _nll(
 
 def full_precision_row(bench: Bench) -> dict[str, Any]:
     """The row that all others are compared with."""
-    bits = float(stored_width(bench.loaded.stored_dtype))
-    choices = {"method": FULL_PRECISION, "bits": int(bits)}
+    choices = {"method": FULL_PRECISION, "bits": _full_width(bench)}
     if known := bench.known(choices):
         return known
     before = bench.identity.get("quantized_before")
     source = "" if before is None else f" decoded from {before} of a GGUF file"
+    note = f"{bench.loaded.stored_dtype} checkpoint{source}, computed in float32."
+    return _full_row(bench, bench.loaded.model, choices, {}, note)
+
+
+def _full_width(bench: Bench) -> int:
+    """Bits of a weight that is not quantized."""
+    return int(stored_width(bench.loaded.stored_dtype))
+
+
+def _full_row(
+    bench: Bench, model: nnx.Module, choices: Record, computation: Record, note: str
+) -> dict[str, Any]:
+    """A row of a model none of whose layers is quantized.
+
+    Args:
+      bench: What all rows share.
+      model: What is scored.
+      choices: Fields that tell the row from others, `bits` among them.
+      computation: Those that the score depends on.
+      note: What it is.
+    """
+    bits = float(choices["bits"])
     return bench.keep(
         {
-            **choices,
+            **dict.fromkeys(("method", "bits")),
             **_ABSENT,
+            **choices,
             "stored_bits_per_weight": bits,
             "model_bits_per_weight": bits,
-            **bench.score(bench.loaded.model, {"config": None}),
-            "note": f"{bench.loaded.stored_dtype} checkpoint{source}, computed in "
-            "float32.",
+            **bench.score(model, {"config": None, **computation}),
+            "note": note,
             **bench.text_fields(),
             **bench.identity,
             "weights_sha256": bench.weights_sha256,
@@ -233,31 +250,20 @@ def refined_control_row(
 ) -> dict[str, Any]:
     """The full precision that has learned like refined rows: biases and norms alone."""
     assert bench.calibration is not None, "refined rows have a text"
-    bits = float(stored_width(bench.loaded.stored_dtype))
-    fields = bench.calibration.record_fields() | refinement_fields(refinement)
-    choices = {"method": REFINED_CONTROL, "bits": int(bits), "seed": seed}
-    if known := bench.known(choices | fields):
+    learning = bench.calibration.record_fields() | refinement_fields(refinement)
+    choices = {"method": REFINED_CONTROL, "bits": _full_width(bench), "seed": seed}
+    choices |= learning
+    if known := bench.known(choices):
         return known
     alone = dataclasses.replace(refinement, block_epochs=0, seed=seed)
     dense = bench.loaded.model
-    windows = bench.calibration.calibration(seed).windows
+    windows = bench.calibration.text.calibration(seed).windows
     model, _ = refine_model(dense, dense, windows, alone)
-    return bench.keep(
-        {
-            **dict.fromkeys(("method", "bits")),
-            **_ABSENT,
-            **choices,
-            **fields,
-            "stored_bits_per_weight": bits,
-            "model_bits_per_weight": bits,
-            **bench.score(model, {"config": None, "seed": seed, **fields}),
-            "note": "Full precision, its biases and norms trained end to end as those "
-            "of refined rows: what the text brings without any quantization.",
-            **bench.text_fields(),
-            **bench.identity,
-            "weights_sha256": bench.weights_sha256,
-        }
+    note = (
+        "Full precision, its biases and norms trained end to end as those of refined "
+        "rows: what the text brings without any quantization."
     )
+    return _full_row(bench, model, choices, {"seed": seed, **learning}, note)
 
 
 def quantized_row(

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 
 from experiments.common.results import environment_fields
 from kashin_jax import Rules, stored_bits
-from kashin_jax.layers import PackedKernel
 from kashin_jax.models import LoadedClassifier, head_names
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.pipeline import (
@@ -25,6 +24,7 @@ from kashin_jax.pipeline import (
     LayerReport,
     Refinement,
     load_quantized,
+    packed_tensors,
     quantize_checkpoint,
     refine_checkpoint,
     rules_to_json,
@@ -129,8 +129,7 @@ def quantized_copy(
         }
     heads = head_names(directory)
     model = load_quantized(directory, head=heads[0] if heads else None).model
-    found = nnx.to_flat_state(nnx.state(model, PackedKernel))
-    tensors = {"/".join(map(str, path[:-1])): v.get_value() for path, v in found}
+    tensors = packed_tensors(model)
     reports = {report.path: report for report in found_reports.values()}
     layers = {
         path: QuantizedLayer(tensors[path], reports[path])

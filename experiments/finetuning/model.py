@@ -23,13 +23,13 @@ from experiments.finetuning.batches import TrainBatch
 from experiments.finetuning.config import STORED, FinetuneConfig
 from experiments.train.step import LossFn, Params
 from kashin_jax import Rules
-from kashin_jax.layers import PackedKernel
 from kashin_jax.models import (
     ClassifierConfig,
     LoadedClassifier,
     SequenceClassifier,
     load_classifier,
 )
+from kashin_jax.pipeline import packed_tensors
 from kashin_jax.pipeline.refinable import Structure, take_apart
 from kashin_jax.tensors import QuantizedTensor
 
@@ -44,12 +44,6 @@ __all__ = [
 
 # Puts `(params, frozen)` together.
 Build: TypeAlias = Callable[[Params, PyTree[Array]], SequenceClassifier]
-
-
-def packed_tensors(model: nnx.Module) -> dict[str, QuantizedTensor]:
-    """The packed matrices of a model by path of their layer."""
-    found = nnx.to_flat_state(nnx.state(model, PackedKernel))
-    return {_join(path[:-1]): variable.get_raw_value() for path, variable in found}
 
 
 def decoding_builder(

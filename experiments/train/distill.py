@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from experiments.train.step import LossFn, Params
+from kashin_jax.pipeline.refine import divergence
 
 __all__ = ["cross_entropy", "distillation_loss", "language_loss"]
 
@@ -18,20 +18,6 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Mean negative log likelihood of the targets, in nats."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
-
-
-def divergence(
-    teacher: Float[Array, "b t v"], student: Float[Array, "b t v"]
-) -> Float[Array, ""]:
-    """Mean Kullback-Leibler divergence of the student from the teacher, in nats.
-
-    Args:
-      teacher: Logits; no gradient flows into them.
-      student: Logits.
-    """
-    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher))
-    log_q = jax.nn.log_softmax(student)
-    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
 def language_loss(graphdef: nnx.GraphDef) -> LossFn:

@@ -31,8 +31,8 @@ def read_calibration(
     """
     kind = None if weighting == "none" else weighting
     if file is not None:
-        text = calibration_text(source, read_text(Path(file)), count, kind)
-        return text.calibration(seed)
+        text = calibration_text(source, read_text(Path(file)), count)
+        return text.calibration(seed, kind)
     if kind is not None:
         raise UsageError("`--calibration-weighting` needs `--calibration`.")
     return None

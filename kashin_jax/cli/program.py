@@ -133,13 +133,7 @@ def _quantize(commands: Any) -> None:
         help="UTF-8 text that says which errors matter, for language models that run "
         "here: much less is lost, at 2 bits most of all. Needs the extra `cli`",
     )
-    parser.add_argument(
-        "--calibration-tokens",
-        type=read_count,
-        default=131_072,
-        metavar="N",
-        help="tokens of it to use, drawn in windows by the seed; default: 131072",
-    )
+    _add_calibration_tokens(parser)
     parser.add_argument(
         "--calibration-weighting",
         choices=("none", "gradient"),
@@ -163,6 +157,16 @@ def _quantize(commands: Any) -> None:
     )
 
 
+def _add_calibration_tokens(parser: _Parser) -> None:
+    parser.add_argument(
+        "--calibration-tokens",
+        type=read_count,
+        default=131_072,
+        metavar="N",
+        help="tokens of it to use, drawn in windows by the seed; default: 131072",
+    )
+
+
 def _refine(commands: Any) -> None:
     parser: _Parser = commands.add_parser(
         "refine",
@@ -179,13 +183,7 @@ def _refine(commands: Any) -> None:
     parser.add_argument(
         "--calibration", metavar="FILE", required=True, help="UTF-8 text"
     )
-    parser.add_argument(
-        "--calibration-tokens",
-        type=read_count,
-        default=131_072,
-        metavar="N",
-        help="tokens of it to use, drawn in windows by the seed; default: 131072",
-    )
+    _add_calibration_tokens(parser)
     parser.add_argument(
         "--block-epochs",
         type=read_none_or_more,

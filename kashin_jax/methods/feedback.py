@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
+    "CHUNK",
     "CodedRows",
     "RowCode",
     "Triangular",
@@ -40,8 +41,8 @@ __all__ = [
     "triangular_factors",
 ]
 
-# Rows whose targets are made of all others at once; within them one by one.
-_CHUNK = 128
+CHUNK = 128
+"""Rows whose targets are made of all others at once; within them one by one."""
 
 
 class Triangular(NamedTuple):
@@ -165,7 +166,7 @@ def code_rows(
       group_size: Rows of a group; None if groups do not matter.
     """
     m, n = weight.shape
-    size = group_size or min(_CHUNK, m)
+    size = group_size or min(CHUNK, m)
     count = -(-m // size)
     rest = count * size - m
     # Rows that fill the last group have nothing to do with the others.

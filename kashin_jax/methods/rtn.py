@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from kashin_jax.methods.base import Encoded, Method, register
-from kashin_jax.methods.feedback import RowCode, code_rows
+from kashin_jax.methods.feedback import CHUNK, RowCode, code_rows
 from kashin_jax.packing import pack_matrix
 from kashin_jax.tensors import AffineTensor, QuantizedTensor
 from kashin_jax.tensors.grouped import GroupLayout, group_rows
@@ -106,7 +106,7 @@ def _fed_by_moments(
     order = jnp.argsort(-jnp.diagonal(moments), stable=True)
     scale, zero = free.scale[:, 0].astype(jnp.float32), free.float_zero()[:, 0]
     group = order // (layout.group_size or m)
-    size = min(128, m)
+    size = min(CHUNK, m)
 
     def code(
         groups: Int[Array, " size"], row: Float[Array, " n"], k: Int[Array, ""]

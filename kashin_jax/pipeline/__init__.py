@@ -16,6 +16,7 @@ from kashin_jax.pipeline.inspecting import TensorRow as TensorRow
 from kashin_jax.pipeline.inspecting import inspect_checkpoint as inspect_checkpoint
 from kashin_jax.pipeline.loading import load_quantized as load_quantized
 from kashin_jax.pipeline.loading import packed_layers as packed_layers
+from kashin_jax.pipeline.loading import packed_tensors as packed_tensors
 from kashin_jax.pipeline.nnx import QuantizedModel as QuantizedModel
 from kashin_jax.pipeline.nnx import plan_model as plan_model
 from kashin_jax.pipeline.nnx import quantize_model as quantize_model
@@ -84,6 +85,7 @@ __all__ = [
     "outliers",
     "packed_layers",
     "packed_size",
+    "packed_tensors",
     "path_key",
     "plan_checkpoint",
     "plan_model",

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.pipeline.moments import half_moments
-from kashin_jax.pipeline.paths import join
+from kashin_jax.pipeline.paths import at_path, join, put_at_path
 
 __all__ = [
     "BlockRunner",
@@ -138,10 +138,10 @@ class BlockRunner:
           blocks: Path of the list of its blocks.
         """
         self.path = blocks
-        self.blocks = list(_at(model, blocks))
+        self.blocks = list(at_path(model, blocks))
         shell = nnx.clone(model, variables=False)
         stops = [_Stop(i, _outline(block)) for i, block in enumerate(self.blocks)]
-        _put_at(shell, blocks, nnx.List(stops))
+        put_at_path(shell, blocks, nnx.List(stops))
         self._graphdef, self.state = nnx.split(shell)
         calls = jax.eval_shape(
             partial(_kinds, self._graphdef, blocks),
@@ -316,7 +316,7 @@ def _calls(
     def tell(index: int, x: Array, args: Any, kwargs: Any) -> None:
         found.append((x, _Call(args, kwargs)))
 
-    for stop in _at(model, path):
+    for stop in at_path(model, path):
         stop.tell = tell
     model(tokens)
     return found[0][0], [call for _, call in found]
@@ -350,7 +350,7 @@ def _heard(
         found.setdefault(id(x), (x, []))[1].append(path)
 
     for path in program.wanted:
-        _put_at(block, path, _Ear(path, _at(block, path), tell=tell))
+        put_at_path(block, path, _Ear(path, at_path(block, path), tell=tell))
     run_block(program, shell, block, tokens, x)
     return [x for x, _ in found.values()], [tuple(e) for _, e in found.values()]
 
@@ -385,7 +385,7 @@ def _loss_gradient(
 ) -> Float[Array, "b t d"]:
     def loss(x: Array) -> Array:
         model = nnx.merge(graphdef, state)
-        *_, last = _at(model, path)
+        *_, last = at_path(model, path)
         last.give = lambda: x
         # Nothing follows on the last token of a window.
         scores = jax.nn.log_softmax(model(tokens)[:, :-1].astype(jnp.float32))
@@ -408,7 +408,7 @@ def _pulled_back(
             return y + extra[path] if path in extra else y
 
         for path in program.wanted:
-            _put_at(block, path, _Ear(path, _at(block, path), change=change))
+            put_at_path(block, path, _Ear(path, at_path(block, path), change=change))
         return run_block(program, shell, block, tokens, x), given
 
     # Zeros that are added to outputs: their gradients are those of the outputs.
@@ -421,18 +421,3 @@ def _pulled_back(
         for path, each in gradients.items()
     }
     return PulledBack(before, squares)
-
-
-def _at(model: Any, path: str) -> Any:
-    for name in path.split("/"):
-        model = model[int(name)] if name.isdigit() else getattr(model, name)
-    return model
-
-
-def _put_at(model: Any, path: str, new: Any) -> None:
-    above, _, name = path.rpartition("/")
-    holder = _at(model, above) if above else model
-    if name.isdigit():
-        holder[int(name)] = new
-    else:
-        setattr(holder, name, new)

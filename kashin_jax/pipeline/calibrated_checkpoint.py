@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Int32, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.io import Checkpoint, PlannedTensor, from_leaves
@@ -16,7 +17,7 @@ from kashin_jax.pipeline.report import LayerReport
 from kashin_jax.pipeline.resume import keep_tensor, kept_tensor
 from kashin_jax.tensors import QuantizedTensor
 
-__all__ = ["calibrate_checkpoint", "check_calibration", "check_runs"]
+__all__ = ["calibrate_checkpoint", "check_runs", "check_tokens"]
 
 
 def check_runs(source: Checkpoint) -> None:
@@ -28,10 +29,10 @@ def check_runs(source: Checkpoint) -> None:
         )
 
 
-def check_calibration(source: Checkpoint, calibration: Calibration) -> None:
-    """Raises UsageError if a checkpoint cannot read the text of a calibration."""
+def check_tokens(source: Checkpoint, windows: Int32[np.ndarray, "w t"]) -> None:
+    """Raises UsageError if a checkpoint cannot read the windows of a calibration."""
     check_runs(source)
-    largest, smallest = calibration.windows.max(), calibration.windows.min()
+    largest, smallest = windows.max(), windows.min()
     size = source.config.get("vocab_size")
     if smallest < 0 or (isinstance(size, int) and largest >= size):
         raise UsageError(

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +29,7 @@ from kashin_jax.methods import (
 )
 from kashin_jax.pipeline.blocks import BlockRunner, Stage, find_blocks
 from kashin_jax.pipeline.moments import Moments
-from kashin_jax.pipeline.paths import path_key
+from kashin_jax.pipeline.paths import at_path, path_key
 from kashin_jax.pipeline.plan import Choice
 from kashin_jax.pipeline.report import CalibrationReport, LayerReport
 from kashin_jax.pipeline.rules import Rules
@@ -45,6 +45,7 @@ __all__ = [
     "calibration_windows",
     "held_out_count",
     "quantize_calibrated",
+    "require_windows",
 ]
 
 # Tokens of a pass: what is between layers of a large model then takes some 100 MB.
@@ -80,11 +81,7 @@ class Calibration:
     weighting: str | None = None
 
     def __post_init__(self) -> None:
-        if self.windows.ndim != 2 or len(self.windows) < 2:
-            raise UsageError(
-                "Calibration needs two windows of tokens at least. Got an array of "
-                f"shape {self.windows.shape}."
-            )
+        require_windows(self.windows, "Calibration")
         if not self.dampings or not all(0 < d < math.inf for d in self.dampings):
             raise UsageError(
                 f"`dampings` must be positive numbers. Got {self.dampings}."
@@ -387,6 +384,15 @@ def _best_code(
     return best, report, CalibrationReport(least, without, chosen)
 
 
+def require_windows(windows: Int32[np.ndarray, "..."], what: str) -> None:
+    """Raises UsageError unless there are two windows, one of them to hold out."""
+    if windows.ndim != 2 or len(windows) < 2:
+        raise UsageError(
+            f"{what} needs two windows of tokens at least. Got an array of shape "
+            f"{windows.shape}."
+        )
+
+
 def held_out_count(windows: int) -> int:
     """How many of so many windows, the last ones, nothing is learned from."""
     return max(1, windows // _HELD_OUT)
@@ -404,16 +410,10 @@ def _batches(windows: Int32[np.ndarray, "w t"]) -> Iterator[_Batch]:
 
 
 def _is_linear(block: nnx.Module, path: str) -> bool:
-    node = _layer(block, path)
+    node = at_path(block, path)
     return type(node) is nnx.Linear and node.kernel.get_value().ndim == 2
 
 
-def _layer(block: Any, path: str) -> Any:
-    for name in path.split("/"):
-        block = block[int(name)] if name.isdigit() else getattr(block, name)
-    return block
-
-
 def _put_kernel(block: nnx.Module, path: str, tensor: QuantizedTensor) -> None:
-    kernel = _layer(block, path).kernel
+    kernel = at_path(block, path).kernel
     kernel.set_value(dequantize(tensor, kernel.get_value().dtype))

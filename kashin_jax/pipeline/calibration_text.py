@@ -23,16 +23,18 @@ class CalibrationText:
       tokens: All of it.
       context: Tokens of a window.
       count: Tokens used, in whole windows.
-      weighting: See `Calibration`.
     """
 
     tokens: Int32[np.ndarray, " n"]
     context: int
     count: int
-    weighting: str | None = None
 
-    def calibration(self, seed: int) -> Calibration:
+    def calibration(self, seed: int, weighting: str | None = None) -> Calibration:
         """Windows of the text, others for every seed.
+
+        Args:
+          seed: Of the draw.
+          weighting: See `Calibration`.
 
         Raises:
           UsageError: If `count` is less than two windows.
@@ -41,19 +43,16 @@ class CalibrationText:
         windows = calibration_windows(
             self.tokens, context=self.context, count=self.count, seed=seed
         )
-        return Calibration(windows=windows, weighting=self.weighting)
+        return Calibration(windows=windows, weighting=weighting)
 
 
-def calibration_text(
-    source: Checkpoint, text: str, count: int, weighting: str | None = None
-) -> CalibrationText:
+def calibration_text(source: Checkpoint, text: str, count: int) -> CalibrationText:
     """Tokenizes a text for windows as long as a model was trained at.
 
     Args:
       source: The model's checkpoint, with its tokenizer.
       text: What is read.
       count: Tokens to use.
-      weighting: See `Calibration`.
 
     Raises:
       UsageError: If the model does not run here, has another vocabulary, or `count` is
@@ -69,7 +68,6 @@ def calibration_text(
         tokens=tokenizer.encode(text),
         context=context_of(source.directory, config.context_length),
         count=count,
-        weighting=weighting,
     )
     found.calibration(0)
     return found

@@ -26,7 +26,7 @@ from kashin_jax.io import (
 )
 from kashin_jax.pipeline.calibrated_checkpoint import (
     calibrate_checkpoint,
-    check_calibration,
+    check_tokens,
 )
 from kashin_jax.pipeline.calibration import Calibration, calibration_rules
 from kashin_jax.pipeline.checkpoint_plan import (
@@ -146,7 +146,7 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(source)
     if calibration is not None:
         rules = calibration_rules(rules)
-        check_calibration(checkpoint, calibration)
+        check_tokens(checkpoint, calibration.windows)
     plan = plan_checkpoint(checkpoint, rules)
     check_copy(checkpoint)
     target = _separate(checkpoint.directory, Path(target))

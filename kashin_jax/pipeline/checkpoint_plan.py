@@ -38,6 +38,7 @@ __all__ = [
     "plan_checkpoint",
     "refuse_foreign",
     "stored_kernel",
+    "stored_matrix",
     "stored_tensor",
 ]
 
@@ -227,7 +228,11 @@ def stored_tensor(
 
 def stored_kernel(source: Checkpoint, choice: Choice) -> Array:
     """The matrix of a layer as `[in, out]`, or a stack of them."""
-    stored = source.load(choice.name)
+    return stored_matrix(source, choice.name, choice.candidate.is_transposed)
+
+
+def stored_matrix(source: Checkpoint, name: str, is_transposed: bool) -> Array:
+    """A tensor that is not packed as `[in, out]`, or a stack of them."""
+    stored = source.load(name)
     assert isinstance(stored, np.ndarray)
-    is_transposed = choice.candidate.is_transposed
     return jnp.asarray(stored.swapaxes(-1, -2) if is_transposed else stored)

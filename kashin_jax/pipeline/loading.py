@@ -11,15 +11,17 @@ from jax.typing import DTypeLike
 
 from kashin_jax.errors import CheckpointError, UsageError
 from kashin_jax.io import Checkpoint, open_checkpoint
+from kashin_jax.layers import PackedKernel
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.models.loading import LoadedClassifier, LoadedModel, load_model
 from kashin_jax.models.registry import names_of
 from kashin_jax.models.tensor_roles import tensor_roles
 from kashin_jax.pipeline.checkpoint_plan import refuse_foreign
+from kashin_jax.pipeline.paths import join
 from kashin_jax.pipeline.targets import packed_layer
 from kashin_jax.tensors import QuantizedTensor
 
-__all__ = ["load_quantized", "packed_layers"]
+__all__ = ["load_quantized", "packed_layers", "packed_tensors"]
 
 
 def load_quantized(
@@ -83,6 +85,12 @@ def packed_layers(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
     return tensors
 
 
+def packed_tensors(model: nnx.Module) -> dict[str, QuantizedTensor]:
+    """The packed matrices of a model by path of their layer."""
+    found = nnx.to_flat_state(nnx.state(model, PackedKernel))
+    return {join(path[:-1]): variable.get_raw_value() for path, variable in found}
+
+
 def _of_type(tensor: Any, dtype: DTypeLike) -> QuantizedTensor:
     """The packed matrix, decoded to the type that a dense one would be loaded in."""
     layout = dataclasses.replace(tensor.layout, dtype=jnp.dtype(dtype).name)
@@ -96,7 +104,7 @@ def _with_packed(
     found, known = set(), Inputs()
 
     def swap(parts: tuple[Any, ...], node: Any) -> Any:
-        path = "/".join(map(str, parts))
+        path = join(parts)
         if path not in tensors or type(node) not in (nnx.Linear, nnx.Embed):
             return node
         found.add(path)

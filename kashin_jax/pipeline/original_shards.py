@@ -1,6 +1,7 @@
 """Which file every tensor of the original was in, so that it comes back in that one."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from kashin_jax.io import (
     MAX_SHARD_BYTES,
     Checkpoint,
     PlannedTensor,
+    atomic_path,
     read_json,
     write_json,
 )
 
-__all__ = ["ORIGINAL_INDEX", "keep_shards", "original_shards"]
+__all__ = ["ORIGINAL_INDEX", "copy_shards", "keep_shards", "original_shards"]
 
 ORIGINAL_INDEX = "original.safetensors.index.json"
 """The file of a quantized checkpoint that holds them; no reader needs it to decode."""
@@ -32,6 +34,17 @@ def keep_shards(source: Checkpoint, target: Path) -> None:
         # Of Flax's msgpack the names differ, and so do the files.
         if all(_SHARD.fullmatch(name) for name in source.files):
             write_json(target / ORIGINAL_INDEX, {"weight_map": dict(source.places)})
+
+
+def copy_shards(quantized: Checkpoint, target: Path) -> None:
+    """Copies what `keep_shards` wrote for a checkpoint, if it did.
+
+    Raises:
+      CheckpointError: If the file cannot be written.
+    """
+    if (index := quantized.directory / ORIGINAL_INDEX).exists():
+        with atomic_path(target / ORIGINAL_INDEX) as temporary:
+            shutil.copyfile(index, temporary)
 
 
 def original_shards(

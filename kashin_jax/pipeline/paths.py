@@ -7,12 +7,29 @@ from typing import Any
 import jax
 from jaxtyping import Array, Key
 
-__all__ = ["join", "natural", "path_key"]
+__all__ = ["at_path", "join", "natural", "path_key", "put_at_path"]
 
 
 def join(parts: Iterable[Any]) -> str:
     """`decoder/layers/0/fc1` of its parts."""
     return "/".join(map(str, parts))
+
+
+def at_path(model: Any, path: str) -> Any:
+    """What stands at a path below a module."""
+    for name in path.split("/"):
+        model = model[int(name)] if name.isdigit() else getattr(model, name)
+    return model
+
+
+def put_at_path(model: Any, path: str, new: Any) -> None:
+    """Puts something else at a path below a module."""
+    above, _, name = path.rpartition("/")
+    holder = at_path(model, above) if above else model
+    if name.isdigit():
+        holder[int(name)] = new
+    else:
+        setattr(holder, name, new)
 
 
 def natural(path: str) -> list[tuple[int, str]]:

@@ -115,18 +115,17 @@ def _is_trained(variable: Any) -> list[bool]:
     """For every leaf of a variable, whether it is trained."""
     value = variable.get_raw_value()
     if isinstance(variable, PackedKernel):
-        return [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in _leaves(value)]
+        return [
+            jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(value)
+        ]
     if isinstance(variable, DerivedBasis):
         # Of bases nothing is, but layers may have a scale of inputs in common.
         marks = jax.tree.map(lambda _: False, value)
         if isinstance(value, InputSide) and value.scale is not None:
             marks = marks._replace(scale=True)
-        return _leaves(marks)
+        return jax.tree.leaves(marks)
     is_vector = isinstance(variable, nnx.Param) and jnp.ndim(value) == 1
     return [is_vector and jnp.issubdtype(value.dtype, jnp.floating)]
-
-
-_leaves = jax.tree.leaves
 
 
 def _unit(values: Float[Array, "..."]) -> Float[Array, ""]:

@@ -26,13 +26,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.layers import PackedKernel
 from kashin_jax.pipeline.blocks import BlockRunner, Program, find_blocks, run_block
-from kashin_jax.pipeline.calibration import held_out_count
+from kashin_jax.pipeline.calibration import held_out_count, require_windows
+from kashin_jax.pipeline.loading import packed_tensors
+from kashin_jax.pipeline.paths import put_at_path
 from kashin_jax.pipeline.refinable import Frozen, Refinable, Structure, take_apart
 from kashin_jax.progress import progress_bar
 
-__all__ = ["Gain", "Refinement", "RefinementReport", "Store", "refine_model"]
+__all__ = [
+    "Gain",
+    "Refinement",
+    "RefinementReport",
+    "Store",
+    "divergence",
+    "refine_model",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,20 +176,13 @@ def refine_model(
     """
     refinement = Refinement() if refinement is None else refinement
     store = Store() if store is None else store
-    packed = [
-        "/".join(map(str, path[:-1]))
-        for path, _ in nnx.to_flat_state(nnx.state(model, PackedKernel))
-    ]
+    packed = packed_tensors(model)
     if not packed and refinement.block_epochs:
         raise UsageError(
             "The model has no packed layers; quantize it first, or set `block_epochs` "
             "to 0."
         )
-    if windows.ndim != 2 or len(windows) < 2:
-        raise UsageError(
-            "Refinement needs two windows of tokens at least. Got an array of shape "
-            f"{windows.shape}."
-        )
+    require_windows(windows, "Refinement")
     model, blocks = nnx.clone(model), tuple[Gain, ...]()
     work = _Work(refinement, windows, store)
     if refinement.block_epochs:
@@ -194,13 +195,6 @@ def refine_model(
     return model, RefinementReport(blocks, whole)
 
 
-class _Batches(NamedTuple):
-    # Windows by batch: a step of learning each, and those held out.
-    learned: int
-    held_out: int
-    size: int
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Work:
     refinement: Refinement
@@ -208,31 +202,25 @@ class _Work:
     store: Store
 
     @property
-    def cut(self) -> _Batches:
-        held_out = held_out_count(len(self.windows))
-        learned = len(self.windows) - held_out
-        wanted = self.refinement.batch_tokens // self.windows.shape[1]
-        size = max(1, min(wanted, learned))
-        return _Batches(learned, held_out, size)
-
-    def steps(self, epochs: int) -> int:
-        """Steps of some passes; the windows that fill no batch wait for the next."""
-        return max(1, epochs * (self.cut.learned // self.cut.size))
+    def learned(self) -> int:
+        """Windows to learn from, the first ones."""
+        return len(self.windows) - held_out_count(len(self.windows))
 
     def order(self, epochs: int) -> Int[np.ndarray, "steps size"]:
-        """Windows of every step."""
-        cut = self.cut
-        per_epoch, seed = max(1, cut.learned // cut.size), self.refinement.seed
+        """Windows of every step; in each pass those that fill no batch are left out."""
+        wanted = self.refinement.batch_tokens // self.windows.shape[1]
+        size = min(max(1, wanted), self.learned)
+        used = self.learned // size * size
         rounds = [
-            np.random.default_rng([seed, epoch]).permutation(cut.learned)
+            np.random.default_rng([self.refinement.seed, epoch])
+            .permutation(self.learned)[:used]
             for epoch in range(epochs)
-        ]
-        used = [each[: per_epoch * cut.size] for each in rounds]
-        return np.concatenate(used).reshape(-1, cut.size)
+        ]  # fmt: skip
+        return np.concatenate(rounds).reshape(-1, size)
 
     def held_out(self) -> Int[np.ndarray, " h"]:
         """Windows that nothing learns from."""
-        return np.arange(self.cut.learned, len(self.windows))
+        return np.arange(self.learned, len(self.windows))
 
 
 def _refine_blocks(
@@ -244,7 +232,7 @@ def _refine_blocks(
     hidden = [np.asarray(runner.first(w[None]))[0] for w in work.windows]
     wanted = [np.asarray(theirs.first(w[None]))[0] for w in work.windows]
     gains = []
-    steps = work.steps(work.refinement.block_epochs)
+    steps = len(work.order(work.refinement.block_epochs))
     with progress_bar(len(runner.blocks) * steps, "steps", desc="blocks ") as progress:
         for index, block in enumerate(runner.blocks):
             wanted = _outputs(theirs, index, theirs.blocks[index], work, wanted)
@@ -260,7 +248,7 @@ def _refine_blocks(
                 gains.append(gain)
                 if params is not None:
                     block = parts.model(params)
-                    _put(model, f"{path}/{index}", block)
+                    put_at_path(model, f"{path}/{index}", block)
             hidden = _outputs(runner, index, block, work, hidden)
     return model, tuple(gains)
 
@@ -287,7 +275,7 @@ def _refine_whole(
     epochs, rate = work.refinement.epochs, work.refinement.rate
     loss = _LogitLoss(graphdef, work.refinement.text_weight)
     fit = _Fit("whole", loss, state, (work.windows,), epochs, rate)
-    with progress_bar(work.steps(epochs), "steps", desc="end to end ") as progress:
+    with progress_bar(len(work.order(epochs)), "steps", desc="end to end ") as progress:
         params, gain = _learned(parts, fit, work, progress.update)
     return (model if params is None else parts.model(params)), gain
 
@@ -305,6 +293,20 @@ class _BlockLoss(NamedTuple):
         return lost / jnp.sum(jnp.square(wanted.astype(jnp.float32)))
 
 
+def divergence(
+    teacher: Float[Array, "b t v"], student: Float[Array, "b t v"]
+) -> Float[Array, ""]:
+    """Mean Kullback-Leibler divergence of the student from the teacher, in nats.
+
+    Args:
+      teacher: Logits; no gradient flows into them.
+      student: Logits.
+    """
+    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher))
+    log_q = jax.nn.log_softmax(student)
+    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+
 class _LogitLoss(NamedTuple):
     """Divergence from the original's predictions, and what the text is unlikely by."""
 
@@ -312,10 +314,10 @@ class _LogitLoss(NamedTuple):
     text_weight: float
 
     def __call__(self, model: Any, state: Any, tokens: Array) -> Float[Array, ""]:
-        log_q = jax.nn.log_softmax(model(tokens).astype(jnp.float32))
+        logits = model(tokens).astype(jnp.float32)
         theirs = nnx.merge(self.original, state)(tokens).astype(jnp.float32)
-        log_p = jax.lax.stop_gradient(jax.nn.log_softmax(theirs))
-        apart = jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+        apart = divergence(theirs, logits)
+        log_q = jax.nn.log_softmax(logits)
         said = jnp.take_along_axis(log_q[:, :-1], tokens[:, 1:, None], axis=-1)
         weight = self.text_weight
         return (1 - weight) * apart - weight * jnp.mean(said)
@@ -449,10 +451,3 @@ def _loss(
 ) -> Float[Array, ""]:
     found: Array = loss(structure.model(params, frozen), given, *rows)
     return found
-
-
-def _put(model: Any, path: str, block: nnx.Module) -> None:
-    *above, last = path.split("/")
-    for name in above:
-        model = model[int(name)] if name.isdigit() else getattr(model, name)
-    model[int(last)] = block

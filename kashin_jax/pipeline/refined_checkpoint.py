@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,25 +17,27 @@ from kashin_jax.io import (
     Checkpoint,
     PlannedTensor,
     TensorWriter,
-    atomic_path,
     open_checkpoint,
     open_safetensors,
     write_config,
     write_stored,
     write_tensors,
 )
-from kashin_jax.layers import PackedKernel
 from kashin_jax.methods import weight_error
 from kashin_jax.models.loading import load_model
 from kashin_jax.models.registry import names_of
 from kashin_jax.models.saving import stored_array
 from kashin_jax.models.tensor_roles import tensor_roles
-from kashin_jax.pipeline.calibrated_checkpoint import check_calibration, check_runs
-from kashin_jax.pipeline.calibration import Calibration
+from kashin_jax.pipeline.calibrated_checkpoint import check_runs, check_tokens
+from kashin_jax.pipeline.calibration import require_windows
 from kashin_jax.pipeline.checkpoint import write_shards
-from kashin_jax.pipeline.checkpoint_plan import is_float, stored_tensor
-from kashin_jax.pipeline.loading import load_quantized
-from kashin_jax.pipeline.original_shards import ORIGINAL_INDEX
+from kashin_jax.pipeline.checkpoint_plan import (
+    is_float,
+    stored_matrix,
+    stored_tensor,
+)
+from kashin_jax.pipeline.loading import load_quantized, packed_tensors
+from kashin_jax.pipeline.original_shards import copy_shards
 from kashin_jax.pipeline.other_files import copy_other_files
 from kashin_jax.pipeline.refine import (
     Refinement,
@@ -57,8 +58,6 @@ from kashin_jax.pipeline.rules import Rules
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = ["RefinedCheckpoint", "refine_checkpoint"]
-
-_REPORT = "refinement_report.json"
 
 
 class RefinedCheckpoint(NamedTuple):
@@ -109,7 +108,8 @@ def refine_checkpoint(
     source, theirs = open_checkpoint(quantized), open_checkpoint(original)
     target = Path(target)
     _check(source, theirs, target)
-    check_calibration(theirs, Calibration(windows=windows))
+    require_windows(windows, "Refinement")
+    check_tokens(theirs, windows)
     planned = [_planned(source, name) for name in source.names()]
     digest = hashlib.sha256(
         f"{refinement.digest(windows)} {fingerprint(theirs, Rules(), 0, 0, ()).digest}"
@@ -219,7 +219,8 @@ def _write(
         write_stored(writer, name, packed)
         if name not in before:
             return None
-        matrix = _matrix(original, source, name)
+        is_transposed = source.described(name).is_transposed
+        matrix = stored_matrix(original, name, is_transposed)
         errors = jax.vmap(weight_error) if matrix.ndim > 2 else weight_error
         error = errors(matrix, packed)
         # What outputs lost was measured before.
@@ -233,19 +234,11 @@ def _write(
     write_shards(target, list(shards.items()), write, {})
     reports = join_parts(target, list(shards))
     copy_other_files(source.directory, target)
-    if (index := source.directory / ORIGINAL_INDEX).exists():
-        with atomic_path(target / ORIGINAL_INDEX) as temporary:
-            shutil.copyfile(index, temporary)
+    copy_shards(source, target)
     # Rules and seed alone would promise the levels that they began with.
     described = {**(source.quantization or {}), "refined": True}
     write_config(target, source.config, described)
     return reports
-
-
-def _matrix(original: Checkpoint, source: Checkpoint, name: str) -> Array:
-    stored = jnp.asarray(original.load(name))
-    is_transposed = source.described(name).is_transposed
-    return stored.swapaxes(-1, -2) if is_transposed else stored
 
 
 class _Learned(NamedTuple):
@@ -264,11 +257,10 @@ class _Learned(NamedTuple):
     @classmethod
     def of(cls, model: nnx.Module, source: Checkpoint) -> "_Learned":
         names = names_of(str(source.config.get("model_type")))
-        packed = nnx.to_flat_state(nnx.state(model, PackedKernel))
         flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
         return cls(
             source,
-            {"/".join(map(str, path[:-1])): v.get_raw_value() for path, v in packed},
+            packed_tensors(model),
             {
                 names.stem(path): (path, np.asarray(variable.get_value()))
                 for path, variable in flat
