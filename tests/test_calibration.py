@@ -90,6 +90,8 @@ def test_reports_are_read_back(fed):
     assert read_report(fed.directory / REPORT_NAME).keys() == fed.reports.keys()
     for name, report in read_report(fed.directory / REPORT_NAME).items():
         assert report.calibration == fed.reports[name].calibration
+        # Equal runs write equal bytes.
+        assert report.seconds is report.calibration_seconds is None
     line = json.loads((fed.directory / REPORT_NAME).read_text().splitlines()[0])
     assert line["calibration"].keys() == {"output_error", "data_free_error", "damping"}
 
@@ -355,8 +357,11 @@ def test_the_command_takes_a_text(tiny, tmp_path, capsys):
     assert main([*command, *calibrated]) == 0
     printed = capsys.readouterr().out
     assert f"{LINEARS} layers calibrated: on held-out text" in printed
+    (times,) = (line for line in printed.split("\n") if "Statistics took" in line)
     assert main([*command, *calibrated]) == 0
-    assert "Already done" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    # Those of the run that did the work.
+    assert "Already done" in again and times in again
     weighted = "--calibration-weighting=gradient"
     assert main([*command, *calibrated, weighted]) == 2
     assert "other calibration" in capsys.readouterr().err
@@ -380,6 +385,8 @@ def test_the_main_job_has_calibrated_rows(tiny, tmp_path, capsys):
     assert found["calibration"] == f"text_file:{tiny.name}.txt"
     assert found["calibration_tokens"] == 256 and len(found["calibration_sha256"]) == 64
     assert 0 < found["output_error"] <= found["data_free_output_error"]
+    assert found["statistics_seconds"] > 0 and found["coding_seconds"] > 0
+    assert found["compile_seconds"] >= 0
     assert (tmp_path / "out" / "calibrated_opt.jsonl").exists()
     flags[1] = "--calibration_tokens=128"
     records = table(tiny, tmp_path / "out", *flags, "--methods=gptq-g128")

@@ -23,6 +23,7 @@ from kashin_jax.pipeline import (
     Calibration,
     LayerReport,
     Refinement,
+    calibration_seconds,
     load_quantized,
     packed_tensors,
     quantize_checkpoint,
@@ -124,7 +125,7 @@ def quantized_copy(
         )  # fmt: skip
         directory = refined.directory
         found_reports = {
-            name: report._replace(seconds=found_reports[name].seconds)
+            name: report.with_seconds(found_reports[name].seconds_to_json())
             for name, report in refined.reports.items()
         }
     heads = head_names(directory)
@@ -176,8 +177,9 @@ def loss_fields(
     """Fields of a record: mean relative squared error, share converged, seconds.
 
     Of a method that cannot miss a tolerance there is no share. With calibration, also
-    the mean squared error of outputs on held-out text, relative to them, and how many
-    layers were better off without.
+    the mean squared error of outputs on held-out text, relative to them, how many
+    layers were better off without, and the seconds of statistics, of coding and of
+    compilation apart; those of compiling the coder are in `quantize_seconds`, too.
 
     Args:
       layers: All layers.
@@ -202,6 +204,13 @@ def loss_fields(
         if outputs
         else {}
     )
+    by_path = {path: layer.report for path, layer in layers.items()}
+    if (spent := calibration_seconds(by_path)) is not None:
+        calibrated |= {
+            "statistics_seconds": spent.statistics,
+            "coding_seconds": spent.coding,
+            "compile_seconds": spent.compilation,
+        }
     return calibrated | {
         "relative_error": float(np.mean(errors)),
         "converged_share": 1 - failed / len(layers) if converges else None,

@@ -7,7 +7,7 @@ from kashin_jax.cli.evaluate import read_text
 from kashin_jax.errors import UsageError
 from kashin_jax.io import Checkpoint
 from kashin_jax.pipeline import Calibration, LayerReport, calibration_text
-from kashin_jax.pipeline.report import kept_without
+from kashin_jax.pipeline.report import calibration_seconds, kept_without
 
 __all__ = ["print_calibrated", "read_calibration"]
 
@@ -49,5 +49,10 @@ def print_calibrated(reports: Mapping[str, LayerReport]) -> None:
         f"{len(found)} layers calibrated: on held-out text their outputs lose "
         f"{mean:.4f} of their squares, {free:.4f} without."
     )
+    if (spent := calibration_seconds(reports)) is not None:
+        print(
+            f"Statistics took {spent.statistics:.1f} s, coding {spent.coding:.1f} s, "
+            f"compilation {spent.compilation:.1f} s."
+        )
     if without := kept_without(reports):
         print(f"{len(without)} are better off without: {', '.join(without)}.")

@@ -42,7 +42,9 @@ from kashin_jax.pipeline.refined_checkpoint import (
 )
 from kashin_jax.pipeline.report import REPORT_NAME as REPORT_NAME
 from kashin_jax.pipeline.report import CalibrationReport as CalibrationReport
+from kashin_jax.pipeline.report import CalibrationSeconds as CalibrationSeconds
 from kashin_jax.pipeline.report import LayerReport as LayerReport
+from kashin_jax.pipeline.report import calibration_seconds as calibration_seconds
 from kashin_jax.pipeline.report import outliers as outliers
 from kashin_jax.pipeline.report import report_table as report_table
 from kashin_jax.pipeline.rules import DEFAULT_SKIPS as DEFAULT_SKIPS
@@ -59,6 +61,7 @@ __all__ = [
     "SHARED_INPUTS",
     "Calibration",
     "CalibrationReport",
+    "CalibrationSeconds",
     "CalibrationText",
     "Gain",
     "Inspection",
@@ -75,6 +78,7 @@ __all__ = [
     "StreamResult",
     "TensorRow",
     "allocate_widths",
+    "calibration_seconds",
     "calibration_text",
     "calibration_windows",
     "default_select",

@@ -31,9 +31,14 @@ from kashin_jax.pipeline.blocks import BlockRunner, Stage, find_blocks
 from kashin_jax.pipeline.moments import Moments
 from kashin_jax.pipeline.paths import at_path, path_key
 from kashin_jax.pipeline.plan import Choice
-from kashin_jax.pipeline.report import CalibrationReport, LayerReport
+from kashin_jax.pipeline.report import (
+    CalibrationReport,
+    CalibrationSeconds,
+    LayerReport,
+)
 from kashin_jax.pipeline.rules import Rules
 from kashin_jax.pipeline.run import reported
+from kashin_jax.pipeline.stopwatch import Stopwatch
 from kashin_jax.pipeline.token_weights import TokenWeights, gradient_weights
 from kashin_jax.progress import progress_bar
 from kashin_jax.tensors import QuantizedTensor, dequantize
@@ -230,8 +235,10 @@ class _Run:
         self._kernel, self._kept, self._keep = kernel, kept, keep
         self._batches = list(_batches(calibration.windows))
         self._weights: list[TokenWeights] | None = None
+        self._watch = Stopwatch()
         # Hidden states in front of the next block, on the host.
-        self._hidden = [np.asarray(runner.first(b.tokens)) for b in self._batches]
+        with self._watch.phase("statistics"):
+            self._hidden = [np.asarray(runner.first(b.tokens)) for b in self._batches]
 
     def weigh(self, chosen: Mapping[str, Choice]) -> None:
         """Collects the weights of all tokens, if they are to differ.
@@ -248,7 +255,8 @@ class _Run:
             wanted.append([path for path in own if _is_linear(block, path)])
         batches = [batch.tokens for batch in self._batches]
         key = path_key(self._root, self.runner.path)
-        self._weights = gradient_weights(self.runner, wanted, batches, key)
+        with self._watch.phase("statistics"):
+            self._weights = gradient_weights(self.runner, wanted, batches, key)
 
     def block(self, index: int, own: Mapping[str, Choice]) -> Iterator[Choice]:
         """Quantizes layers of a block and moves on behind it; gives what was done.
@@ -266,20 +274,23 @@ class _Run:
         for group in self._groups(stages):
             done = {p: self._kept(own[p]) for stage in group for p in stage}
             rest = [s for s in group if any(done[p] is None for p in s)]
-            moments = self._moments(index, block, rest, own)
+            with self._watch.phase("statistics"):
+                moments = self._moments(index, block, rest, own)
             for stage in group:
                 for path in stage:
                     choice, tensor = own[path], done[path]
                     if tensor is None:
                         tensor = self._coded(choice, moments[stage])
                     if is_changed:
-                        _put_kernel(block, path, tensor)
+                        with self._watch.phase("statistics"):
+                            _put_kernel(block, path, tensor)
                     yield choice
         if index + 1 < len(self.runner.blocks):
-            self._hidden = [
-                np.asarray(self.runner.outputs(index, block, batch.tokens, x))
-                for batch, x in zip(self._batches, self._hidden, strict=True)
-            ]
+            with self._watch.phase("statistics"):
+                self._hidden = [
+                    np.asarray(self.runner.outputs(index, block, batch.tokens, x))
+                    for batch, x in zip(self._batches, self._hidden, strict=True)
+                ]
 
     def _groups(self, stages: Sequence[Stage]) -> list[list[Stage]]:
         """Stages, each with moments of its own, that one pass collects."""
@@ -333,8 +344,14 @@ class _Run:
             found.append(calibrated)
             return tensor, report
 
-        tensor, report = reported(choice.path, config, coded)
-        self._keep(choice, tensor, report._replace(calibration=found[0]))
+        with self._watch.phase("coding"):
+            tensor, report = reported(choice.path, config, coded)
+        phases, compilation = self._watch.lap()
+        seconds = CalibrationSeconds(
+            phases.get("statistics", 0.0), phases["coding"], compilation
+        )
+        report = report._replace(calibration=found[0], calibration_seconds=seconds)
+        self._keep(choice, tensor, report)
         return tensor
 
 

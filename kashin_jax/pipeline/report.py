@@ -19,7 +19,9 @@ from kashin_jax.pipeline.table import aligned
 __all__ = [
     "REPORT_NAME",
     "CalibrationReport",
+    "CalibrationSeconds",
     "LayerReport",
+    "calibration_seconds",
     "kept_without",
     "outliers",
     "read_report",
@@ -46,7 +48,7 @@ _LARGEST = ("residual", "max_u", "max_v", "num_steps")
 # All that is no field of the method in a line of the file.
 _FIELDS = frozenset({
     "tensor", "path", "shape", "stored_bits_per_weight", "relative_squared_error",
-    "converged", "seconds", "calibration", *_LARGEST,
+    "converged", "seconds", "calibration", "calibration_seconds", *_LARGEST,
 })  # fmt: skip
 # Deep nesting ends in a RecursionError, a huge integer in an OverflowError.
 _FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError)
@@ -69,6 +71,21 @@ class CalibrationReport(NamedTuple):
     damping: float | None
 
 
+class CalibrationSeconds(NamedTuple):
+    """Seconds that a calibrated layer took, or all of them, by what was done.
+
+    Attributes:
+      statistics: Passes over the text since the layer before it was coded, those that
+        weigh tokens included.
+      coding: Without data and with it, and measuring what is lost.
+      compilation: Tracing and compiling programs for either, which is in neither.
+    """
+
+    statistics: float
+    coding: float
+    compilation: float
+
+
 class LayerReport(NamedTuple):
     """Error, stored bits and time of one quantized matrix, or a stack of them.
 
@@ -81,10 +98,12 @@ class LayerReport(NamedTuple):
       config: The method; None where the caller's own function chose it, or this program
         does not know it.
       stored_bits: What the packed matrix takes.
-      seconds: Wall-clock time, compilation included; None where nobody kept them.
+      seconds: Wall-clock time of coding, compilation included; None where nobody kept
+        them.
       worst_squared_error: The largest of a stack; None for a single matrix.
       path: Path of the layer.
       calibration: What the outputs lose; None without calibration.
+      calibration_seconds: How long that took; None without, and where nobody kept them.
     """
 
     relative_squared_error: Float[Array, ""] | float
@@ -96,6 +115,7 @@ class LayerReport(NamedTuple):
     worst_squared_error: Float[Array, ""] | None = None
     path: str = ""
     calibration: CalibrationReport | None = None
+    calibration_seconds: CalibrationSeconds | None = None
 
     @property
     def relative_error(self) -> float:
@@ -157,14 +177,14 @@ class LayerReport(NamedTuple):
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "LayerReport":
-        """Inverts `to_json`; takes `seconds` too.
+        """Inverts `to_json`; takes what `seconds_to_json` gives, too.
 
         Raises:
           ValueError, LookupError, TypeError: If the record is damaged.
         """
         shape = tuple(int(size) for size in record["shape"])
         method = {k: v for k, v in record.items() if k not in _FIELDS}
-        seconds, calibrated = record.get("seconds"), record.get("calibration")
+        calibrated = record.get("calibration")
         decomposition = None
         if "converged" in record:
             decomposition = {name: float(record[name]) for name in _LARGEST}
@@ -175,9 +195,24 @@ class LayerReport(NamedTuple):
             shape=shape,
             config=_known_method(method),
             stored_bits=round(record["stored_bits_per_weight"] * math.prod(shape)),
-            seconds=None if seconds is None else float(seconds),
+            seconds=None,
             path=str(record["path"]),
             calibration=None if calibrated is None else CalibrationReport(**calibrated),
+        ).with_seconds(record)
+
+    def seconds_to_json(self) -> dict[str, Any]:
+        """What equal runs differ in."""
+        record: dict[str, Any] = {"seconds": self.seconds}
+        if self.calibration_seconds is not None:
+            record["calibration_seconds"] = self.calibration_seconds._asdict()
+        return record
+
+    def with_seconds(self, record: Mapping[str, Any]) -> "LayerReport":
+        """With what `seconds_to_json` gave; None where it is missing."""
+        seconds, parts = record.get("seconds"), record.get("calibration_seconds")
+        return self._replace(
+            seconds=None if seconds is None else float(seconds),
+            calibration_seconds=None if parts is None else CalibrationSeconds(**parts),
         )
 
     def _largest(self, name: str) -> float | None:
@@ -205,7 +240,7 @@ def write_report(
     with atomic_path(path) as temporary:
         lines = []
         for name, report in reports.items():
-            seconds = {"seconds": report.seconds} if with_seconds else {}
+            seconds = report.seconds_to_json() if with_seconds else {}
             lines.append(json.dumps({"tensor": name, **report.to_json(), **seconds}))
         temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
@@ -287,6 +322,14 @@ def kept_without(reports: Mapping[str, LayerReport]) -> list[str]:
         for path, each in reports.items()
         if each.calibration is not None and each.calibration.damping is None
     ]
+
+
+def calibration_seconds(
+    reports: Mapping[str, LayerReport],
+) -> CalibrationSeconds | None:
+    """Seconds of all layers that were calibrated; None if none was."""
+    each = [r.calibration_seconds for r in reports.values() if r.calibration_seconds]
+    return CalibrationSeconds(*map(sum, zip(*each, strict=True))) if each else None
 
 
 def report_table(reports: Mapping[str, LayerReport]) -> str:

@@ -151,9 +151,9 @@ def finished_run(directory: Path, run: Fingerprint) -> dict[str, LayerReport] | 
         return None
     where, remedy = f"{directory}: holds a finished run", "Name another directory"
     _check_owner(state, run, where, f"{remedy}, or replace it by `--force`")
-    seconds = state.get("seconds", {})
+    seconds = state.get("layers", {})
     return {
-        name: report._replace(seconds=seconds.get(name))
+        name: report.with_seconds(seconds.get(name, {}))
         for name, report in read_report(directory / REPORT_NAME).items()
     }
 
@@ -252,8 +252,8 @@ def keep_directory(
     directory: Path, run: Fingerprint, reports: Mapping[str, LayerReport]
 ) -> None:
     """Marks the run as finished and lets `finished_run` recognize it."""
-    seconds = {name: report.seconds for name, report in reports.items()}
-    content = {"finished": True, "seconds": seconds}
+    seconds = {name: report.seconds_to_json() for name, report in reports.items()}
+    content = {"finished": True, "layers": seconds}
     write_json(directory / _STATE, run.to_json() | content)
 
 
