@@ -193,7 +193,7 @@ def test_the_network_in_full_precision_is_another_one(tiny, fed, tmp_path):
 def test_tokens_weighed_alike_are_those_without_weights(tiny, fed, monkeypatch):
     """Guards layers that get moments of their own where they read the same input."""
 
-    def alike(runner, wanted, batches, key):
+    def alike(runner, wanted, batches, key, held_bytes):
         assert [len(layers) for layers in wanted] == [LINEARS // len(wanted)] * 2
         return [
             {path: [np.ones(b.shape, np.float32) for b in batches] for path in layers}
@@ -208,12 +208,21 @@ def test_tokens_weighed_alike_are_those_without_weights(tiny, fed, monkeypatch):
         np.testing.assert_allclose(report.calibration, by_path[path], rtol=1e-6)
 
 
+def test_hidden_states_on_disk_give_the_same_bytes(tiny, fed, tmp_path):
+    """Guards a bound of memory that would be part of the result, or of its name."""
+    on_disk = Calibration(windows=windows(), held_bytes=0)
+    assert on_disk.digest == TEXT.digest
+    found = quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=on_disk)
+    assert files(found.directory) == files(fed.directory)
+
+
 @pytest.mark.slow
 def test_weights_by_gradients_are_resumed_to_the_same_bytes(
     tiny, fed, tmp_path, monkeypatch
 ):
     """Guards the draw of tokens, which must not depend on what is left to do."""
-    whole = quantize_checkpoint(tiny, tmp_path / "whole", GPTQ, calibration=WEIGHTED)
+    on_disk = Calibration(windows=windows(), weighting="gradient", held_bytes=0)
+    whole = quantize_checkpoint(tiny, tmp_path / "whole", GPTQ, calibration=on_disk)
     assert files(whole.directory) != files(fed.directory)
     for report in whole.reports.values():
         assert report.calibration.output_error <= report.calibration.data_free_error
@@ -318,6 +327,7 @@ def test_a_classifier_is_refused(tmp_path):
         ({"windows": windows(), "dampings": ()}, "`dampings`"),
         ({"windows": windows(), "dampings": (0.0,)}, "`dampings`"),
         ({"windows": windows(), "weighting": "loss"}, "`weighting`"),
+        ({"windows": windows(), "held_bytes": -1}, "`held_bytes`"),
     ],
 )
 def test_choices_are_checked(fields, message):

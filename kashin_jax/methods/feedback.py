@@ -37,6 +37,7 @@ __all__ = [
     "Triangular",
     "code_rows",
     "damped",
+    "damped_in_place",
     "output_loss",
     "triangular_factors",
 ]
@@ -57,13 +58,17 @@ class Triangular(NamedTuple):
     metric: Float[Array, "g size size"]
 
 
-@jax.jit
-def damped(
+def _damped(
     moments: Float[Array, "m m"], damping: float | Float[Array, ""]
 ) -> Float[Array, "m m"]:
     """Second moments with a share of their mean added to every one of the diagonal."""
     extra = damping * jnp.mean(jnp.diagonal(moments))
     return moments + extra * jnp.eye(moments.shape[0], dtype=moments.dtype)
+
+
+damped = jax.jit(_damped)
+# The moments given are no more, as others of that size are to come.
+damped_in_place = jax.jit(_damped, donate_argnums=0)
 
 
 @partial(jax.jit, static_argnames=("size", "last_first"))

@@ -6,6 +6,7 @@ coded with error feedback, at several strengths of damping, and without any data
 loses least of the layer's outputs on windows that were held out is kept.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -13,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, Key
@@ -25,10 +26,11 @@ from kashin_jax.methods import (
     output_loss,
     quantize_stack,
     weight_error,
-    with_feedback,
 )
+from kashin_jax.methods.feedback import damped_in_place
 from kashin_jax.pipeline.blocks import BlockRunner, Stage, find_blocks
-from kashin_jax.pipeline.moments import Moments
+from kashin_jax.pipeline.hidden_states import HELD_BYTES, HiddenStates
+from kashin_jax.pipeline.moments import MeanMoments, Moments
 from kashin_jax.pipeline.paths import at_path, path_key
 from kashin_jax.pipeline.plan import Choice
 from kashin_jax.pipeline.report import (
@@ -78,12 +80,16 @@ class Calibration:
       weighting: `gradient` weighs every token, for every layer, by the squared gradient
         of the loss with respect to the layer's outputs, see `gradient_weights`; None
         weighs all alike.
+      held_bytes: Most bytes of hidden states that are held in memory, those in front of
+        a block; the rest is in an unnamed file in the directory for temporary files
+        (`TMPDIR`). Codes do not depend on it.
     """
 
     windows: Int32[np.ndarray, "w t"]
     dampings: tuple[float, ...] = (0.01, 0.1)
     is_sequential: bool = True
     weighting: str | None = None
+    held_bytes: int = HELD_BYTES
 
     def __post_init__(self) -> None:
         require_windows(self.windows, "Calibration")
@@ -94,6 +100,11 @@ class Calibration:
         if self.weighting not in WEIGHTINGS:
             raise UsageError(
                 f"`weighting` must be one of {WEIGHTINGS}. Got {self.weighting!r}."
+            )
+
+        if self.held_bytes < 0:
+            raise UsageError(
+                f"`held_bytes` must not be negative. Got {self.held_bytes}."
             )
 
     @property
@@ -202,9 +213,12 @@ def quantize_calibrated(
     chosen = {choice.path: choice for choice in choices}
     path = find_blocks(model, chosen)
     run = _Run(BlockRunner(model, path), calibration, root, kernel, kept, keep)
-    run.weigh(chosen)
     size = sum(math.prod(choice.candidate.shape) for choice in choices)
-    with progress_bar(size, "weights", desc="calibration ") as progress:
+    with (
+        contextlib.closing(run),
+        progress_bar(size, "weights", desc="calibration ") as progress,
+    ):
+        run.start(chosen)
         for index in range(len(run.runner.blocks)):
             start = f"{path}/{index}/"
             own = {p[len(start) :]: c for p, c in chosen.items() if p.startswith(start)}
@@ -236,16 +250,22 @@ class _Run:
         self._batches = list(_batches(calibration.windows))
         self._weights: list[TokenWeights] | None = None
         self._watch = Stopwatch()
-        # Hidden states in front of the next block, on the host.
-        with self._watch.phase("statistics"):
-            self._hidden = [np.asarray(runner.first(b.tokens)) for b in self._batches]
+        # In front of the next block, on the host.
+        self._hidden = HiddenStates(calibration.held_bytes)
 
-    def weigh(self, chosen: Mapping[str, Choice]) -> None:
-        """Collects the weights of all tokens, if they are to differ.
+    def close(self) -> None:
+        """Forgets hidden states."""
+        self._hidden.close()
+
+    def start(self, chosen: Mapping[str, Choice]) -> None:
+        """Goes in front of the first block; weighs all tokens, if they are to differ.
 
         Args:
           chosen: By path within the model.
         """
+        with self._watch.phase("statistics"):
+            for batch in self._batches:
+                self._hidden.append(np.asarray(self.runner.first(batch.tokens)))
         if self._calibration.weighting is None:
             return
         wanted = []
@@ -256,7 +276,9 @@ class _Run:
         batches = [batch.tokens for batch in self._batches]
         key = path_key(self._root, self.runner.path)
         with self._watch.phase("statistics"):
-            self._weights = gradient_weights(self.runner, wanted, batches, key)
+            self._weights = gradient_weights(
+                self.runner, wanted, batches, key, self._calibration.held_bytes
+            )
 
     def block(self, index: int, own: Mapping[str, Choice]) -> Iterator[Choice]:
         """Quantizes layers of a block and moves on behind it; gives what was done.
@@ -287,10 +309,10 @@ class _Run:
                     yield choice
         if index + 1 < len(self.runner.blocks):
             with self._watch.phase("statistics"):
-                self._hidden = [
-                    np.asarray(self.runner.outputs(index, block, batch.tokens, x))
-                    for batch, x in zip(self._batches, self._hidden, strict=True)
-                ]
+                for k, batch in enumerate(self._batches):
+                    x = self._hidden[k]
+                    x = self.runner.outputs(index, block, batch.tokens, x)
+                    self._hidden[k] = np.asarray(x)
 
     def _groups(self, stages: Sequence[Stage]) -> list[list[Stage]]:
         """Stages, each with moments of its own, that one pass collects."""
@@ -307,13 +329,11 @@ class _Run:
         block: nnx.Module,
         stages: Sequence[Stage],
         own: Mapping[str, Choice],
-    ) -> dict[Stage, "_Heard"]:
+    ) -> dict[Stage, "_MeanHeard"]:
         """What layers read, in windows to learn from and in those held out."""
         sums = {s: _Heard.none(own[s[0]].candidate.shape[-2]) for s in stages}
-        for k, (batch, x) in enumerate(zip(self._batches, self._hidden, strict=True)):
-            if not stages:
-                break
-            weights = None
+        for k, batch in enumerate(self._batches if stages else []):
+            x, weights = self._hidden[k], None
             if self._weights is not None:
                 weights = [self._weights[index][stage[0]][k] for stage in stages]
             found = self.runner.moments(index, block, stages, batch.tokens, x, weights)
@@ -328,9 +348,10 @@ class _Run:
                         "calibration text. Repair the checkpoint, or leave the layer "
                         "out."
                     )
-        return sums
+        # One after the other, sums of twice their size being let go.
+        return {stage: sums.pop(stage).mean() for stage in list(sums)}
 
-    def _coded(self, choice: Choice, heard: "_Heard") -> QuantizedTensor:
+    def _coded(self, choice: Choice, heard: "_MeanHeard") -> QuantizedTensor:
         config = choice.config
         assert config is not None, "only layers that were chosen"
         found: list[CalibrationReport] = []
@@ -370,31 +391,45 @@ class _Heard(NamedTuple):
             return self._replace(held_out=self.held_out.plus(half, tokens))
         return self._replace(learned=self.learned.plus(half, tokens))
 
+    def mean(self) -> "_MeanHeard":
+        return _MeanHeard(self.learned.mean(), self.held_out.mean())
+
+
+class _MeanHeard(NamedTuple):
+    # Halves, made whole one at a time and only while they are needed.
+    learned: MeanMoments
+    held_out: MeanMoments
+
 
 def _best_code(
     weight: Float[Array, "m n"],
     config: Method,
     key: Key[Array, ""],
     name: str,
-    heard: _Heard,
+    heard: _MeanHeard,
     dampings: Sequence[float],
 ) -> tuple[QuantizedTensor, QuantizationReport, CalibrationReport]:
     """The best code of a matrix by its outputs in what was held out."""
-    learned, held_out = (jnp.asarray(e.mean(), jnp.float32) for e in heard)
     free, report = quantize_stack(weight, config, key, path=name)
-    whole = float(output_loss(weight, held_out))
+
+    def loss(tensor: QuantizedTensor | None = None) -> float:
+        return float(output_loss(weight, heard.held_out.whole(), tensor))
+
+    whole = loss()
     if not whole > 0:
         # The layer reads zeros: whatever is coded, nothing is lost.
         return free, report, CalibrationReport(0.0, 0.0, None)
-    without = least = float(output_loss(weight, held_out, free)) / whole
+    without = least = loss(free) / whole
     best, chosen = free, None
     for damping in dampings:
         # Few values, of which nothing is lost.
         if without <= 1e-9:
             break
-        tensor = with_feedback(weight, config, free, learned, damping)
+        moments = damped_in_place(heard.learned.whole(), damping)
+        tensor = jax.block_until_ready(config.with_feedback(weight, free, moments))
+        del moments
         # NaN, of moments that are singular in float32, is not less.
-        error = float(output_loss(weight, held_out, tensor)) / whole
+        error = loss(tensor) / whole
         if error < least:
             best, least, chosen = tensor, error, damping
     report = report._replace(relative_squared_error=weight_error(weight, best))

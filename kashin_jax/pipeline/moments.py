@@ -5,11 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Float, Float32, Float64
 
-__all__ = ["Moments", "half_moments", "half_of", "whole_of"]
+__all__ = ["MeanMoments", "Moments", "half_moments", "half_of", "whole_of"]
 
 _STRIPS = 8
+# Rows of a matrix that are mirrored at a time: 256 KB of them.
+_TILE = 256
 
 
 @jax.jit
@@ -51,13 +53,39 @@ def half_of(upper: Float[Array, "m m"]) -> Float[Array, "r c"]:
     return jnp.where(column <= row, last, first)
 
 
-def whole_of(half: Float64[np.ndarray, "r c"], m: int) -> Float64[np.ndarray, "m m"]:
-    """Inverts `half_of`."""
-    upper = np.triu(half[:, 1:])
-    lower = np.tril(half[:, :-1])[::-1, ::-1]
-    whole = np.concatenate([upper, lower])
-    whole += np.triu(whole, 1).T
-    return whole[:m, :m]
+def whole_of(half: Float[np.ndarray, "r c"], m: int) -> Float[np.ndarray, "m m"]:
+    """Inverts `half_of`; no other array of the size of the whole is held meanwhile."""
+    rows, columns = half.shape
+    whole = np.empty((m, m), half.dtype)
+    for i in range(m):
+        if i < rows:
+            whole[i, i:] = half[i, i + 1 : m + 1]
+        else:
+            # Such rows lie behind others, read from the end.
+            behind = columns - 2 - i
+            whole[i, i:] = half[behind, columns - 1 - m : behind + 1][::-1]
+    for start in range(0, m, _TILE):
+        end = start + _TILE
+        whole[end:, start:end] = whole[start:end, end:].T
+        tile = whole[start:end, start:end]
+        tile[...] = np.triu(tile) + np.triu(tile, 1).T
+    return whole
+
+
+class MeanMoments(NamedTuple):
+    """E[x x^T] over tokens x; 2 bytes for each entry.
+
+    Attributes:
+      half: What `half_of` keeps of it.
+      inputs: Size of x.
+    """
+
+    half: Float32[np.ndarray, "r c"]
+    inputs: int
+
+    def whole(self) -> Float[Array, "m m"]:
+        """The matrix, 4 bytes for each entry; for as long as it is needed."""
+        return jnp.asarray(whole_of(self.half, self.inputs))
 
 
 class Moments(NamedTuple):
@@ -84,6 +112,7 @@ class Moments(NamedTuple):
         self.half[...] += np.asarray(half)
         return self._replace(tokens=self.tokens + tokens)
 
-    def mean(self) -> Float64[np.ndarray, "m m"]:
-        """E[x x^T]."""
-        return whole_of(self.half, self.inputs) / max(self.tokens, 1)
+    def mean(self) -> MeanMoments:
+        """E[x x^T], rounded to float32; the array of this one is used up for it."""
+        np.divide(self.half, max(self.tokens, 1), out=self.half)
+        return MeanMoments(self.half.astype(np.float32), self.inputs)

@@ -16,6 +16,7 @@ References:
   number for each of several groups of outputs.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.pipeline.blocks import BlockRunner
+from kashin_jax.pipeline.hidden_states import HELD_BYTES, HiddenStates
 
 __all__ = ["TokenWeights", "gradient_weights"]
 
@@ -37,12 +39,13 @@ def gradient_weights(
     wanted: Sequence[Sequence[str]],
     batches: Sequence[Int32[np.ndarray, "b t"]],
     key: Key[Array, ""],
+    held_bytes: int = HELD_BYTES,
 ) -> list[TokenWeights]:
     """Weights of tokens in full precision, by one backward pass through each batch.
 
-    What is held: hidden states of one batch in front of every block, on the host, the
-    gradients of one block's layers while their squares are taken, logits of one window,
-    and the weights.
+    What is held: hidden states of one batch in front of every block, on the host and
+    beyond a bound on disk, the gradients of one block's layers while their squares are
+    taken, logits of one window, and the weights.
 
     Args:
       runner: Of the model.
@@ -50,31 +53,37 @@ def gradient_weights(
       batches: Token ids.
       key: Of the tokens drawn from the model's predictions; folded with the number of
         the window.
+      held_bytes: Most bytes of hidden states in memory.
 
     Raises:
       NonFiniteError: If a gradient is NaN or infinity; names the layer.
     """
     found: list[dict[str, list[np.ndarray]]] = [{} for _ in wanted]
     windows = 0
-    for tokens in batches:
-        x, held = runner.first(tokens), []
-        for index, block in enumerate(runner.blocks):
-            held.append(np.asarray(x))
-            x = runner.outputs(index, block, tokens, x)
-        # One window at a time: logits of a large vocabulary take GBs.
-        gradient = jnp.concatenate([
-            runner.loss_gradient(
-                tokens[i : i + 1], x[i : i + 1], jax.random.fold_in(key, windows + i)
+    with contextlib.closing(HiddenStates(held_bytes)) as held:
+        for tokens in batches:
+            x = runner.first(tokens)
+            for index, block in enumerate(runner.blocks):
+                held.append(np.asarray(x))
+                x = runner.outputs(index, block, tokens, x)
+            # One window at a time: logits of a large vocabulary take GBs.
+            gradient = jnp.concatenate(
+                [
+                    runner.loss_gradient(
+                        tokens[i : i + 1],
+                        x[i : i + 1],
+                        jax.random.fold_in(key, windows + i),
+                    )
+                    for i in range(len(tokens))
+                ]
             )
-            for i in range(len(tokens))
-        ])  # fmt: skip
-        windows += len(tokens)
-        for index in reversed(range(len(held))):
-            gradient, squares = runner.pulled_back(
-                index, wanted[index], tokens, held.pop(), gradient
-            )
-            for path, square in squares.items():
-                found[index].setdefault(path, []).append(np.asarray(square))
+            windows += len(tokens)
+            for index in reversed(range(len(held))):
+                gradient, squares = runner.pulled_back(
+                    index, wanted[index], tokens, held.pop(), gradient
+                )
+                for path, square in squares.items():
+                    found[index].setdefault(path, []).append(np.asarray(square))
     return [
         {
             path: _of_mean_one(f"{runner.path}/{index}/{path}", squares)
