@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import core, generate, joint, matmul, peers, streaming
+from benchmarks import calibration_cost, core, generate, joint, matmul, peers, streaming
 from experiments import (
     ablate_bases,
     glue,
@@ -28,6 +28,7 @@ from experiments.train.recipe import TrainConfig
 from experiments.write_text import WriteConfig
 
 PROGRAMS = {
+    "benchmarks.calibration_cost": calibration_cost.CostConfig,
     "benchmarks.core": core.BenchConfig,
     "benchmarks.generate": generate.GenerateConfig,
     "benchmarks.joint": joint.JointBenchConfig,

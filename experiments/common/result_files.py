@@ -223,6 +223,14 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         ("bits", "steps", "repulsion", "weights", "device"),
         ("benchmarks.joint",),
     ),
+    "bench_calibration": ResultFile(
+        "time and memory of calibrating a layer, and estimates for models on GPUs",
+        ("part", "inputs", "outputs", "model", "effort", "devices", "device"),
+        (
+            "benchmarks.calibration_cost",
+            "benchmarks.calibration_cost --inputs=4096,8192 --outputs=256",
+        ),
+    ),
     "bench_matmul": ResultFile(
         "products with packed matrices against dense ones",
         ("block", "method", "bits", "rows", "device"),

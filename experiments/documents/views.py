@@ -244,6 +244,23 @@ _CALIBRATED = (
     Column("output_error", "outputs lose", fixed(4)),
     Column("data_free_output_error", "without text", fixed(4)),
 )
+_CALIBRATION = (
+    Column("part", "part"),
+    Column("inputs", "inputs"),
+    Column("outputs", "outputs"),
+    Column("cpu_seconds", "CPU seconds", fixed(3)),
+    Column("times_moments", "memory over 4 bytes x inputs²", fixed(2)),
+    Column("load", "load", fixed(1)),
+)
+_ESTIMATES = (
+    Column("model", "model"),
+    Column("effort", "effort"),
+    Column("devices", "GPUs"),
+    Column("statistics_seconds", "statistics, s", fixed(0)),
+    Column("feedback_seconds", "factors and feedback, s", fixed(0)),
+    Column("search_seconds", "search, s", fixed(0)),
+    Column("hours", "hours in all", fixed(2)),
+)
 _GENERATION = (
     Column("model", "model"),
     Column("batch", "batch"),
@@ -329,6 +346,15 @@ VIEWS: Mapping[str, View] = MappingProxyType({
         _products,
     ),
     "cpu-kernel-peers": View("bench_peers", {"device": "cpu"}, partial(_plain, _PEERS)),
+    "calibration-layers": View(
+        "bench_calibration",
+        {"part": ["moments", "host sum", "factors", "coding", "coding without",
+                  "memory"], "device": "cpu"},
+        partial(_plain, _CALIBRATION),
+    ),
+    "calibration-estimates": View(
+        "bench_calibration", {"part": "estimate"}, partial(_plain, _ESTIMATES)
+    ),
     "cpu-kernel-generation": View("bench_generate", {}, partial(_plain, _GENERATION)),
     "train-opt": View(
         "train_lm", {"kind": "training", "architecture": "opt"}, _curve

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kashin_jax.errors import UsageError
+from kashin_jax.pipeline.each_batch import Call
 from kashin_jax.pipeline.moments import half_moments
 from kashin_jax.pipeline.paths import at_path, join, put_at_path
 
@@ -153,7 +154,11 @@ class BlockRunner:
 
     def first(self, tokens: Int[np.ndarray, "b t"]) -> Float[Array, "b t d"]:
         """Hidden states in front of the first block."""
-        return _first(self._graphdef, self.path, self.state, jnp.asarray(tokens))
+        return self.first_call()(jnp.asarray(tokens))
+
+    def first_call(self) -> Call:
+        """As `first`, for many batches of `tokens`."""
+        return Call(_first, (self._graphdef, self.path), (self.state,))
 
     def stages(self, index: int, wanted: Collection[str]) -> list[Stage]:
         """Layers of a block by the input that they read, in the order of their calls.
@@ -192,9 +197,12 @@ class BlockRunner:
           tokens: Of the batch.
           x: Hidden states in front of it.
         """
+        return self.outputs_call(index, block)(jnp.asarray(tokens), x)
+
+    def outputs_call(self, index: int, block: nnx.Module) -> Call:
+        """As `outputs`, for many batches of `tokens, x`."""
         graphdef, state = nnx.split(block)
-        program = self.program(index, graphdef)
-        return _outputs(program, self.state, state, jnp.asarray(tokens), x)
+        return Call(_outputs, (self.program(index, graphdef),), (self.state, state))
 
     def moments(
         self,
@@ -215,11 +223,17 @@ class BlockRunner:
           x: Hidden states in front of it.
           weights: Of every token in the sum, for each stage; None weighs all alike.
         """
+        call = self.moments_call(index, block, stages)
+        return dict(zip(stages, call(jnp.asarray(tokens), x, weights), strict=True))
+
+    def moments_call(
+        self, index: int, block: nnx.Module, stages: Sequence[Stage]
+    ) -> Call:
+        """As `moments`, a list of them, for many batches of `tokens, x, weights`."""
         graphdef, state = nnx.split(block)
         wanted = tuple(stage[0] for stage in stages)
         program = self.program(index, graphdef, wanted)
-        found = _moments(program, self.state, state, jnp.asarray(tokens), x, weights)
-        return dict(zip(stages, found, strict=True))
+        return Call(_moments, (program,), (self.state, state))
 
     def loss_gradient(
         self,

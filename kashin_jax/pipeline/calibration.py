@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int32, Key
+from jaxtyping import Array, Float, Float32, Int, Int32, Key
 
 from kashin_jax.errors import DataError, NonFiniteError, UsageError
 from kashin_jax.methods import (
@@ -29,6 +29,7 @@ from kashin_jax.methods import (
 )
 from kashin_jax.methods.feedback import damped_in_place
 from kashin_jax.pipeline.blocks import BlockRunner, Stage, find_blocks
+from kashin_jax.pipeline.each_batch import each_batch
 from kashin_jax.pipeline.hidden_states import HELD_BYTES, HiddenStates
 from kashin_jax.pipeline.moments import MeanMoments, Moments
 from kashin_jax.pipeline.paths import at_path, path_key
@@ -264,8 +265,9 @@ class _Run:
           chosen: By path within the model.
         """
         with self._watch.phase("statistics"):
-            for batch in self._batches:
-                self._hidden.append(np.asarray(self.runner.first(batch.tokens)))
+            texts = ((batch.tokens,) for batch in self._batches)
+            for x in each_batch(self.runner.first_call(), texts):
+                self._hidden.append(np.asarray(x))
         if self._calibration.weighting is None:
             return
         wanted = []
@@ -309,9 +311,12 @@ class _Run:
                     yield choice
         if index + 1 < len(self.runner.blocks):
             with self._watch.phase("statistics"):
-                for k, batch in enumerate(self._batches):
-                    x = self._hidden[k]
-                    x = self.runner.outputs(index, block, batch.tokens, x)
+                call = self.runner.outputs_call(index, block)
+                inputs = (
+                    (batch.tokens, self._hidden[k])
+                    for k, batch in enumerate(self._batches)
+                )
+                for k, x in enumerate(each_batch(call, inputs)):
                     self._hidden[k] = np.asarray(x)
 
     def _groups(self, stages: Sequence[Stage]) -> list[list[Stage]]:
@@ -332,12 +337,15 @@ class _Run:
     ) -> dict[Stage, "_MeanHeard"]:
         """What layers read, in windows to learn from and in those held out."""
         sums = {s: _Heard.none(own[s[0]].candidate.shape[-2]) for s in stages}
-        for k, batch in enumerate(self._batches if stages else []):
-            x, weights = self._hidden[k], None
-            if self._weights is not None:
-                weights = [self._weights[index][stage[0]][k] for stage in stages]
-            found = self.runner.moments(index, block, stages, batch.tokens, x, weights)
-            for stage, half in found.items():
+        if not stages:
+            return {}
+        call = self.runner.moments_call(index, block, stages)
+        inputs = (
+            (batch.tokens, self._hidden[k], self._weights_of(index, stages, k))
+            for k, batch in enumerate(self._batches)
+        )
+        for batch, found in zip(self._batches, each_batch(call, inputs), strict=True):
+            for stage, half in zip(stages, found, strict=True):
                 sums[stage] = sums[stage].plus(batch, half)
         for stage, heard in sums.items():
             name = own[stage[0]].name
@@ -350,6 +358,13 @@ class _Run:
                     )
         # One after the other, sums of twice their size being let go.
         return {stage: sums.pop(stage).mean() for stage in list(sums)}
+
+    def _weights_of(
+        self, index: int, stages: Sequence[Stage], batch: int
+    ) -> list[Float32[np.ndarray, "*b"]] | None:
+        if self._weights is None:
+            return None
+        return [self._weights[index][stage[0]][batch] for stage in stages]
 
     def _coded(self, choice: Choice, heard: "_MeanHeard") -> QuantizedTensor:
         config = choice.config

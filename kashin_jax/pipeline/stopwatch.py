@@ -59,12 +59,12 @@ def _compilation() -> Iterator[list[tuple[float, float]]]:
     spans: list[tuple[float, float]] = []
     thread = threading.get_ident()
 
-    def listen(event: str, start: float, end: float, **_: Any) -> None:
+    def listen(event: str, start_time: float, end_time: float, **_: Any) -> None:
         if event.startswith(_COMPILATION) and threading.get_ident() == thread:
             # A program is traced within another one, which is told of later.
-            while spans and spans[-1][0] >= start:
+            while spans and spans[-1][0] >= start_time:
                 spans.pop()
-            spans.append((start, end))
+            spans.append((start_time, end_time))
 
     jax.monitoring.register_event_time_span_listener(listen)
     try:
