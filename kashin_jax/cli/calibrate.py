@@ -39,7 +39,7 @@ def read_calibration(
 
 
 def print_calibrated(reports: Mapping[str, LayerReport]) -> None:
-    """Prints what calibration brought, and the layers that are better off without."""
+    """Prints what calibration brought, and the layers that keep the code without."""
     found = [each.calibration for each in reports.values() if each.calibration]
     if not found:
         return
@@ -55,4 +55,5 @@ def print_calibrated(reports: Mapping[str, LayerReport]) -> None:
             f"compilation {spent.compilation:.1f} s."
         )
     if without := kept_without(reports):
-        print(f"{len(without)} are better off without: {', '.join(without)}.")
+        names = ", ".join(without)
+        print(f"{len(without)} keep the code without, which loses no more: {names}.")

@@ -155,7 +155,7 @@ class Method:
           free: What `encode` made of it, without any data. Seeds and levels stay, and
             so does the structure.
           moments: Second moments of its inputs, positive definite. Where they are not
-            in float32, the result holds NaN.
+            in float32, the result holds NaN, or codes that are of no use.
         """
         raise NotImplementedError(f"{type(self).__name__} has no error feedback.")
 

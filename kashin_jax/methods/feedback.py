@@ -108,6 +108,7 @@ def output_loss(
     weight: Float[Array, "m n"],
     moments: Float[Array, "m m"],
     tensor: QuantizedTensor | None = None,
+    unit: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, ""]:
     """tr(E^T H E): the mean square of what is lost of x W, summed over outputs.
 
@@ -116,9 +117,10 @@ def output_loss(
       moments: H, the second moments of x.
       tensor: What the matrix became, E being the difference; None for nothing at all,
         so that E is the matrix.
+      unit: What E is measured in: squares of 1e30 leave float32.
     """
     error = weight.astype(jnp.float32)
-    error = error if tensor is None else error - tensor.decode()
+    error = (error if tensor is None else error - tensor.decode()) / unit
     lost = jnp.einsum("ij,jn->in", moments, error, precision="highest")
     return jnp.sum(error * lost)
 

@@ -1,5 +1,6 @@
 """A language model run block by block, with an ear at the inputs of its layers."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Float, Int, Key
 
 from kashin_jax.errors import UsageError
@@ -165,7 +167,11 @@ class BlockRunner:
 
         Args:
           index: Of the block.
-          wanted: Paths within the block. Those that are never called are in no stage.
+          wanted: Paths within the block. Those that are never called are in no stage;
+            nor are those called twice, which read two inputs.
+
+        Raises:
+          UsageError: If layers are called where their inputs cannot be had.
         """
         graphdef, state = nnx.split(self.blocks[index])
         found: list[Stage] = []
@@ -180,7 +186,9 @@ class BlockRunner:
             return inputs
 
         jax.eval_shape(listen, self.state, state, tokens, x)
-        return found
+        calls = Counter(path for stage in found for path in stage)
+        once = [tuple(path for path in stage if calls[path] == 1) for stage in found]
+        return [stage for stage in once if stage]
 
     def outputs(
         self,
@@ -359,8 +367,15 @@ def _heard(
     """The inputs of the wanted layers, and who reads each of them."""
     block = nnx.merge(program.block, state)
     found: dict[int, tuple[Array, list[str]]] = {}
+    outside = get_opaque_trace_state()
 
     def tell(path: str, x: Array) -> None:
+        if get_opaque_trace_state() != outside:
+            raise UsageError(
+                f"{program.path}: a block calls its layer {path} inside of a program "
+                "of its own (`jax.lax` control flow, `remat`, `jit`, `vmap`), where "
+                "what it reads cannot be had. Leave calibration out, or call it outside."
+            )
         found.setdefault(id(x), (x, []))[1].append(path)
 
     for path in program.wanted:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int32, Key
 from kashin_jax.errors import UsageError
 from kashin_jax.io import Checkpoint, PlannedTensor, from_leaves
 from kashin_jax.models.loading import load_model
+from kashin_jax.models.registry import find_architecture
 from kashin_jax.pipeline.calibration import Calibration, quantize_calibrated
 from kashin_jax.pipeline.checkpoint_plan import stored_kernel
 from kashin_jax.pipeline.mixed_widths import why_it_does_not_run
@@ -38,6 +39,13 @@ def check_tokens(source: Checkpoint, windows: Int32[np.ndarray, "w t"]) -> None:
         raise UsageError(
             f"{source.directory}: has no token {max(largest, -smallest)}, which the "
             "calibration text has. Use the tokenizer of the model."
+        )
+    architecture = find_architecture(source.config, f"{source.directory}/config.json")
+    config = architecture.config.from_dict(source.config, "config.json")
+    if windows.shape[1] > config.context_length:
+        raise UsageError(
+            f"{source.directory}: has positions for {config.context_length} tokens, "
+            f"and windows of the text have {windows.shape[1]}. Cut shorter ones."
         )
 
 

@@ -11,13 +11,14 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int, Int32, Key
+from jaxtyping import Array, Float, Float32, Int, Int32, Key, Num
 
 from kashin_jax.errors import DataError, NonFiniteError, UsageError
 from kashin_jax.methods import (
@@ -194,8 +195,8 @@ def quantize_calibrated(
     """Quantizes the chosen layers of a model's blocks, one block in memory at a time.
 
     Linear layers within the model's list of blocks are calibrated. All others, and
-    those that no window reaches, are left to the caller, who codes them without data; a
-    logged warning names them.
+    those that a block never calls, or twice, are left to the caller, who codes them
+    without data; a logged warning names them.
 
     Args:
       model: Gives logits of token ids `[b, t]`. Not changed.
@@ -230,7 +231,8 @@ def quantize_calibrated(
     if chosen:
         _logger.warning(
             "%d layers are coded without calibration, as the text does not reach them "
-            "in a linear layer of %s: %s.", len(chosen), path, ", ".join(chosen),
+            "by the one call of a linear layer of %s: %s.",
+            len(chosen), path, ", ".join(chosen),
         )  # fmt: skip
 
 
@@ -271,10 +273,11 @@ class _Run:
         if self._calibration.weighting is None:
             return
         wanted = []
-        for index, block in enumerate(self.runner.blocks):
+        for index in range(len(self.runner.blocks)):
             start = f"{self.runner.path}/{index}/"
             own = [p.removeprefix(start) for p in chosen if p.startswith(start)]
-            wanted.append([path for path in own if _is_linear(block, path)])
+            heard = {path for stage in self._stages(index, own) for path in stage}
+            wanted.append([path for path in own if path in heard])
         batches = [batch.tokens for batch in self._batches]
         key = path_key(self._root, self.runner.path)
         with self._watch.phase("statistics"):
@@ -290,14 +293,15 @@ class _Run:
           own: By path within the block.
         """
         original = self.runner.blocks[index]
-        linear = [path for path in own if _is_linear(original, path)]
-        stages = self.runner.stages(index, linear) if linear else []
+        stages = self._stages(index, own)
         is_changed = self._calibration.is_sequential
         # A copy, whose kernels are changed as soon as they are quantized.
         block = nnx.clone(original) if is_changed else original
         for group in self._groups(stages):
             done = {p: self._kept(own[p]) for stage in group for p in stage}
-            rest = [s for s in group if any(done[p] is None for p in s)]
+            # All of a group or none: a program for some may round otherwise, and an
+            # interrupted run is to go on to the same bytes.
+            rest = group if None in done.values() else []
             with self._watch.phase("statistics"):
                 moments = self._moments(index, block, rest, own)
             for stage in group:
@@ -318,6 +322,11 @@ class _Run:
                 )
                 for k, x in enumerate(each_batch(call, inputs)):
                     self._hidden[k] = np.asarray(x)
+
+    def _stages(self, index: int, own: Collection[str]) -> list[Stage]:
+        block = self.runner.blocks[index]
+        linear = [path for path in own if _is_linear(block, path)]
+        return self.runner.stages(index, linear) if linear else []
 
     def _groups(self, stages: Sequence[Stage]) -> list[list[Stage]]:
         """Stages, each with moments of its own, that one pass collects."""
@@ -353,8 +362,8 @@ class _Run:
                 if not np.isfinite(each.half).all():
                     raise NonFiniteError(
                         f"`{name}` reads NaN, infinity or numbers beyond 1e19 in the "
-                        "calibration text. Repair the checkpoint, or leave the layer "
-                        "out."
+                        "calibration text. Repair the checkpoint, use the tokenizer of "
+                        "the model, or leave the layer out."
                     )
         # One after the other, sums of twice their size being let go.
         return {stage: sums.pop(stage).mean() for stage in list(sums)}
@@ -407,7 +416,8 @@ class _Heard(NamedTuple):
         return self._replace(learned=self.learned.plus(half, tokens))
 
     def mean(self) -> "_MeanHeard":
-        return _MeanHeard(self.learned.mean(), self.held_out.mean())
+        # What is lost is compared with what there was: units do not matter.
+        return _MeanHeard(*(each.of_unit_size().mean() for each in self))
 
 
 class _MeanHeard(NamedTuple):
@@ -426,13 +436,17 @@ def _best_code(
 ) -> tuple[QuantizedTensor, QuantizationReport, CalibrationReport]:
     """The best code of a matrix by its outputs in what was held out."""
     free, report = quantize_stack(weight, config, key, path=name)
+    # Squares of large weights leave float32, and what becomes of them is NaN.
+    unit = jnp.maximum(jnp.max(jnp.abs(weight.astype(jnp.float32))), 1e-30)
 
     def loss(tensor: QuantizedTensor | None = None) -> float:
-        return float(output_loss(weight, heard.held_out.whole(), tensor))
+        found = float(output_loss(weight, heard.held_out.whole(), tensor, unit))
+        # Rounding may leave a little less than nothing.
+        return max(found, 0.0)
 
     whole = loss()
     if not whole > 0:
-        # The layer reads zeros: whatever is coded, nothing is lost.
+        # The layer reads or gives zeros: there is nothing to measure a loss by.
         return free, report, CalibrationReport(0.0, 0.0, None)
     without = least = loss(free) / whole
     best, chosen = free, None
@@ -451,12 +465,17 @@ def _best_code(
     return best, report, CalibrationReport(least, without, chosen)
 
 
-def require_windows(windows: Int32[np.ndarray, "..."], what: str) -> None:
+def require_windows(windows: Num[np.ndarray, "..."], what: str) -> None:
     """Raises UsageError unless there are two windows, one of them to hold out."""
-    if windows.ndim != 2 or len(windows) < 2:
+    is_whole = np.issubdtype(windows.dtype, np.integer)
+    if windows.ndim != 2 or len(windows) < 2 or not windows.size or not is_whole:
         raise UsageError(
-            f"{what} needs two windows of tokens at least. Got an array of shape "
-            f"{windows.shape}."
+            f"{what} needs two windows of tokens at least, whole numbers. Got an array "
+            f"of shape {windows.shape} and type {windows.dtype}."
+        )
+    if windows.min() < 0:
+        raise UsageError(
+            f"{what} has a token {windows.min()}; tokens are numbered from 0."
         )
 
 

@@ -112,6 +112,16 @@ class Moments(NamedTuple):
         self.half[...] += np.asarray(half)
         return self._replace(tokens=self.tokens + tokens)
 
+    def of_unit_size(self) -> "Moments":
+        """Over a power of two, so that squares of 1e18 leave float32 room for products.
+
+        No code depends on it. The array of this one is used again.
+        """
+        # The largest of such a matrix is on its diagonal.
+        _, exponent = np.frexp(self.half.max(initial=0.0) / max(self.tokens, 1))
+        np.ldexp(self.half, -exponent, out=self.half)
+        return self
+
     def mean(self) -> MeanMoments:
         """E[x x^T], rounded to float32; the array of this one is used up for it."""
         np.divide(self.half, max(self.tokens, 1), out=self.half)

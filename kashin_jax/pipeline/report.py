@@ -316,7 +316,7 @@ def _worst_first(reports: Mapping[str, LayerReport], paths: list[str]) -> str:
 
 
 def kept_without(reports: Mapping[str, LayerReport]) -> list[str]:
-    """Paths of calibrated layers that were better off without calibration."""
+    """Names of layers that calibration did no good: none lose less by it."""
     return [
         path
         for path, each in reports.items()

@@ -106,4 +106,5 @@ def _of_mean_one(
     if not mean > 0:
         # The loss does not depend on the layer: no token matters more than another.
         return [np.ones_like(each) for each in squares]
-    return [(each / mean).astype(np.float32) for each in squares]
+    # Wider: float32 may not have so small a mean.
+    return [(each.astype(np.float64) / mean).astype(np.float32) for each in squares]
