@@ -265,7 +265,7 @@ def test_experts_that_no_token_reaches_are_coded_without(caplog, weighting):
 def test_layers_in_programs_of_their_own_are_refused():
     model = Model(Looped, nnx.Rngs(0))
     with pytest.raises(
-        UsageError, match="blocks: a block calls its layer inner inside .* Leave"
+        UsageError, match="blocks: a block calls its layer inner inside .* Call it"
     ):
         quantize_model(model, RTN(bits=2), calibration=drawn())
 

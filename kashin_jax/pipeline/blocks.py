@@ -374,7 +374,7 @@ def _heard(
             raise UsageError(
                 f"{program.path}: a block calls its layer {path} inside of a program "
                 "of its own (`jax.lax` control flow, `remat`, `jit`, `vmap`), where "
-                "what it reads cannot be had. Leave calibration out, or call it outside."
+                "what it reads cannot be had. Call it outside; or do not calibrate."
             )
         found.setdefault(id(x), (x, []))[1].append(path)
 
