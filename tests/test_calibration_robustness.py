@@ -311,7 +311,9 @@ def test_a_model_with_one_huge_activation_is_coded(tiny, tmp_path, size, weighti
     shutil.copytree(tiny, source)
 
     def spiked(tensors):
-        tensors["model.decoder.layers.0.fc1.bias"][3] = size
+        name = "model.decoder.layers.0.fc1.bias"
+        tensors[name] = tensors[name].astype(np.float32)
+        tensors[name][3] = size
 
     edit_tensors(source, spiked)
     text = Calibration(windows=drawn().windows, weighting=weighting)
