@@ -52,6 +52,7 @@ def windows(count=16, seed=0):
 
 TEXT = Calibration(windows=windows())
 WEIGHTED = Calibration(windows=windows(), weighting="gradient")
+BY_OUTPUTS = Calibration(windows=windows(), weighting="outputs")
 
 
 def files(directory):
@@ -239,6 +240,47 @@ def test_weights_by_gradients_are_resumed_to_the_same_bytes(
     assert files(tmp_path / "out") == files(whole.directory)
 
 
+@pytest.mark.slow
+def test_layers_that_make_up_for_others_are_resumed_to_the_same_bytes(
+    tiny, fed, tmp_path, monkeypatch
+):
+    """Guards the text in full precision, which goes on beside the other."""
+    rules = Rules(config=JointKashin(bits=2, effort="fast"))
+    fields = {"windows": windows(), "weighting": "outputs", "is_asymmetric": True}
+    on_disk = Calibration(**fields, held_bytes=0)
+    whole = quantize_checkpoint(tiny, tmp_path / "whole", rules, calibration=on_disk)
+    plain = quantize_checkpoint(tiny, tmp_path / "plain", rules, calibration=TEXT)
+    assert files(whole.directory) != files(plain.directory)
+    for report in whole.reports.values():
+        assert report.calibration.output_error <= report.calibration.data_free_error
+    calls = Calls(calibrated_checkpoint.keep_tensor)
+    calls.interrupted_at = LINEARS // 2 + 2
+    monkeypatch.setattr(calibrated_checkpoint, "keep_tensor", calls)
+    both = Calibration(**fields)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(tiny, tmp_path / "out", rules, calibration=both)
+    calls.count, calls.interrupted_at = 0, None
+    quantize_checkpoint(tiny, tmp_path / "out", rules, calibration=both)
+    assert calls.count == LINEARS // 2 - 1
+    assert files(tmp_path / "out") == files(whole.directory)
+
+
+def test_asymmetric_layers_make_up_for_earlier_ones(tiny, fed):
+    """Guards what layers are compared with: outputs of the network that was given."""
+    model = load_language_model(tiny).model
+    text = Calibration(windows=windows(), is_asymmetric=True)
+    _, reports = quantize_model(model, rules=GPTQ, calibration=text)
+    plain = {report.path: report.calibration for report in fed.reports.values()}
+    first, last = "decoder/layers/0/self_attn/q_proj", "decoder/layers/1/fc2"
+    # Nothing is quantized in front of it.
+    found = reports[first].calibration
+    np.testing.assert_allclose(found.output_error, plain[first].output_error, rtol=1e-4)
+    found = reports[last].calibration
+    # What earlier layers lost counts.
+    assert found.output_error > plain[last].output_error
+    assert found.output_error < found.data_free_error
+
+
 def test_a_model_in_memory_gets_the_codes_of_the_checkpoint(tiny, fed):
     """Guards the twin of `quantize_checkpoint`."""
     model = load_language_model(tiny).model
@@ -305,6 +347,7 @@ def test_inputs_that_overflow_are_refused(tiny, tmp_path):
     [
         (Rules(config=ChannelKMeans()), TEXT, "takes no calibration"),
         (Rules(config=RTN(), share=["[qkv]_proj$"]), TEXT, "`share`"),
+        (GPTQ, BY_OUTPUTS, "rtn takes no weighting of outputs"),
         (GPTQ, Calibration(windows=windows() + VOCABULARY), "has no token"),
     ],
 )
@@ -328,6 +371,10 @@ def test_a_classifier_is_refused(tmp_path):
         ({"windows": windows(), "dampings": (0.0,)}, "`dampings`"),
         ({"windows": windows(), "weighting": "loss"}, "`weighting`"),
         ({"windows": windows(), "held_bytes": -1}, "`held_bytes`"),
+        (
+            {"windows": windows(), "is_asymmetric": True, "is_sequential": False},
+            "`is_asymmetric`",
+        ),
     ],
 )
 def test_choices_are_checked(fields, message):
@@ -373,10 +420,13 @@ def test_the_command_takes_a_text(tiny, tmp_path, capsys):
     # Those of the run that did the work.
     assert "Already done" in again and times in again
     weighted = "--calibration-weighting=gradient"
-    assert main([*command, *calibrated, weighted]) == 2
-    assert "other calibration" in capsys.readouterr().err
+    for other in (weighted, "--calibration-asymmetric"):
+        assert main([*command, *calibrated, other]) == 2
+        assert "other calibration" in capsys.readouterr().err
     assert main([*command, weighted]) == 2
     assert "`--calibration-weighting` needs" in capsys.readouterr().err
+    assert main([*command, "--calibration-asymmetric"]) == 2
+    assert "`--calibration-asymmetric` needs" in capsys.readouterr().err
     assert main([*command, "--calibration=/no/such.txt"]) == 1
     assert "/no/such.txt" in capsys.readouterr().err
     assert main([*command, f"--calibration={text}"]) == 1

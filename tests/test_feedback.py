@@ -330,3 +330,44 @@ def test_blocks_for_feedback_are_low_and_wide_unless_they_were_chosen():
     assert JOINT.to_fields()["block_height"] == 16
     assert not ChannelKMeans().takes_feedback
     assert Rotated(RTN()).takes_feedback and not Rotated(ChannelKMeans()).takes_feedback
+
+
+def test_feedback_of_outputs_loses_less_where_outputs_matter():
+    """Guards columns of blocks: their order, what is carried on, and all scales."""
+    weight, moments = gaussian(64, 96), damped(jnp.asarray(correlated_moments()), 0.01)
+    out = damped(jnp.asarray(correlated_moments(96, seed=3)), 0.1)
+    method = JointKashin(bits=3, effort="fast", block_shape=(16, 32))
+    free = encode(weight, KEY, method)[0]
+    one = method.with_feedback(weight, free, moments)
+    both = method.with_feedback_of_both_sides(weight, free, moments, out)
+    loss = [
+        float(output_loss(weight, moments, t, out_moments=out))
+        for t in (free, one, both)
+    ]
+    assert loss[1] < 0.7 * loss[0] and loss[2] < 0.5 * loss[1]
+    # In the metric that asks for nothing of the kind it is the other way round.
+    assert output_loss(weight, moments, both) > output_loss(weight, moments, one)
+    again = method.with_feedback_of_both_sides(weight, free, moments, 5.0 * out)
+    np.testing.assert_allclose(again.decode(), both.decode(), rtol=1e-4, atol=1e-4)
+
+
+def test_columns_are_coded_against_what_is_carried_on():
+    """Guards the algebra: R = F^T E F_o is no more than the coder's own loss."""
+    weight, moments = (
+        gaussian(32, 64),
+        damped(jnp.asarray(correlated_moments(32)), 0.01),
+    )
+    out = damped(jnp.asarray(correlated_moments(64, seed=3)), 0.1)
+    method = JointKashin(bits=4, effort="fast", block_shape=(16, 32), unshrink=0.0)
+    free = encode(weight, KEY, method)[0]
+    fed = method.with_feedback_of_both_sides(weight, free, moments, out)
+    error = np.asarray(weight - fed.decode(), float)
+    f = np.asarray(triangular_factors(moments, 16, last_first=True).factor, float)
+    f_out = np.asarray(triangular_factors(out, 32, last_first=True).factor, float)
+    residual = f.T @ error @ f_out
+    # E itself holds what was carried on, and is larger.
+    assert np.square(residual).sum() < 0.5 * np.square(error).sum()
+    target = np.asarray(fed.decode(), float) + residual
+    blocks = np.square(residual).reshape(2, 16, 2, 32).sum((1, 3))
+    signal = np.square(target).reshape(2, 16, 2, 32).sum((1, 3))
+    assert (blocks < 0.05 * signal).all()

@@ -11,8 +11,9 @@ from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.models.loading import load_language_model
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.pipeline import blocks, moments, selected_kernels
-from kashin_jax.pipeline.blocks import BlockRunner, find_blocks
+from kashin_jax.pipeline.blocks import BlockRunner, Undisturbed, find_blocks
 from kashin_jax.pipeline.moments import Moments, half_moments, half_of, whole_of
+from kashin_jax.pipeline.output_moments import OutputMoments
 from kashin_jax.pipeline.paths import at_path, put_at_path
 from kashin_jax.pipeline.token_weights import gradient_weights
 
@@ -160,6 +161,13 @@ def test_weights_are_squared_gradients_of_the_whole_model(variant, tmp_path):
             expected = squares / squares.mean()
             np.testing.assert_allclose(weights, expected, rtol=1e-2, atol=1e-4)
             assert weights.max() > 1.5 and weights.min() < 0.5
+    outputs = OutputMoments(runner, wanted, batches, key)
+    for layer in paths:
+        index, _, own = layer.removeprefix(f"{path}/").partition("/")
+        g = np.concatenate([np.asarray(each[layer], float)[0] for each in gradients])
+        expected = g.T @ g / np.square(g).sum(0).mean()
+        found_moments = outputs.of(int(index), own, g.shape[1])
+        np.testing.assert_allclose(found_moments, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_weights_enter_moments_as_they_should():
@@ -188,11 +196,35 @@ def test_a_loss_that_does_not_depend_on_a_layer_weighs_all_tokens_alike():
     wanted = [[], [], ["fc1", "fc2"]]
     found = gradient_weights(runner, wanted, [TOKENS], jax.random.key(0))[2]
     np.testing.assert_array_equal(found["fc1"][0], np.ones(TOKENS.shape))
+    outputs = OutputMoments(runner, wanted, [TOKENS], jax.random.key(0))
+    np.testing.assert_array_equal(outputs.of(2, "fc1", 24), np.eye(24))
     assert np.std(found["fc2"][0]) > 0
     layer.fc2.kernel.set_value(jnp.full_like(layer.fc2.kernel.get_value(), jnp.nan))
     runner = BlockRunner(model, "decoder/layers")
     with pytest.raises(NonFiniteError, match=r"decoder/layers/2/fc. *`: the gradient"):
         gradient_weights(runner, wanted, [TOKENS], jax.random.key(0))
+    outputs = OutputMoments(runner, wanted, [TOKENS], jax.random.key(0))
+    with pytest.raises(NonFiniteError, match=r"decoder/layers/2/fc1`: the gradient"):
+        outputs.of(2, "fc1", 24)
+
+
+def test_moments_of_what_is_missing_are_beside_those_of_what_is_read():
+    """Guards the order of the two, and which block either comes from."""
+    model = opt()
+    runner = BlockRunner(model, "decoder/layers")
+    full = runner.first(TOKENS)
+    block = nnx.clone(runner.blocks[0])
+    norm = block.self_attn_layer_norm
+    norm.scale.set_value(norm.scale.get_value() * 1.1)
+    x, stage = full + 0.1, ("self_attn/q_proj",)
+    found = runner.moments(
+        0, block, [stage], TOKENS, x, None, Undisturbed(runner.blocks[0], full)
+    )
+    read = np.asarray(norm(x), float).reshape(-1, 16)
+    wanted = np.asarray(runner.blocks[0].self_attn_layer_norm(full), float)
+    both = np.concatenate([read, wanted.reshape(-1, 16) - read], axis=1)
+    half = np.asarray(found[stage], float)
+    np.testing.assert_allclose(whole_of(half, 32), both.T @ both, rtol=1e-3, atol=1e-3)
 
 
 def test_blocks_of_one_structure_share_their_programs():

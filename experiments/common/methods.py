@@ -64,6 +64,8 @@ class RowKind:
         by widths that differ from layer to layer.
       is_calibrated: Whether layers are coded with a text, by error feedback.
       weighting: What tokens of that text weigh, see `Calibration`.
+      is_asymmetric: Whether layers make up for what earlier ones lost, see
+        `Calibration`.
       refinement: How what decodes the codes then learns from that text; None for not.
     """
 
@@ -76,6 +78,7 @@ class RowKind:
     mixes_widths: bool = False
     is_calibrated: bool = False
     weighting: str | None = None
+    is_asymmetric: bool = False
     refinement: Refinement | None = None
 
     def is_budget(self, bits: Width) -> bool:
@@ -243,6 +246,33 @@ CALIBRATED_METHODS: Mapping[str, RowKind] = {
         note=f"GPTQ: round-to-nearest as in rtn-g128, calibrated. {_FEEDBACK}",
         is_random=True,
         is_calibrated=True,
+    ),
+    "kashin-joint-asymmetric": RowKind(
+        make=joint_config,
+        note="As kashin-joint-calibrated, every layer being coded for what it would "
+        "give in full precision, from what it reads behind quantized layers.",
+        has_basis=True,
+        is_random=True,
+        is_calibrated=True,
+        is_asymmetric=True,
+    ),
+    "gptq-g128-asymmetric": RowKind(
+        make=lambda bits, *_: RTN(bits=_whole(bits), group_size=128),
+        note="GPTAQ: as gptq-g128, every layer being coded for what it would give in "
+        "full precision.",
+        is_random=True,
+        is_calibrated=True,
+        is_asymmetric=True,
+    ),
+    "kashin-joint-two-sided": RowKind(
+        make=joint_config,
+        note="As kashin-joint-asymmetric, errors of outputs weighed by the second "
+        "moments of the loss's gradient there and fed back, too, as YAQA has it.",
+        has_basis=True,
+        is_random=True,
+        is_calibrated=True,
+        weighting="outputs",
+        is_asymmetric=True,
     ),
     "kashin-joint-weighted": RowKind(
         make=joint_config,

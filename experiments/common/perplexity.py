@@ -117,7 +117,9 @@ class Bench:
         """A quantized copy of the checkpoint, calibrated and refined as a row asks."""
         calibration = refinement = None
         if self.calibration is not None and method is not None and method.is_calibrated:
-            calibration = self.calibration.text.calibration(seed, method.weighting)
+            calibration = self.calibration.text.calibration(
+                seed, method.weighting, method.is_asymmetric
+            )
             if method.refinement is not None:
                 refinement = dataclasses.replace(method.refinement, seed=seed)
         return quantized_copy(
@@ -132,6 +134,8 @@ class Bench:
         fields = self.calibration.record_fields()
         if method.weighting is not None:
             fields["calibration_weighting"] = method.weighting
+        if method.is_asymmetric:
+            fields["calibration_asymmetric"] = True
         return fields | refinement_fields(method.refinement)
 
     def known(self, choices: Record) -> dict[str, Any] | None:

@@ -13,7 +13,12 @@ __all__ = ["print_calibrated", "read_calibration"]
 
 
 def read_calibration(
-    source: Checkpoint, file: str | None, count: int, weighting: str, seed: int
+    source: Checkpoint,
+    file: str | None,
+    count: int,
+    weighting: str,
+    is_asymmetric: bool,
+    seed: int,
 ) -> Calibration | None:
     """The calibration that the flags ask for, if any.
 
@@ -21,20 +26,23 @@ def read_calibration(
       source: The checkpoint.
       file: UTF-8 text.
       count: Tokens to use.
-      weighting: Of tokens, or `none`.
+      weighting: Of errors, or `none`.
+      is_asymmetric: Whether layers make up for what earlier ones lost.
       seed: Of the draw of windows.
 
     Raises:
       UsageError: If the model does not run here, `count` is too small, or there is a
-        weighting without a file.
+        way to calibrate without a file.
       DataError: If the file is no UTF-8 text, or too short.
     """
     kind = None if weighting == "none" else weighting
     if file is not None:
         text = calibration_text(source, read_text(Path(file)), count)
-        return text.calibration(seed, kind)
+        return text.calibration(seed, kind, is_asymmetric)
     if kind is not None:
         raise UsageError("`--calibration-weighting` needs `--calibration`.")
+    if is_asymmetric:
+        raise UsageError("`--calibration-asymmetric` needs `--calibration`.")
     return None
 
 

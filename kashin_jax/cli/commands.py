@@ -62,6 +62,7 @@ def run_quantize(
     calibration: str | None,
     calibration_tokens: int,
     calibration_weighting: str,
+    calibration_asymmetric: bool,
     dry_run: bool,
     force: bool,
     restart: bool,
@@ -80,10 +81,12 @@ def run_quantize(
             file=sys.stderr,
         )
     text = read_calibration(
-        source, calibration, calibration_tokens, calibration_weighting, seed
-    )
+        source, calibration, calibration_tokens, calibration_weighting,
+        calibration_asymmetric, seed,
+    )  # fmt: skip
     if dry_run:
-        chosen = chosen if text is None else calibration_rules(chosen)
+        if text is not None:
+            chosen = calibration_rules(chosen, text.weighting)
         if budget is not None:
             chosen, widths = mixed_checkpoint_rules(source, chosen, budget, seed)
             print(widths)

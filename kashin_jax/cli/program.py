@@ -136,10 +136,17 @@ def _quantize(commands: Any) -> None:
     _add_calibration_tokens(parser)
     parser.add_argument(
         "--calibration-weighting",
-        choices=("none", "gradient"),
+        choices=("none", "gradient", "outputs"),
         default="none",
-        help="what a token of it weighs: all the same, or the squared gradient of the "
-        "loss with respect to each layer's outputs; default: none",
+        help="what an error weighs: all the same; at every token, the squared gradient "
+        "of the loss with respect to a layer's outputs; or, for joint coding, at every "
+        "output, the second moments of that gradient, which loses least; default: none",
+    )
+    parser.add_argument(
+        "--calibration-asymmetric",
+        action="store_true",
+        help="code layers for what they would give in full precision, from what they "
+        "read behind quantized layers: less is lost, in twice the passes",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write nothing"

@@ -1,6 +1,7 @@
 """Quantization methods, a frozen dataclass each, and `quantize`."""
 
 from kashin_jax.methods.alternating import AlternatingKashin as AlternatingKashin
+from kashin_jax.methods.asymmetric import asymmetric_target as asymmetric_target
 from kashin_jax.methods.base import Encoded as Encoded
 from kashin_jax.methods.base import Method as Method
 from kashin_jax.methods.base import add_method as add_method
@@ -45,6 +46,7 @@ __all__ = [
     "Rotated",
     "Uniform",
     "add_method",
+    "asymmetric_target",
     "config_from_json",
     "config_to_json",
     "distinct_values",

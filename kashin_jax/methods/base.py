@@ -79,6 +79,7 @@ class Method:
       has_half_scales: Whether scales are stored in half precision, so that matrices of
         huge entries cannot be.
       takes_feedback: Whether there is `with_feedback`.
+      takes_output_feedback: Whether there is `with_feedback_of_both_sides`.
     """
 
     if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Method:
     takes_inputs: ClassVar[bool] = False
     has_half_scales: ClassVar[bool] = True
     takes_feedback: ClassVar[bool] = False
+    takes_output_feedback: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._as_python()
@@ -158,6 +160,23 @@ class Method:
             in float32, the result holds NaN, or codes that are of no use.
         """
         raise NotImplementedError(f"{type(self).__name__} has no error feedback.")
+
+    def with_feedback_of_both_sides(
+        self,
+        weight: Float[Array, "m n"],
+        free: QuantizedTensor,
+        moments: Float[Array, "m m"],
+        out_moments: Float[Array, "n n"],
+    ) -> QuantizedTensor:
+        """As `with_feedback`, where an error costs as much as outputs matter; pure.
+
+        Args:
+          weight: The matrix; must be finite.
+          free: What `encode` made of it.
+          moments: Second moments of its inputs, positive definite.
+          out_moments: G of tr(G E^T H E), positive definite, of any size.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no feedback of outputs.")
 
     def common_input_scale(
         self, weights: Iterable[Float[Array, "*stack m _"]]

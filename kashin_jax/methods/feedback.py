@@ -106,22 +106,31 @@ def triangular_factors(
 @jax.jit
 def output_loss(
     weight: Float[Array, "m n"],
-    moments: Float[Array, "m m"],
+    moments: Float[Array, "k k"],
     tensor: QuantizedTensor | None = None,
     unit: float | Float[Array, ""] = 1.0,
+    out_moments: Float[Array, "n n"] | None = None,
 ) -> Float[Array, ""]:
     """tr(E^T H E): the mean square of what is lost of x W, summed over outputs.
 
     Args:
       weight: The matrix.
-      moments: H, the second moments of x.
+      moments: H, the second moments of x; or those of (x, d), `k = 2 m`, where
+        (x + d) W is what x is to give, as in `asymmetric_target`.
       tensor: What the matrix became, E being the difference; None for nothing at all,
         so that E is the matrix.
       unit: What E is measured in: squares of 1e30 leave float32.
+      out_moments: G of tr(G E^T H E), in which outputs matter as G has it; None for
+        the identity.
     """
-    error = weight.astype(jnp.float32)
-    error = (error if tensor is None else error - tensor.decode()) / unit
+    w = weight.astype(jnp.float32)
+    error = w if tensor is None else w - tensor.decode()
+    if moments.shape[0] > w.shape[0]:
+        error = jnp.concatenate([error, w])
+    error = error / unit
     lost = jnp.einsum("ij,jn->in", moments, error, precision="highest")
+    if out_moments is not None:
+        lost = jnp.einsum("in,nk->ik", lost, out_moments, precision="highest")
     return jnp.sum(error * lost)
 
 

@@ -1,5 +1,6 @@
 """A language model run block by block, with an ear at the inputs of its layers."""
 
+import enum
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -19,9 +20,11 @@ from kashin_jax.pipeline.paths import at_path, join, put_at_path
 
 __all__ = [
     "BlockRunner",
+    "Measure",
     "Program",
     "PulledBack",
     "Stage",
+    "Undisturbed",
     "find_blocks",
     "run_block",
 ]
@@ -112,17 +115,37 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class Measure(enum.Enum):
+    """What is taken of the gradient with respect to a layer's outputs."""
+
+    SQUARES = "squares"
+    """Its mean square, for every token."""
+    MOMENTS = "moments"
+    """The half of the sum of g g^T over tokens, as `half_moments` has it."""
+
+
 class PulledBack(NamedTuple):
-    """The gradient of a loss in front of a block, and at its layers.
+    """The gradient of a loss in front of a block, and what was taken at its layers.
 
     Attributes:
       gradient: With respect to hidden states in front of the block.
-      squares: Of every wanted layer that was called, for every token the mean square of
-        the gradient with respect to the layer's outputs.
+      measured: Of every wanted layer that was called.
     """
 
     gradient: Float[Array, "b t d"]
-    squares: dict[str, Float[Array, "*b"]]
+    measured: dict[str, Float[Array, "..."]]
+
+
+class Undisturbed(NamedTuple):
+    """A batch in the network in full precision.
+
+    Attributes:
+      block: The original one.
+      x: Hidden states in front of it.
+    """
+
+    block: nnx.Module
+    x: Float[Array | np.ndarray, "b t d"]
 
 
 class BlockRunner:
@@ -220,6 +243,7 @@ class BlockRunner:
         tokens: Int[np.ndarray, "b t"],
         x: Float[Array | np.ndarray, "b t d"],
         weights: Sequence[Float[np.ndarray, "*b"]] | None = None,
+        undisturbed: Undisturbed | None = None,
     ) -> Mapping[Stage, Float[Array, "r c"]]:
         """Sums of x x^T over all tokens, x the input of each stage; halves of them.
 
@@ -230,18 +254,39 @@ class BlockRunner:
           tokens: Of the batch.
           x: Hidden states in front of it.
           weights: Of every token in the sum, for each stage; None weighs all alike.
+          undisturbed: Makes the sums of (x, d) in place of x, d being what is missing
+            in x of the same input in full precision.
         """
-        call = self.moments_call(index, block, stages)
-        return dict(zip(stages, call(jnp.asarray(tokens), x, weights), strict=True))
+        original, full = undisturbed or (None, None)
+        call = self.moments_call(index, block, stages, original)
+        found = call(jnp.asarray(tokens), x, weights, full)
+        return dict(zip(stages, found, strict=True))
 
     def moments_call(
-        self, index: int, block: nnx.Module, stages: Sequence[Stage]
+        self,
+        index: int,
+        block: nnx.Module,
+        stages: Sequence[Stage],
+        original: nnx.Module | None = None,
     ) -> Call:
-        """As `moments`, a list of them, for many batches of `tokens, x, weights`."""
+        """As `moments`, a list of them, for many batches.
+
+        Args:
+          index: Of the block.
+          block: It, or what stands for it.
+          stages: From `stages`.
+          original: The block in full precision, where batches have hidden states of
+            that, too.
+
+        Returns:
+          Called with `tokens, x, weights, full`, the last of them hidden states in full
+          precision, or None.
+        """
         graphdef, state = nnx.split(block)
         wanted = tuple(stage[0] for stage in stages)
         program = self.program(index, graphdef, wanted)
-        return Call(_moments, (program,), (self.state, state))
+        other = None if original is None else nnx.split(original)[1]
+        return Call(_moments, (program,), (self.state, state, other))
 
     def loss_gradient(
         self,
@@ -270,6 +315,7 @@ class BlockRunner:
         tokens: Int[np.ndarray, "b t"],
         x: Float[Array | np.ndarray, "b t d"],
         gradient: Float[Array, "b t d"],
+        measure: Measure,
     ) -> "PulledBack":
         """Takes the gradient of a loss from behind a block to its front.
 
@@ -279,11 +325,12 @@ class BlockRunner:
           tokens: Of the batch.
           x: Hidden states in front of it.
           gradient: With respect to those behind it.
+          measure: Taken of the gradient at every layer.
         """
         graphdef, state = nnx.split(self.blocks[index])
         program = self.program(index, graphdef, tuple(wanted))
         return _pulled_back(
-            program, self.state, state, jnp.asarray(tokens), x, gradient
+            program, measure, self.state, state, jnp.asarray(tokens), x, gradient
         )
 
     def program(
@@ -390,19 +437,39 @@ def _outputs(program: Program, shell: Any, state: Any, tokens: Array, x: Any) ->
     return run_block(program, shell, block, tokens, x)
 
 
-@partial(jax.jit, static_argnums=0)
-def _moments(
-    program: Program, shell: Any, state: Any, tokens: Array, x: Any, weights: Any
+def _read(
+    program: Program, shell: Any, state: Any, tokens: Array, x: Any
 ) -> list[Array]:
+    """What every wanted layer reads, in float32."""
     inputs, stages = _heard(program, shell, state, tokens, x)
     by_layer = {
         path: x for x, stage in zip(inputs, stages, strict=True) for path in stage
     }
-    rows = [by_layer[path] for path in program.wanted]
+    return [by_layer[path].astype(jnp.float32) for path in program.wanted]
+
+
+@partial(jax.jit, static_argnums=0)
+def _moments(
+    program: Program,
+    shell: Any,
+    state: Any,
+    original: Any,
+    tokens: Array,
+    x: Any,
+    weights: Any,
+    full: Any,
+) -> list[Array]:
+    rows = _read(program, shell, state, tokens, x)
+    if full is not None:
+        wanted = _read(program, shell, original, tokens, full)
+        rows = [
+            jnp.concatenate([x, y - x], axis=-1)
+            for x, y in zip(rows, wanted, strict=True)
+        ]
     if weights is not None:
         # Half of a weight for each of the two factors.
         rows = [
-            x.astype(jnp.float32) * jnp.sqrt(weight)[..., None]
+            x * jnp.sqrt(weight)[..., None]
             for x, weight in zip(rows, weights, strict=True)
         ]
     return [half_moments(x) for x in rows]
@@ -424,9 +491,15 @@ def _loss_gradient(
     return jax.grad(loss)(x)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _pulled_back(
-    program: Program, shell: Any, state: Any, tokens: Array, x: Any, gradient: Array
+    program: Program,
+    measure: Measure,
+    shell: Any,
+    state: Any,
+    tokens: Array,
+    x: Any,
+    gradient: Array,
 ) -> PulledBack:
     def run(x: Array, extra: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         block = nnx.merge(program.block, state)
@@ -445,8 +518,9 @@ def _pulled_back(
     zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), outputs)
     _, pull = jax.vjp(lambda x, extra: run(x, extra)[0], x, zeros)
     before, gradients = pull(gradient)
-    squares = {
-        path: jnp.mean(jnp.square(each.astype(jnp.float32)), axis=-1)
-        for path, each in gradients.items()
-    }
-    return PulledBack(before, squares)
+    take = half_moments if measure is Measure.MOMENTS else _mean_squares
+    return PulledBack(before, {path: take(each) for path, each in gradients.items()})
+
+
+def _mean_squares(gradient: Float[Array, "*b n"]) -> Float[Array, "*b"]:
+    return jnp.mean(jnp.square(gradient.astype(jnp.float32)), axis=-1)

@@ -29,12 +29,15 @@ class CalibrationText:
     context: int
     count: int
 
-    def calibration(self, seed: int, weighting: str | None = None) -> Calibration:
+    def calibration(
+        self, seed: int, weighting: str | None = None, is_asymmetric: bool = False
+    ) -> Calibration:
         """Windows of the text, others for every seed.
 
         Args:
           seed: Of the draw.
           weighting: See `Calibration`.
+          is_asymmetric: See `Calibration`.
 
         Raises:
           UsageError: If `count` is less than two windows.
@@ -43,7 +46,9 @@ class CalibrationText:
         windows = calibration_windows(
             self.tokens, context=self.context, count=self.count, seed=seed
         )
-        return Calibration(windows=windows, weighting=weighting)
+        return Calibration(
+            windows=windows, weighting=weighting, is_asymmetric=is_asymmetric
+        )
 
 
 def calibration_text(source: Checkpoint, text: str, count: int) -> CalibrationText:

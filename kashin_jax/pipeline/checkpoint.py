@@ -145,7 +145,7 @@ def quantize_checkpoint(
     rules = Rules() if rules is None else rules
     checkpoint = open_checkpoint(source)
     if calibration is not None:
-        rules = calibration_rules(rules)
+        rules = calibration_rules(rules, calibration.weighting)
         check_tokens(checkpoint, calibration.windows)
     plan = plan_checkpoint(checkpoint, rules)
     check_copy(checkpoint)

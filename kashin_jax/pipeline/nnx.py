@@ -121,7 +121,8 @@ def quantize_model(
     if calibration is not None:
         if quantize_layer is not None:
             raise UsageError("Give `calibration` or `quantize_layer`, not both.")
-        rules, config = calibration_rules(resolve_rules(config, rules)), None
+        rules = calibration_rules(resolve_rules(config, rules), calibration.weighting)
+        config = None
     if dry_run:
         plan = plan_model(model, config, rules=rules, select=select)
         print(plan)

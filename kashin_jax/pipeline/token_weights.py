@@ -6,27 +6,21 @@ all outputs of a layer, an error e of the outputs at a token costs g^2 |e|^2, wh
 is the mean square of the gradient with respect to these outputs, and so the moments of
 a layer's inputs are E[g^2 x x^T].
 
-The loss is that against next tokens which the model itself predicts, drawn at random:
-its gradients are those of the Fisher information. That against the tokens of the text
-gives those of the "empirical" one, where what the model predicts badly weighs most.
-
 References:
   Kim et al., "GuidedQuant: large language model quantization via exploiting end loss
   guidance" (2025), arXiv:2505.07004, which takes the text's own tokens and may have a
   number for each of several groups of outputs.
 """
 
-import contextlib
 from collections.abc import Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.pipeline.blocks import BlockRunner
-from kashin_jax.pipeline.hidden_states import HELD_BYTES, HiddenStates
+from kashin_jax.pipeline.blocks import BlockRunner, Measure
+from kashin_jax.pipeline.gradients import NOT_FINITE, layer_gradients
+from kashin_jax.pipeline.hidden_states import HELD_BYTES
 
 __all__ = ["TokenWeights", "gradient_weights"]
 
@@ -41,11 +35,7 @@ def gradient_weights(
     key: Key[Array, ""],
     held_bytes: int = HELD_BYTES,
 ) -> list[TokenWeights]:
-    """Weights of tokens in full precision, by one backward pass through each batch.
-
-    What is held: hidden states of one batch in front of every block, on the host and
-    beyond a bound on disk, the gradients of one block's layers while their squares are
-    taken, logits of one window, and the weights.
+    """Weights of tokens in full precision; held beside what `layer_gradients` holds.
 
     Args:
       runner: Of the model.
@@ -59,31 +49,11 @@ def gradient_weights(
       NonFiniteError: If a gradient is NaN or infinity; names the layer.
     """
     found: list[dict[str, list[np.ndarray]]] = [{} for _ in wanted]
-    windows = 0
-    with contextlib.closing(HiddenStates(held_bytes)) as held:
-        for tokens in batches:
-            x = runner.first(tokens)
-            for index, block in enumerate(runner.blocks):
-                held.append(np.asarray(x))
-                x = runner.outputs(index, block, tokens, x)
-            # One window at a time: logits of a large vocabulary take GBs.
-            gradient = jnp.concatenate(
-                [
-                    runner.loss_gradient(
-                        tokens[i : i + 1],
-                        x[i : i + 1],
-                        jax.random.fold_in(key, windows + i),
-                    )
-                    for i in range(len(tokens))
-                ]
-            )
-            windows += len(tokens)
-            for index in reversed(range(len(held))):
-                gradient, squares = runner.pulled_back(
-                    index, wanted[index], tokens, held.pop(), gradient
-                )
-                for path, square in squares.items():
-                    found[index].setdefault(path, []).append(np.asarray(square))
+    for block, squares in layer_gradients(
+        runner, wanted, batches, key, Measure.SQUARES, held_bytes
+    ):
+        for path, square in squares.items():
+            found[block].setdefault(path, []).append(np.asarray(square))
     return [
         {
             path: _of_mean_one(f"{runner.path}/{index}/{path}", squares)
@@ -98,11 +68,7 @@ def _of_mean_one(
 ) -> list[Float32[np.ndarray, "*b"]]:
     mean = float(np.mean([np.mean(each, dtype=np.float64) for each in squares]))
     if not np.isfinite(mean):
-        raise NonFiniteError(
-            f"`{path}`: the gradient of the loss with respect to its outputs is NaN or "
-            "infinity in the calibration text. Leave weighting by it out, or repair "
-            "the checkpoint."
-        )
+        raise NonFiniteError(NOT_FINITE.format(path))
     if not mean > 0:
         # The loss does not depend on the layer: no token matters more than another.
         return [np.ones_like(each) for each in squares]

@@ -88,6 +88,7 @@ class JointKashin(Method):
     takes_inputs: ClassVar[bool] = True
     has_half_scales: ClassVar[bool] = False
     takes_feedback: ClassVar[bool] = True
+    takes_output_feedback: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._as_python()
@@ -171,6 +172,25 @@ class JointKashin(Method):
         moments: Float[Array, "m m"],
     ) -> KashinTensor:
         """Codes a matrix again with the levels and bases of `free`, see the base."""
+        return self._fed(weight, free, moments, None)
+
+    def with_feedback_of_both_sides(
+        self,
+        weight: Float[Array, "m n"],
+        free: QuantizedTensor,
+        moments: Float[Array, "m m"],
+        out_moments: Float[Array, "n n"],
+    ) -> KashinTensor:
+        """As `with_feedback`, columns of blocks one after another, see the base."""
+        return self._fed(weight, free, moments, out_moments)
+
+    def _fed(
+        self,
+        weight: Float[Array, "m n"],
+        free: QuantizedTensor,
+        moments: Float[Array, "m m"],
+        out_moments: Float[Array, "n n"] | None,
+    ) -> KashinTensor:
         assert isinstance(free, KashinTensor), "a tensor of this method"
         layout = free.layout
         bases = free.derive_bases()
@@ -184,7 +204,7 @@ class JointKashin(Method):
         )
         levels = levels_of_pairs(free.centroids, self.split)
         code = code_with_feedback(
-            weight, moments, levels, bases.basis, bases.rotation, search
+            weight, moments, levels, bases.basis, bases.rotation, search, out_moments
         )
         packed, coarse = pack_rows(code.codes, layout)
         return free.replace(

@@ -3,8 +3,16 @@
 A band is a row of blocks. Its target is its weights and what was lost of the bands
 behind it, carried on through the second moments of the inputs (`methods/feedback.py`);
 its blocks are searched as they always are, with levels that are known.
+
+Where it is known how outputs matter, by G of tr(G E^T H E), columns of blocks are coded
+one after another, too, the last one first: with G = F D F^T, `F` unit block triangular,
+what was lost of those behind is carried on through F, and each column is then a matrix
+of its own. This is the two-sided feedback of YAQA (Tseng, Sun and De Sa 2025,
+arXiv:2505.22988) with blocks of joint coding in place of 16 x 16.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +21,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from kashin_jax.bases import KroneckerBasis
 from kashin_jax.methods.base import is_traced
-from kashin_jax.methods.feedback import triangular_factors
+from kashin_jax.methods.feedback import Triangular, triangular_factors
 from kashin_jax.methods.joint.anneal import anneal
 from kashin_jax.methods.joint.scales import (
     as_half,
@@ -76,6 +84,7 @@ def code_with_feedback(
     basis: KroneckerBasis,
     rotation: KroneckerBasis | None,
     search: Search,
+    out_moments: Float[Array, "n n"] | None = None,
 ) -> FedCode:
     """Codes a matrix so that little of its outputs is lost.
 
@@ -89,12 +98,13 @@ def code_with_feedback(
       basis: The bases of one block.
       rotation: Those in which blocks are coded; None for the standard one.
       search: Static choices.
+      out_moments: How outputs matter; None where all matter alike.
     """
-    leaves = jax.tree.leaves((weight, moments, levels, basis, rotation))
+    leaves = jax.tree.leaves((weight, moments, levels, basis, rotation, out_moments))
     # Options of the compiler are for programs of their own.
     alone = jax.default_backend() == "cpu" and not any(map(is_traced, leaves))
     code = _code_by_one_thread if alone else _code
-    return code(weight, moments, levels, basis, rotation, search)
+    return code(weight, moments, levels, basis, rotation, search, out_moments)
 
 
 def _coded(
@@ -104,20 +114,80 @@ def _coded(
     basis: KroneckerBasis,
     rotation: KroneckerBasis | None,
     search: Search,
+    out_moments: Float[Array, "n n"] | None,
 ) -> FedCode:
     m, n = weight.shape
-    size = search.block_shape[0]
+    size, width = search.block_shape
     peak = jnp.max(jnp.abs(weight)).astype(jnp.float32)
     x = weight.astype(jnp.float32) / jnp.where(peak > 0, peak, 1.0)
-    # Outputs have the same moments, so that feedback never mixes them.
-    out_scale = relative_rms(x, axis=0, power=1.0)
+    outputs = None
+    if out_moments is None:
+        # Outputs have the same moments, so that feedback never mixes them.
+        out_scale = relative_rms(x, axis=0, power=1.0)
+    else:
+        outputs = triangular_factors(out_moments, width, last_first=True)
+        out_scale = weighted_scale(
+            relative_rms(x, axis=0, power=0.5),
+            relative_quarter(_diagonals(outputs).reshape(-1)),
+            search.distortion,
+            width,
+        )
     x = x / out_scale[None, :]
-    factor, metric = triangular_factors(moments, size, last_first=True)
-    diagonal = jnp.diagonal(metric, axis1=1, axis2=2)
-    quarter = relative_quarter(diagonal.reshape(-1)).reshape(-1, size)
+    inputs = triangular_factors(moments, size, last_first=True)
+    quarter = relative_quarter(_diagonals(inputs).reshape(-1)).reshape(-1, size)
     # As `relative_rms` of the whole matrix has it, since targets come one by one.
     mean = jnp.mean(_rms(x) ** 0.5)
     mean = jnp.where(mean > 0, mean, 1.0)
+
+    def in_scale(rows: Float[Array, "size k"], index: Int[Array, ""]) -> Array:
+        root = _rms(rows) ** 0.5
+        root = as_half(jnp.where(root > 0, root / mean, 1.0))
+        return weighted_scale(root, quarter[index], search.distortion, size)
+
+    code = partial(_code_band, levels=levels, basis=basis, rotation=rotation)
+    code = partial(code, search=search)
+    if outputs is None:
+        coded, found = _code_bands(x, inputs.factor, in_scale, code, size)
+    else:
+        # Relative to scales, as the matrix is.
+        factor = out_scale[:, None] * outputs.factor / out_scale[None, :]
+        # Columns share the scales of inputs, which so are those of the matrix itself.
+        scales = jax.vmap(in_scale)(x.reshape(-1, size, n), jnp.arange(m // size))
+        coded, found = _code_columns(
+            x, inputs.factor, factor, scales, code, search.block_shape
+        )
+    if search.expansion:
+        gain = _expansion(x, coded, moments) ** search.expansion
+        out_scale = as_half(out_scale * gain)
+    return FedCode(
+        codes=found.codes.reshape(m, n),
+        scale=found.scale * peak,
+        in_scale=found.in_scale.reshape(m),
+        out_scale=out_scale,
+    )
+
+
+def _diagonals(factors: Triangular) -> Float[Array, "g size"]:
+    return jnp.diagonal(factors.metric, axis1=1, axis2=2)
+
+
+def _code_bands(
+    x: Float[Array, "m n"],
+    factor: Float[Array, "m m"],
+    in_scale: Callable[[Float[Array, "size n"], Int[Array, ""]], Float[Array, " size"]],
+    code: Callable[..., tuple[_Band, Float[Array, "size n"]]],
+    size: int,
+) -> tuple[Float[Array, "m n"], _Band]:
+    """What bands decode to, and their codes stacked, the last band coded first.
+
+    Args:
+      x: The matrix.
+      factor: Of the moments of inputs.
+      in_scale: Called with a band's target and its index.
+      code: `_code_band` of a target and its scales.
+      size: Rows of a band.
+    """
+    m = x.shape[0]
 
     def of_band(
         coded: Float[Array, "m n"], index: Int[Array, ""]
@@ -129,22 +199,51 @@ def _coded(
         lost = jnp.where(behind, x - coded, 0.0)
         own = jax.lax.dynamic_slice_in_dim(x, start, size)
         target = own + jnp.einsum("ij,in->jn", columns, lost, precision="highest")
-        root = _rms(target) ** 0.5
-        root = as_half(jnp.where(root > 0, root / mean, 1.0))
-        scale = weighted_scale(root, quarter[index], search.distortion, size)
-        found, decoded = _code_band(target, scale, levels, basis, rotation, search)
+        found, decoded = code(target, in_scale(target, index))
         return jax.lax.dynamic_update_slice(coded, decoded, (start, 0)), found
 
     bands = jnp.arange(m // size)
-    coded, found = jax.lax.scan(of_band, jnp.zeros_like(x), bands, reverse=True)
-    if search.expansion:
-        gain = _expansion(x, coded, moments) ** search.expansion
-        out_scale = as_half(out_scale * gain)
-    return FedCode(
-        codes=found.codes.reshape(m, n),
-        scale=found.scale * peak,
-        in_scale=found.in_scale.reshape(m),
-        out_scale=out_scale,
+    return jax.lax.scan(of_band, jnp.zeros_like(x), bands, reverse=True)
+
+
+def _code_columns(
+    x: Float[Array, "m n"],
+    factor: Float[Array, "m m"],
+    out_factor: Float[Array, "n n"],
+    scales: Float[Array, "r size"],
+    code: Callable[..., tuple[_Band, Float[Array, "size width"]]],
+    block_shape: tuple[int, int],
+) -> tuple[Float[Array, "m n"], _Band]:
+    """As `_code_bands`, one column of blocks after another, the last one first.
+
+    Args:
+      x: The matrix.
+      factor: Of the moments of inputs.
+      out_factor: Of those of outputs.
+      scales: Of the inputs of every band.
+      code: As for `_code_bands`.
+      block_shape: Its width is that of a column.
+    """
+    n, (size, width) = x.shape[1], block_shape
+
+    def of_column(
+        coded: Float[Array, "m n"], index: Int[Array, ""]
+    ) -> tuple[Array, _Band]:
+        start = index * width
+        carried = jax.lax.dynamic_slice_in_dim(out_factor, start, width, axis=1)
+        behind = jnp.arange(n)[None, :] >= start + width
+        lost = jnp.where(behind, x - coded, 0.0)
+        own = jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
+        target = own + jnp.einsum("mn,nk->mk", lost, carried, precision="highest")
+        decoded, found = _code_bands(target, factor, lambda _, i: scales[i], code, size)
+        return jax.lax.dynamic_update_slice(coded, decoded, (0, start)), found
+
+    columns = jnp.arange(n // width)
+    coded, found = jax.lax.scan(of_column, jnp.zeros_like(x), columns, reverse=True)
+    return coded, _Band(
+        codes=jnp.moveaxis(found.codes, 0, 2),
+        scale=found.scale[..., 0].T,
+        in_scale=scales,
     )
 
 
