@@ -40,6 +40,7 @@ _LAMBADA = "experiments.opt_ppl --dataset=lambada --data_dir=$DATA"
 
 _CALIBRATED = "experiments.opt_ppl --max_tokens=16384 --calibration=default"
 _FED = "kashin-joint-calibrated,gptq-g128"
+_BOTH = "kashin-joint-two-sided"
 
 
 def _figure(about: str, name: str, *key: str) -> ResultFile:
@@ -78,12 +79,13 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
             *_ROW, "calibration", "calibration_sha256", "calibration_tokens",
         ),
         (
-            f"{_CALIBRATED} --bits=2 --seed=0,1,2 "
-            f"--methods={_FED},kashin-joint-refined",
+            f"{_CALIBRATED} --bits=2,3 --seed=0,1,2 --methods={_FED},{_BOTH}",
+            f"{_CALIBRATED} --bits=2 --seed=0,1,2 --methods=kashin-joint-refined",
             f"{_CALIBRATED} --bits=2 --methods=gptq-g128-act-order,"
             "kashin-joint-distilled",
-            f"{_CALIBRATED} --bits=3 --methods={_FED},kashin-joint-refined",
-            f"{_CALIBRATED} --bits=4 --methods={_FED},kashin-dct-calibrated,"
+            f"{_CALIBRATED} --bits=3 --methods=kashin-joint-refined",
+            f"{_CALIBRATED} --bits=4 --seed=0,1,2 --methods={_FED}",
+            f"{_CALIBRATED} --bits=4 --methods={_BOTH},kashin-dct-calibrated,"
             "rotate-kashin-dct-calibrated",
             f"{_CALIBRATED} --bits=8 --methods=gptq-g128,gptq-g128-refined",
             f"{_CALIBRATED} --dataset=wikitext2 --data_dir=$DATA --bits=2 "
