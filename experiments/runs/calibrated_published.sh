@@ -17,7 +17,8 @@ models=("$@")
   facebook/opt-6.7b meta-llama/Llama-2-7b-hf meta-llama/Llama-2-13b-hf
   meta-llama/Meta-Llama-3-8B meta-llama/Llama-3.2-1B
 )
-methods=kashin-joint,kashin-joint-calibrated,kashin-joint-refined,gptq-g128
+methods=kashin-joint,kashin-joint-calibrated,kashin-joint-two-sided
+methods+=,kashin-joint-refined,gptq-g128,gptq-g128-asymmetric
 methods+=,gptq-g128-act-order,kashin-dct-calibrated,rotate-kashin-dct-calibrated,rtn-g128
 for model in "${models[@]}"; do
   for dataset in wikitext2-gptq c4; do
