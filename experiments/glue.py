@@ -2,6 +2,8 @@
 
     python -m experiments.glue --bits=4
     python -m experiments.glue --bits=2,3,4,6 --seeds=3 --data_dir=GLUE
+    python -m experiments.glue --bits=2 --calibration=default \
+        --methods=kashin-joint,kashin-joint-calibrated,gptq-g128
     python -m experiments.glue --model='runs/bert-base-uncased-{task}/hf' --tasks=rte
 
 Without flags it takes the embedded encoder minilm-glue and two embedded sets of rated
@@ -12,9 +14,10 @@ has them, or `--tasks` names them and the hub has them; it says which were left 
 quantized already, by `--save` or `kashin quantize`, is scored as it is. By the paper's
 protocol all matrices are quantized but embeddings and the classifier. It prints one row
 per method, adds them to table3_glue.jsonl in `--out`, and writes table3_glue.md and
-table3_glue.png. The same command goes on where an interrupted one stopped. Rows that
-the file has, of the same model, data, choices, versions and device, are taken from
-there unless `--fresh`, or `--save` needs the classifiers.
+table3_glue.png; with `--calibration` these are called calibrated_glue. The same command
+goes on where an interrupted one stopped. Rows that the file has, of the same model,
+data, choices, versions and device, are taken from there unless `--fresh`, or `--save`
+needs the classifiers.
 
 Exit code 0: done; 1: a file or its content is unusable; 2: wrong flag; 130: Ctrl-C.
 """
@@ -28,14 +31,17 @@ from typing import Any
 
 import jax
 
+from experiments.classification.calibration import TRAIN, load_task_calibration
 from experiments.classification.checkpoints import load_task_bench, resolve_tasks
 from experiments.classification.plot import plot_glue
 from experiments.classification.rows import (
     GlueBench,
+    TaskBench,
     quantized_records,
     unchanged_records,
 )
 from experiments.classification.tasks import TASKS, Task, choose_tasks, data_title
+from experiments.common.calibration import DEFAULT, NamedCalibration
 from experiments.common.flags import (
     GIVEN,
     POSITIVE_COUNT,
@@ -50,8 +56,10 @@ from experiments.common.flags import (
 )
 from experiments.common.methods import (
     FULL_PRECISION,
+    GLUE_CALIBRATED,
     GLUE_METHODS,
     METHODS,
+    RowKind,
     choose_methods,
     table_grid,
 )
@@ -71,9 +79,11 @@ from kashin_jax.errors import UsageError
 
 __all__ = ["GlueConfig", "glue_columns", "main", "run", "table_facts", "table_rows"]
 
-ARTIFACT = "table3_glue"
+ARTIFACT, CALIBRATED_ARTIFACT = "table3_glue", "calibrated_glue"
 EMBEDDED = ASSETS / "minilm-glue"
-_QUANTIZING = ("bits", "methods", "basis", "seeds", "rtol", "max_steps", "save")
+_QUANTIZING = (
+    "bits", "methods", "basis", "seeds", "rtol", "max_steps", "save", "calibration"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +116,17 @@ class GlueConfig:
     )
     methods: tuple[str, ...] = flag(
         ("all",),
-        f"A list of {', '.join(METHODS)}; all stands for {', '.join(GLUE_METHODS)}.",
+        f"A list of {', '.join((*METHODS, *GLUE_CALIBRATED))}; all stands for "
+        f"{', '.join(GLUE_METHODS)}; the last {len(GLUE_CALIBRATED)} need "
+        "--calibration, with which all stands for them, too.",
+    )
+    calibration: str = flag(
+        "",
+        f"Text that calibrated methods learn from: {TRAIN}, the task's training set; "
+        f"{DEFAULT}, the split of wiki_vital for it; or a UTF-8 file.",
+    )
+    calibration_tokens: int = flag(
+        32_768, "Tokens of it, in whole examples.", POSITIVE_COUNT
     )
     basis: tuple[str, ...] = flag(
         ("hadamard",),
@@ -139,7 +159,12 @@ class GlueConfig:
 
     def __post_init__(self) -> None:
         check_flags(self)
-        choose_methods(self.methods)
+        chosen = _methods(self).values()
+        if self.calibration and not any(m.is_calibrated for m in chosen):
+            raise UsageError(
+                f"`--calibration` is for the methods {', '.join(GLUE_CALIBRATED)}; "
+                "name one, or leave it out."
+            )
         parse_widths("bits", self.bits, 1, 8)
         parse_bases(self.basis)
         if self.tasks:
@@ -173,7 +198,10 @@ def run(config: GlueConfig) -> int:
         work = start_work(out, config, leaving=("batch_tokens", "save", "fresh"))
         # Records do not say what `--labels` did.
         is_fresh = config.fresh or config.labels
-        earlier = [] if is_fresh else read_jsonl(out / f"{ARTIFACT}.jsonl")
+        # Methods without calibration are the same in both files.
+        names = dict.fromkeys((_artifact(config), ARTIFACT))
+        files = [out / f"{name}.jsonl" for name in names]
+        earlier = [] if is_fresh else [r for file in files for r in read_jsonl(file)]
         identity = {
             "model": name, "max_length": config.max_length, **environment_fields()
         }  # fmt: skip
@@ -181,11 +209,37 @@ def run(config: GlueConfig) -> int:
         bench = GlueBench(
             tasks=benches, work=work, identity=identity, save=save,
             finished=FinishedRecords(work / "rows.jsonl", earlier),
+            calibrations=_calibrations(config, benches, data_dir),
         )  # fmt: skip
         records = _records(config, bench)
     _present(config, bench, records, left_out, out)
     remove_work(work)
     return 0
+
+
+def _artifact(config: GlueConfig) -> str:
+    """The name of the files: tables with calibrated rows are other ones."""
+    return CALIBRATED_ARTIFACT if config.calibration else ARTIFACT
+
+
+def _methods(config: GlueConfig) -> dict[str, RowKind]:
+    calibrated = GLUE_CALIBRATED if config.calibration else None
+    return choose_methods(config.methods, GLUE_METHODS, calibrated=calibrated)
+
+
+def _calibrations(
+    config: GlueConfig, benches: Sequence[TaskBench], data_dir: Path | None
+) -> dict[str, NamedCalibration]:
+    """The examples of every task's calibration, by its name."""
+    scored = {each.sha256 for one in benches for each in one.sets}
+    return {
+        one.task.name: load_task_calibration(
+            one.task, one.loaded, config.calibration, config.calibration_tokens,
+            data_dir=data_dir, max_length=config.max_length, scored=scored,
+        )
+        for one in benches
+        if config.calibration
+    }  # fmt: skip
 
 
 def _refuse_choices(config: GlueConfig) -> None:
@@ -203,7 +257,7 @@ def _records(config: GlueConfig, bench: GlueBench) -> list[dict[str, Any]]:
         return records
     grid = table_grid(
         parse_widths("bits", config.bits, 1, 8),
-        choose_methods(config.methods, GLUE_METHODS),
+        _methods(config),
         parse_bases(config.basis),
         range(config.seeds),
     )
@@ -243,10 +297,10 @@ def _present(
     title = f"{records[0]['model']}: {data_title(tasks)}"
     shown = dataclasses.replace(config, fresh=False)
     written = write_results(
-        out, ARTIFACT, records, columns, rows=rows, title=title, facts=facts,
+        out, _artifact(config), records, columns, rows=rows, title=title, facts=facts,
         command=command_line("glue", shown, always=_shown(bench)),
     )  # fmt: skip
-    picture = out / f"{ARTIFACT}.png"
+    picture = out / f"{_artifact(config)}.png"
     plot_glue(records, tasks, picture, title=title)
     print(f"\nWritten: {written.jsonl}, {written.markdown}, {picture}")
 
@@ -334,8 +388,11 @@ def _skipped(count: int) -> str:
     return f" ({count} damaged rows left out)" if count else ""
 
 
-_KEYS = ("method", "bits", "basis")
-_MEANS = ("relative_error", "converged_share", "quantize_seconds")
+_KEYS = ("method", "bits", "basis", "calibration")
+_MEANS = (
+    "relative_error", "converged_share", "quantize_seconds", "output_error",
+    "data_free_output_error",
+)  # fmt: skip
 
 
 def glue_columns(
@@ -345,12 +402,20 @@ def glue_columns(
     first = [Column("method", "method"), Column("bits", "bits")]
     if len({r["basis"] for r in records if r["basis"] is not None}) > 1:
         first.append(Column("basis", "basis"))
+    is_calibrated = any(r.get("calibration") for r in records)
+    if is_calibrated:
+        first.append(Column("calibration", "calibration"))
+    outputs = (
+        Column("output_error", "outputs lose", fixed(4)),
+        Column("data_free_output_error", "without text", fixed(4)),
+    )
     return (
         *first,
         Column("stored_bits_per_weight", "bits/weight", fixed(3)),
         Column("seeds", "seeds"),
         *(Column(task.name, task.title) for task in tasks),
         Column("relative_error", "rel. sq. error", fixed(5)),
+        *(outputs if is_calibrated else ()),
         Column("converged_share", "converged", share),
         Column("quantize_seconds", "seconds", fixed(1)),
     )
@@ -367,7 +432,7 @@ def table_rows(
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        groups.setdefault(tuple(record[key] for key in _KEYS), []).append(record)
+        groups.setdefault(tuple(map(record.get, _KEYS)), []).append(record)
     rows: list[dict[str, Any]] = []
     for key, group in groups.items():
         cells = {task.name: _cell(task, group, "value", 2) for task in tasks}
@@ -414,8 +479,14 @@ def _cell(task: Task, group: Sequence[Record], field: str, digits: int) -> str |
 
 
 def _mean(group: Sequence[Record], field: str) -> float | None:
-    # One value per checkpoint and seed, however many tasks and metrics they have.
-    runs = {(r["weights_sha256"], r["seed"]): r[field] for r in group}
+    # One value per checkpoint and seed, however many tasks and metrics they have; each
+    # task has a calibration of its own.
+    runs = {
+        (r["weights_sha256"], r["seed"], r.get("calibration") and r["task"]): r.get(
+            field
+        )
+        for r in group
+    }
     values = [value for value in runs.values() if value is not None]
     return statistics.fmean(values) if values else None
 

@@ -158,7 +158,9 @@ class OptPplConfig:
 
     def __post_init__(self) -> None:
         check_flags(self)
-        chosen = choose_methods(self.methods, calibrated=bool(self.calibration))
+        chosen = choose_methods(
+            self.methods, calibrated=CALIBRATED_METHODS if self.calibration else None
+        )
         if self.calibration and not any(m.is_calibrated for m in chosen.values()):
             raise UsageError(
                 "`--calibration` is for the methods "
@@ -260,7 +262,9 @@ def _rows(config: OptPplConfig, bench: Bench) -> list[dict[str, Any]]:
     full = full_precision_row(bench)
     records = [full]
     _announce(full)
-    chosen = choose_methods(config.methods, calibrated=bool(config.calibration))
+    chosen = choose_methods(
+        config.methods, calibrated=CALIBRATED_METHODS if config.calibration else None
+    )
     seeds = parse_numbers("seed", config.seed, 0, 2**31 - 1)
     grid = table_grid(
         parse_widths("bits", config.bits, 1, 8), chosen, parse_bases(config.basis),

@@ -17,7 +17,6 @@ from tiny_checkpoint import (
     row,
     table,
 )
-from tiny_classifier import make_classifier
 
 from experiments.opt_ppl import main as job
 from kashin_jax import RTN, AlternatingKashin, JointKashin, Rules, quantize_model
@@ -357,8 +356,11 @@ def test_what_cannot_work_is_said_first(tiny, tmp_path, rules, text, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_classifier_is_refused(tmp_path):
-    source = make_classifier(tmp_path / "source", "sst2")
+def test_a_model_that_does_not_run_here_is_refused(tiny, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
     with pytest.raises(UsageError, match="cannot be calibrated, as the model does not"):
         quantize_checkpoint(source, tmp_path / "out", GPTQ, calibration=TEXT)
 

@@ -18,6 +18,7 @@ from experiments.classification.labels import with_task_labels
 from experiments.classification.metrics import flip_rate, log_loss
 from experiments.classification.quantized import save_quantized
 from experiments.classification.tasks import Task
+from experiments.common.calibration import NamedCalibration
 from experiments.common.flags import file_stem
 from experiments.common.methods import AS_STORED, FULL_PRECISION, RowKind, Width
 from experiments.common.published import published_glue
@@ -35,7 +36,7 @@ from kashin_jax import BasisSpec, Rules
 from kashin_jax.errors import NonFiniteError
 from kashin_jax.methods import Method
 from kashin_jax.models import LoadedClassifier, SequenceClassifier
-from kashin_jax.pipeline import replace_kernels
+from kashin_jax.pipeline import Calibration, replace_kernels
 from kashin_jax.tensors import QuantizedTensor
 
 __all__ = [
@@ -134,6 +135,8 @@ class GlueBench:
       identity: Fields that every record has: model, greatest length, versions, device.
       save: Where quantized classifiers are kept, one directory each; None keeps none.
       finished: Rows that are not made again, unless they are saved; None makes all.
+      calibrations: Examples of calibrated rows, by name of the task; none where there
+        are no such rows.
     """
 
     tasks: tuple[TaskBench, ...]
@@ -141,13 +144,24 @@ class GlueBench:
     identity: Record
     save: Path | None = None
     finished: FinishedRecords | None = None
+    calibrations: Mapping[str, NamedCalibration] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def calibration_fields(self, task: Task, method: RowKind | None) -> dict[str, Any]:
+        """What a record says of its calibration; nothing where there is none."""
+        if method is None or not method.is_calibrated:
+            return {}
+        return self.calibrations[task.name].record_fields()
 
     @property
     def is_quantized(self) -> bool:
         """Whether a classifier is scored as it is stored, so that no row is added."""
         return any(one.stored is not None for one in self.tasks)
 
-    def known(self, choices: Record) -> list[dict[str, Any]]:
+    def known(
+        self, choices: Record, method: RowKind | None = None
+    ) -> list[dict[str, Any]]:
         """The finished row of these choices, if all of its records are there."""
         if self.finished is None or self.save is not None:
             return []
@@ -157,6 +171,7 @@ class GlueBench:
             of_task = {
                 **self.identity, **choices, "task": one.task.name,
                 "data_sha256": data, "weights_sha256": one.weights_sha256,
+                **self.calibration_fields(one.task, method),
             }  # fmt: skip
             for metric in one.task.metrics:
                 found.append(self.finished.find({**of_task, "metric": metric}))
@@ -284,7 +299,8 @@ def quantized_records(
 ) -> list[dict[str, Any]]:
     """One row; a method that does not exist at this width is one record without value.
 
-    Checkpoints that are shared by several tasks are quantized once.
+    Checkpoints that are shared by several tasks are quantized once, or once for each of
+    the calibrations that these have.
 
     Raises:
       ValueError: If a layer cannot be quantized; the message names its path.
@@ -294,7 +310,7 @@ def quantized_records(
         "bits": bits,
         **method.choices(basis, seed, rtol, max_steps),
     }
-    if known := bench.known(choices):
+    if known := bench.known(choices, method):
         return known
     first = dict.fromkeys(("method", "bits"))
     row = {**first, **_ABSENT, **choices, **bench.identity}
@@ -304,7 +320,7 @@ def quantized_records(
     except ValueError as reason:
         return [{**row, "note": str(reason)}]
     try:
-        prepared = _prepared(bench, config, seed, method.keeps_failures)
+        prepared = _prepared(bench, config, seed, method)
     except NonFiniteError as reason:
         # The checkpoint is finite, so it is this method whose scales overflow.
         return [{**row, "note": str(reason)}]
@@ -315,7 +331,11 @@ def quantized_records(
             record
             for one in bench.tasks
             for record in _scored(
-                bench, one, prepared[one.weights_sha256], row, computation
+                bench,
+                one,
+                prepared[one.task.name],
+                {**row, **bench.calibration_fields(one.task, method)},
+                {**computation, **bench.calibration_fields(one.task, method)},
             )
         ]
     )
@@ -341,25 +361,43 @@ def _scored(
 
 
 def _prepared(
-    bench: GlueBench, config: Method, seed: int, keeps: bool
+    bench: GlueBench, config: Method, seed: int, method: RowKind
 ) -> dict[str, _Prepared]:
-    """Every checkpoint quantized, by its hash; `keeps` as `RowKind.keeps_failures`."""
+    """The quantized checkpoint of every task, by its name."""
     prepared: dict[str, _Prepared] = {}
+    known: dict[tuple[str, str | None], _Prepared] = {}
     for one in bench.tasks:
-        if one.weights_sha256 in prepared:
-            continue
-        layers = quantized_copy(
-            one.loaded, Rules(config=config), seed, bench.work, one.weights_sha256
-        ).layers
-        width = stored_width(one.loaded.stored_dtype)
-        kept = unconverged(layers) if keeps else frozenset()
-        fields = size_fields(one.loaded.model, width, layers, kept)
-        coded = {path: layer for path, layer in layers.items() if path not in kept}
-        skipped = [f"^{re.escape(path)}$" for path in sorted(kept)]
-        prepared[one.weights_sha256] = _Prepared(
-            {**fields, **loss_fields(layers, kept)},
-            decoded_kernels(coded),
-            {path: layer.tensor for path, layer in coded.items()},
-            Rules(config=config, skip=skipped),
-        )
+        calibration = None
+        if method.is_calibrated:
+            calibration = bench.calibrations[one.task.name].text.calibration(seed)
+        digest = None if calibration is None else calibration.digest
+        choice = one.weights_sha256, digest
+        if choice not in known:
+            known[choice] = _quantized(bench, one, config, seed, method, calibration)
+        prepared[one.task.name] = known[choice]
     return prepared
+
+
+def _quantized(
+    bench: GlueBench,
+    one: TaskBench,
+    config: Method,
+    seed: int,
+    method: RowKind,
+    calibration: Calibration | None,
+) -> _Prepared:
+    layers = quantized_copy(
+        one.loaded, Rules(config=config), seed, bench.work, one.weights_sha256,
+        calibration,
+    ).layers  # fmt: skip
+    width = stored_width(one.loaded.stored_dtype)
+    kept = unconverged(layers) if method.keeps_failures else frozenset()
+    fields = size_fields(one.loaded.model, width, layers, kept)
+    coded = {path: layer for path, layer in layers.items() if path not in kept}
+    skipped = [f"^{re.escape(path)}$" for path in sorted(kept)]
+    return _Prepared(
+        {**fields, **loss_fields(layers, kept)},
+        decoded_kernels(coded),
+        {path: layer.tensor for path, layer in coded.items()},
+        Rules(config=config, skip=skipped),
+    )

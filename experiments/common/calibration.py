@@ -9,12 +9,13 @@ from typing import Any
 from experiments.common.corpora import ASSETS, c4_train, read_utf8, wikitext2_train
 from experiments.common.text_documents import split_documents
 from kashin_jax.io import Checkpoint, read_json
-from kashin_jax.pipeline import CalibrationText, calibration_text
+from kashin_jax.pipeline import CalibrationExamples, CalibrationText, calibration_text
 
 __all__ = [
     "CORPORA",
     "DEFAULT",
     "NamedCalibration",
+    "calibration_source",
     "load_calibration",
     "unseen_documents",
 ]
@@ -34,7 +35,7 @@ class NamedCalibration:
     """
 
     name: str
-    text: CalibrationText
+    text: CalibrationText | CalibrationExamples
     text_sha256: str
 
     def record_fields(self) -> dict[str, Any]:
@@ -61,18 +62,38 @@ def load_calibration(
 ) -> NamedCalibration:
     """Reads and tokenizes the text of `--calibration`; checks that it is long enough.
 
+    Args:
+      given: See `calibration_source`.
+      source: The model's checkpoint.
+      count: Tokens to use.
+      data_dir: See `calibration_source`.
+
+    Raises:
+      UsageError: If `count` is less than two windows.
+      DataError: If the file is missing, empty, malformed or too short.
+      CheckpointError: If `asset.json` cannot be read.
+    """
+    name, text, sha256 = calibration_source(given, source, data_dir)
+    return NamedCalibration(
+        name=name, text=calibration_text(source, text, count), text_sha256=sha256
+    )
+
+
+def calibration_source(
+    given: str, source: Checkpoint, data_dir: Path | None = None
+) -> tuple[str, str, str]:
+    """The text of `--calibration`: its name in results, itself, and its SHA-256.
+
     Of the default text only those documents are taken that the model was not trained
     on, where its `asset.json` says so.
 
     Args:
       given: A UTF-8 file, `DEFAULT`, or a name of `CORPORA`.
       source: The model's checkpoint.
-      count: Tokens to use.
       data_dir: The user's folder, for the texts of `CORPORA`; the hub has them, too.
 
     Raises:
-      UsageError: If `count` is less than two windows.
-      DataError: If the file is missing, empty, malformed or too short.
+      DataError: If the file is missing, empty or malformed.
       CheckpointError: If `asset.json` cannot be read.
     """
     if given == DEFAULT:
@@ -84,11 +105,7 @@ def load_calibration(
         name, text = f"{given}/train", CORPORA[given](data_dir)
     else:
         name, text = f"text_file:{Path(given).name}", read_utf8(Path(given))
-    return NamedCalibration(
-        name=name,
-        text=calibration_text(source, text, count),
-        text_sha256=_sha256(text),
-    )
+    return name, text, _sha256(text)
 
 
 def unseen_documents(source: Checkpoint, text: str) -> str | None:

@@ -27,6 +27,7 @@ __all__ = [
     "AS_STORED",
     "CALIBRATED_METHODS",
     "FULL_PRECISION",
+    "GLUE_CALIBRATED",
     "GLUE_METHODS",
     "JOINT",
     "METHODS",
@@ -330,11 +331,19 @@ GLUE_METHODS = (
 )  # fmt: skip
 
 
+GLUE_CALIBRATED: Mapping[str, RowKind] = {
+    name: kind
+    for name, kind in CALIBRATED_METHODS.items()
+    if kind.weighting is None and kind.refinement is None
+}
+"""Those of them that classifiers have: the others need a loss at every token."""
+
+
 def choose_methods(
     names: tuple[str, ...],
     everything: tuple[str, ...] = tuple(METHODS),
     *,
-    calibrated: bool = False,
+    calibrated: Mapping[str, RowKind] | None = None,
 ) -> dict[str, RowKind]:
     """The named methods in the order of the table.
 
@@ -343,15 +352,15 @@ def choose_methods(
     Args:
       names: Of `METHODS`, or `all`.
       everything: What `all` stands for; its order comes before that of `METHODS`.
-      calibrated: Whether there is a text for `CALIBRATED_METHODS`, which `all` then
-        stands for, too.
+      calibrated: Of `CALIBRATED_METHODS`, those that there is a text for, which `all`
+        then stands for, too; None where there is none.
 
     Raises:
       UsageError: If a name is unknown or none is given.
     """
-    kinds = {**METHODS, **(CALIBRATED_METHODS if calibrated else {})}
+    kinds = {**METHODS, **(calibrated or {})}
     for name in names:
-        if name in CALIBRATED_METHODS and not calibrated:
+        if name in CALIBRATED_METHODS and calibrated is None:
             raise UsageError(f"`--methods`: `{name}` needs `--calibration`.")
         if name not in {"all", FULL_PRECISION, *kinds}:
             raise UsageError(
@@ -359,8 +368,7 @@ def choose_methods(
             )
     if not names:
         raise UsageError(f"`--methods` is empty. Choose from: {', '.join(kinds)}.")
-    if calibrated:
-        everything = (*everything, *CALIBRATED_METHODS)
+    everything = (*everything, *(calibrated or ()))
     chosen = {*names, *(everything if "all" in names else ())}
     order = dict.fromkeys((*everything, *kinds))
     return {name: kinds[name] for name in order if name in chosen}

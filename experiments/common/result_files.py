@@ -41,6 +41,7 @@ _LAMBADA = "experiments.opt_ppl --dataset=lambada --data_dir=$DATA"
 _CALIBRATED = "experiments.opt_ppl --max_tokens=16384 --calibration=default"
 _FED = "kashin-joint-calibrated,gptq-g128"
 _BOTH = "kashin-joint-two-sided"
+_FED_GLUE = "experiments.glue --bits=2,3 --seeds=3 --data_dir=$DATA"
 
 
 def _figure(about: str, name: str, *key: str) -> ResultFile:
@@ -103,6 +104,19 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
             "--tasks=cola,sst2,rte,stsb,mrpc",
             "experiments.glue --bits=2,3 --seeds=3 --data_dir=$DATA "
             "--tasks=cola,sst2,rte,stsb,mrpc --methods=kashin-joint",
+        ),
+    ),
+    "calibrated_glue": ResultFile(
+        "classifiers quantized with a calibration text",
+        (
+            *_MODEL, "task", "metric", "data_sha256", "max_length", *_ROW,
+            "calibration", "calibration_sha256", "calibration_tokens",
+        ),
+        (
+            f"{_FED_GLUE} --tasks=mrpc,stsb --calibration=train "
+            f"--methods=kashin-joint,{_FED}",
+            f"{_FED_GLUE} --tasks=sst2,stsb,mrpc,sentiment-amazon,sentiment-nyt "
+            f"--calibration=default --methods=kashin-joint,{_FED}",
         ),
     ),
     "rate_distortion": ResultFile(

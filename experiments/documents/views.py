@@ -196,6 +196,7 @@ _LLAMA: Where = {"dataset": "wiki_vital", "model": "llama-wiki-12m"}
 _FIRST = _WIKITEXT | {"max_tokens": 8192}
 _GLUE: Where = {"model": "minilm-glue"}
 FIVE_TASKS = ("cola", "sst2", "rte", "stsb", "mrpc")
+CALIBRATED_TASKS = ("sst2", "stsb", "mrpc")
 SENTIMENT = ("sentiment-amazon", "sentiment-nyt")
 _STUDY: Where = {"data": ["wikitext2", "sst2, stsb"]}
 _SEED = Column("seed", "seed")
@@ -313,6 +314,9 @@ VIEWS: Mapping[str, View] = MappingProxyType({
     ),
     "opt-calibrated-lambada": View(
         "calibrated_opt", {"dataset": "lambada"} | _SEEDS, _calibrated
+    ),
+    "glue-calibrated": View(
+        "calibrated_glue", _GLUE, partial(_glue, (*CALIBRATED_TASKS, *SENTIMENT))
     ),
     "opt-lambada": _opt({"dataset": "lambada"} | _SEEDS, _means),
     "opt-lambada-rivals": _opt({"dataset": "lambada"} | _SEEDS, _compared),

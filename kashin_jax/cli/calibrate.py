@@ -32,7 +32,7 @@ def read_calibration(
 
     Raises:
       UsageError: If the model does not run here, `count` is too small, or there is a
-        way to calibrate without a file.
+        way to calibrate without a file, or one that a classifier does not have.
       DataError: If the file is no UTF-8 text, or too short.
     """
     kind = None if weighting == "none" else weighting

@@ -130,8 +130,9 @@ def _quantize(commands: Any) -> None:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="UTF-8 text that says which errors matter, for language models that run "
-        "here: much less is lost, at 2 bits most of all. Needs the extra `cli`",
+        help="UTF-8 text that says which errors matter, for models that run here: much "
+        "less is lost, at 2 bits most of all. Classifiers read a line as an example, "
+        "with a tab between the texts of a pair. Needs the extra `cli`",
     )
     _add_calibration_tokens(parser)
     parser.add_argument(

@@ -193,6 +193,24 @@ class PairTokenizer:
             for encoding in self.backend.encode_batch(inputs[start : start + _CHUNK])
         ]
 
+    def encode_pieces(self, texts: Sequence[str], *, max_length: int) -> list[Encoded]:
+        """Tokenizes texts; one that is too long becomes several, each with its ends.
+
+        Args:
+          texts: Texts.
+          max_length: Longest encoding in tokens.
+
+        Raises:
+          UsageError: If `max_length` leaves no token for a text.
+        """
+        self.encode([], None, max_length=max_length)
+        return [
+            Encoded(piece.ids, piece.type_ids, bool(encoding.overflowing))
+            for start in range(0, len(texts), _CHUNK)
+            for encoding in self.backend.encode_batch(texts[start : start + _CHUNK])
+            for piece in (encoding, *encoding.overflowing)
+        ]
+
 
 def load_tokenizer(directory: str | Path, *, bos: str = AUTO) -> Tokenizer:
     """Reads the tokenizer that lies beside a language model's checkpoint.

@@ -3,6 +3,9 @@
 from kashin_jax.pipeline.allocate import allocate_widths as allocate_widths
 from kashin_jax.pipeline.calibration import Calibration as Calibration
 from kashin_jax.pipeline.calibration import calibration_windows as calibration_windows
+from kashin_jax.pipeline.calibration_examples import (
+    CalibrationExamples as CalibrationExamples,
+)
 from kashin_jax.pipeline.calibration_text import CalibrationText as CalibrationText
 from kashin_jax.pipeline.calibration_text import calibration_text as calibration_text
 from kashin_jax.pipeline.checkpoint import StreamResult as StreamResult
@@ -60,6 +63,7 @@ __all__ = [
     "REPORT_NAME",
     "SHARED_INPUTS",
     "Calibration",
+    "CalibrationExamples",
     "CalibrationReport",
     "CalibrationSeconds",
     "CalibrationText",

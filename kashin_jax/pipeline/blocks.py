@@ -1,4 +1,4 @@
-"""A language model run block by block, with an ear at the inputs of its layers."""
+"""A model run block by block, with an ear at the inputs of its layers."""
 
 import enum
 from collections import Counter
@@ -20,10 +20,12 @@ from kashin_jax.pipeline.paths import at_path, join, put_at_path
 
 __all__ = [
     "BlockRunner",
+    "EncoderInputs",
     "Measure",
     "Program",
     "PulledBack",
     "Stage",
+    "Tokens",
     "Undisturbed",
     "find_blocks",
     "run_block",
@@ -31,6 +33,25 @@ __all__ = [
 
 Stage = tuple[str, ...]
 """Paths within a block of layers that read the same input, in the order of calls."""
+
+
+class EncoderInputs(NamedTuple):
+    """What an encoder is called with: token ids, and what goes with them.
+
+    Attributes:
+      ids: Token ids.
+      mask: 1 for tokens, 0 for padding; the model's argument `attention_mask`. None
+        gives none.
+      token_types: The model's argument `token_type_ids`; None gives none.
+    """
+
+    ids: Int[Array | np.ndarray, "b t"]
+    mask: Int[Array | np.ndarray, "b t"] | None = None
+    token_types: Int[Array | np.ndarray, "b t"] | None = None
+
+
+Tokens = Int[np.ndarray, "b t"] | EncoderInputs
+"""A batch: token ids alone, or with what an encoder is called with besides."""
 
 
 def find_blocks(model: nnx.Module, paths: Collection[str]) -> str:
@@ -149,19 +170,22 @@ class Undisturbed(NamedTuple):
 
 
 class BlockRunner:
-    """Runs one block of a language model at a time.
+    """Runs one block of a model at a time.
 
     A block is called with hidden states and whatever the model hands to it, and gives
     new hidden states, alone or as the first of a tuple. Blocks of one structure that
     are called with the same, all of most models, share their compiled programs.
     """
 
-    def __init__(self, model: nnx.Module, blocks: str) -> None:
+    def __init__(
+        self, model: nnx.Module, blocks: str, like: Tokens | None = None
+    ) -> None:
         """Runs nothing yet.
 
         Args:
-          model: Called with token ids `[b, t]`. Not changed.
+          model: Called with token ids `[b, t]`, or with `EncoderInputs`. Not changed.
           blocks: Path of the list of its blocks.
+          like: What batches are like; None for token ids alone.
         """
         self.path = blocks
         self.blocks = list(at_path(model, blocks))
@@ -169,17 +193,17 @@ class BlockRunner:
         stops = [_Stop(i, _outline(block)) for i, block in enumerate(self.blocks)]
         put_at_path(shell, blocks, nnx.List(stops))
         self._graphdef, self.state = nnx.split(shell)
+        small = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        self._like = small if like is None else jax.tree.map(lambda _: small, like)
         calls = jax.eval_shape(
-            partial(_kinds, self._graphdef, blocks),
-            self.state,
-            jax.ShapeDtypeStruct((1, 2), jnp.int32),
+            partial(_kinds, self._graphdef, blocks), self.state, self._like
         )
         # Blocks that are called with the same arrays: the first one stands for all.
         self._kinds = [int(kind.shape[0]) for kind in calls]
 
-    def first(self, tokens: Int[np.ndarray, "b t"]) -> Float[Array, "b t d"]:
+    def first(self, tokens: Tokens) -> Float[Array, "b t d"]:
         """Hidden states in front of the first block."""
-        return self.first_call()(jnp.asarray(tokens))
+        return self.first_call()(_on_device(tokens))
 
     def first_call(self) -> Call:
         """As `first`, for many batches of `tokens`."""
@@ -198,9 +222,8 @@ class BlockRunner:
         """
         graphdef, state = nnx.split(self.blocks[index])
         found: list[Stage] = []
-        tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         first = partial(_first, self._graphdef, self.path)
-        x = jax.eval_shape(first, self.state, tokens)
+        x = jax.eval_shape(first, self.state, self._like)
         program = self.program(index, graphdef, tuple(sorted(wanted)))
 
         def listen(*arrays: Any) -> list[Array]:
@@ -208,7 +231,7 @@ class BlockRunner:
             found.extend(stages)
             return inputs
 
-        jax.eval_shape(listen, self.state, state, tokens, x)
+        jax.eval_shape(listen, self.state, state, self._like, x)
         calls = Counter(path for stage in found for path in stage)
         once = [tuple(path for path in stage if calls[path] == 1) for stage in found]
         return [stage for stage in once if stage]
@@ -217,7 +240,7 @@ class BlockRunner:
         self,
         index: int,
         block: nnx.Module,
-        tokens: Int[np.ndarray, "b t"],
+        tokens: Tokens,
         x: Float[Array | np.ndarray, "b t d"],
     ) -> Float[Array, "b t d"]:
         """Hidden states behind a block, or a changed copy of it.
@@ -240,12 +263,14 @@ class BlockRunner:
         index: int,
         block: nnx.Module,
         stages: Sequence[Stage],
-        tokens: Int[np.ndarray, "b t"],
+        tokens: Tokens,
         x: Float[Array | np.ndarray, "b t d"],
         weights: Sequence[Float[np.ndarray, "*b"]] | None = None,
         undisturbed: Undisturbed | None = None,
     ) -> Mapping[Stage, Float[Array, "r c"]]:
         """Sums of x x^T over all tokens, x the input of each stage; halves of them.
+
+        Padding, where there is a mask, counts nothing.
 
         Args:
           index: Of the block.
@@ -259,7 +284,7 @@ class BlockRunner:
         """
         original, full = undisturbed or (None, None)
         call = self.moments_call(index, block, stages, original)
-        found = call(jnp.asarray(tokens), x, weights, full)
+        found = call(_on_device(tokens), x, weights, full)
         return dict(zip(stages, found, strict=True))
 
     def moments_call(
@@ -281,6 +306,9 @@ class BlockRunner:
         Returns:
           Called with `tokens, x, weights, full`, the last of them hidden states in full
           precision, or None.
+
+        Raises:
+          UsageError: If there is a mask, and a layer's input is not `[b, t, m]`.
         """
         graphdef, state = nnx.split(block)
         wanted = tuple(stage[0] for stage in stages)
@@ -290,7 +318,7 @@ class BlockRunner:
 
     def loss_gradient(
         self,
-        tokens: Int[np.ndarray, "b t"],
+        tokens: Tokens,
         x: Float[Array | np.ndarray, "b t d"],
         key: Key[Array, ""],
     ) -> Float[Array, "b t d"]:
@@ -303,16 +331,19 @@ class BlockRunner:
           tokens: Of the batch.
           x: Hidden states behind the last block.
           key: Of the draw.
+
+        Raises:
+          UsageError: If the model does not give logits `[b, t, v]`.
         """
         return _loss_gradient(
-            self._graphdef, self.path, self.state, jnp.asarray(tokens), x, key
+            self._graphdef, self.path, self.state, _on_device(tokens), x, key
         )
 
     def pulled_back(
         self,
         index: int,
         wanted: Collection[str],
-        tokens: Int[np.ndarray, "b t"],
+        tokens: Tokens,
         x: Float[Array | np.ndarray, "b t d"],
         gradient: Float[Array, "b t d"],
         measure: Measure,
@@ -330,7 +361,7 @@ class BlockRunner:
         graphdef, state = nnx.split(self.blocks[index])
         program = self.program(index, graphdef, tuple(wanted))
         return _pulled_back(
-            program, measure, self.state, state, jnp.asarray(tokens), x, gradient
+            program, measure, self.state, state, _on_device(tokens), x, gradient
         )
 
     def program(
@@ -357,13 +388,11 @@ class Program(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _first(
-    graphdef: Any, path: str, state: Any, tokens: Int[Array, "b t"]
-) -> Float[Array, "b t d"]:
+def _first(graphdef: Any, path: str, state: Any, tokens: Any) -> Float[Array, "b t d"]:
     return _calls(graphdef, path, state, tokens)[0]
 
 
-def _kinds(graphdef: Any, path: str, state: Any, tokens: Int[Array, "b t"]) -> Any:
+def _kinds(graphdef: Any, path: str, state: Any, tokens: Any) -> Any:
     """For every block an array as long as the index of the first one called alike."""
     _, calls = _calls(graphdef, path, state, tokens)
     seen: dict[Any, int] = {}
@@ -375,8 +404,20 @@ def _kinds(graphdef: Any, path: str, state: Any, tokens: Int[Array, "b t"]) -> A
     return kinds
 
 
+def _on_device(tokens: Tokens) -> Any:
+    return jax.tree.map(jnp.asarray, tokens)
+
+
+def _call(model: Any, tokens: Any) -> Any:
+    """The model's outputs."""
+    if not isinstance(tokens, EncoderInputs):
+        return model(tokens)
+    given = {"attention_mask": tokens.mask, "token_type_ids": tokens.token_types}
+    return model(tokens.ids, **{k: v for k, v in given.items() if v is not None})
+
+
 def _calls(
-    graphdef: Any, path: str, state: Any, tokens: Int[Array, "b t"]
+    graphdef: Any, path: str, state: Any, tokens: Any
 ) -> tuple[Array, list[_Call]]:
     """Hidden states in front of the blocks, and what each block is called with."""
     model = nnx.merge(graphdef, state)
@@ -387,12 +428,12 @@ def _calls(
 
     for stop in at_path(model, path):
         stop.tell = tell
-    model(tokens)
+    _call(model, tokens)
     return found[0][0], [call for _, call in found]
 
 
 def run_block(
-    program: Program, shell: Any, block: Any, tokens: Array, x: Array
+    program: Program, shell: Any, block: Any, tokens: Any, x: Array
 ) -> Float[Array, "b t d"]:
     """New hidden states, within a program that is traced; differentiable.
 
@@ -409,7 +450,7 @@ def run_block(
 
 
 def _heard(
-    program: Program, shell: Any, state: Any, tokens: Array, x: Array
+    program: Program, shell: Any, state: Any, tokens: Any, x: Array
 ) -> tuple[list[Array], list[Stage]]:
     """The inputs of the wanted layers, and who reads each of them."""
     block = nnx.merge(program.block, state)
@@ -432,14 +473,12 @@ def _heard(
 
 
 @partial(jax.jit, static_argnums=0)
-def _outputs(program: Program, shell: Any, state: Any, tokens: Array, x: Any) -> Array:
+def _outputs(program: Program, shell: Any, state: Any, tokens: Any, x: Any) -> Array:
     block = nnx.merge(program.block, state)
     return run_block(program, shell, block, tokens, x)
 
 
-def _read(
-    program: Program, shell: Any, state: Any, tokens: Array, x: Any
-) -> list[Array]:
+def _read(program: Program, shell: Any, state: Any, tokens: Any, x: Any) -> list[Array]:
     """What every wanted layer reads, in float32."""
     inputs, stages = _heard(program, shell, state, tokens, x)
     by_layer = {
@@ -454,7 +493,7 @@ def _moments(
     shell: Any,
     state: Any,
     original: Any,
-    tokens: Array,
+    tokens: Any,
     x: Any,
     weights: Any,
     full: Any,
@@ -466,6 +505,11 @@ def _moments(
             jnp.concatenate([x, y - x], axis=-1)
             for x, y in zip(rows, wanted, strict=True)
         ]
+    if isinstance(tokens, EncoderInputs) and tokens.mask is not None:
+        rows = [
+            _without_padding(x, jnp.asarray(tokens.mask), f"{program.path}/*/{path}")
+            for path, x in zip(program.wanted, rows, strict=True)
+        ]
     if weights is not None:
         # Half of a weight for each of the two factors.
         rows = [
@@ -475,16 +519,35 @@ def _moments(
     return [half_moments(x) for x in rows]
 
 
+def _without_padding(
+    x: Float[Array, "b t m"], mask: Int[Array, "b t"], path: str
+) -> Float[Array, "b t m"]:
+    if x.shape[:-1] != mask.shape:
+        raise UsageError(
+            f"`{path}` reads an array of shape {x.shape}, in which a mask of shape "
+            f"{mask.shape} does not tell what is padding. Leave the layer out, or give "
+            "windows without padding and no mask."
+        )
+    return jnp.where(mask[..., None] != 0, x, 0)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _loss_gradient(
-    graphdef: Any, path: str, state: Any, tokens: Array, x: Any, key: Key[Array, ""]
+    graphdef: Any, path: str, state: Any, tokens: Any, x: Any, key: Key[Array, ""]
 ) -> Float[Array, "b t d"]:
     def loss(x: Array) -> Array:
         model = nnx.merge(graphdef, state)
         *_, last = at_path(model, path)
         last.give = lambda: x
+        logits = _call(model, tokens)
+        if logits.ndim != 3:
+            raise UsageError(
+                "`weighting` by gradients is for models that predict a next token for "
+                f"every token, and this one gives an array of shape {logits.shape}. "
+                "Leave it out."
+            )
         # Nothing follows on the last token of a window.
-        scores = jax.nn.log_softmax(model(tokens)[:, :-1].astype(jnp.float32))
+        scores = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
         drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
         return -jnp.sum(jnp.take_along_axis(scores, drawn[..., None], axis=-1))
 
@@ -497,7 +560,7 @@ def _pulled_back(
     measure: Measure,
     shell: Any,
     state: Any,
-    tokens: Array,
+    tokens: Any,
     x: Any,
     gradient: Array,
 ) -> PulledBack:

@@ -4,11 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Int32, Key
 
 from kashin_jax.errors import UsageError
 from kashin_jax.io import Checkpoint, PlannedTensor, from_leaves
-from kashin_jax.models.loading import load_model
+from kashin_jax.models.bert import ClassifierConfig
+from kashin_jax.models.loading import load_classifier, load_model
 from kashin_jax.models.registry import find_architecture
 from kashin_jax.pipeline.calibration import Calibration, quantize_calibrated
 from kashin_jax.pipeline.checkpoint_plan import stored_kernel
@@ -18,34 +20,94 @@ from kashin_jax.pipeline.report import LayerReport
 from kashin_jax.pipeline.resume import keep_tensor, kept_tensor
 from kashin_jax.tensors import QuantizedTensor
 
-__all__ = ["calibrate_checkpoint", "check_runs", "check_tokens"]
+__all__ = [
+    "calibrate_checkpoint",
+    "check_calibration",
+    "check_runs",
+    "check_tokens",
+    "is_encoder",
+]
 
 
-def check_runs(source: Checkpoint) -> None:
-    """Raises UsageError if a checkpoint is no language model that runs here."""
-    if (why := why_it_does_not_run(source)) is not None:
+def is_encoder(source: Checkpoint) -> bool:
+    """Whether a checkpoint that runs here holds a classifier, or its encoder."""
+    where = f"{source.directory}/config.json"
+    return find_architecture(source.config, where).head is not None
+
+
+def check_runs(source: Checkpoint, *, takes_encoders: bool = False) -> None:
+    """Raises UsageError if a checkpoint is no language model that runs here.
+
+    Args:
+      source: The checkpoint.
+      takes_encoders: Whether a classifier, or its encoder, will do, too.
+    """
+    why = why_it_does_not_run(source, takes_encoders=takes_encoders)
+    if why is not None:
         raise UsageError(
             f"{source.directory}: cannot be calibrated, as {why}. Leave calibration "
             "out."
         )
 
 
-def check_tokens(source: Checkpoint, windows: Int32[np.ndarray, "w t"]) -> None:
-    """Raises UsageError if a checkpoint cannot read the windows of a calibration."""
-    check_runs(source)
-    largest, smallest = windows.max(), windows.min()
-    size = source.config.get("vocab_size")
-    if smallest < 0 or (isinstance(size, int) and largest >= size):
+def check_calibration(source: Checkpoint, calibration: Calibration) -> None:
+    """Raises UsageError if a checkpoint cannot be calibrated with a text."""
+    check_runs(source, takes_encoders=True)
+    _check_ids(source, calibration.windows)
+    if not is_encoder(source):
+        if calibration.is_encoder:
+            raise UsageError(
+                f"{source.directory}: is a language model, which takes neither `mask` "
+                "nor `token_types`. Leave them out."
+            )
+        _check_length(source, calibration.windows)
+        return
+    if calibration.weighting is not None:
         raise UsageError(
-            f"{source.directory}: has no token {max(largest, -smallest)}, which the "
-            "calibration text has. Use the tokenizer of the model."
+            f"{source.directory}: is a classifier, and `weighting` is for language "
+            "models. Leave it out."
         )
+    config = ClassifierConfig.from_dict(source.config, "config.json")
+    if (length := calibration.windows.shape[1]) > config.max_length:
+        raise UsageError(
+            f"{source.directory}: has {config.max_length} positions, and windows have "
+            f"{length} tokens. Cut them."
+        )
+    # The lookup of a type that the model lacks would give another one's vector.
+    types = calibration.token_types
+    if types is not None and config.type_vocab_size:
+        if types.min() < 0 or types.max() >= config.type_vocab_size:
+            raise UsageError(
+                f"{source.directory}: has {config.type_vocab_size} token types, and "
+                f"`token_types` goes from {types.min()} to {types.max()}. Use the "
+                "tokenizer of the model."
+            )
+
+
+def check_tokens(source: Checkpoint, windows: Int32[np.ndarray, "w t"]) -> None:
+    """Raises UsageError if a checkpoint is no language model that reads a text."""
+    check_runs(source)
+    _check_ids(source, windows)
+    _check_length(source, windows)
+
+
+def _check_length(source: Checkpoint, windows: Int32[np.ndarray, "w t"]) -> None:
     architecture = find_architecture(source.config, f"{source.directory}/config.json")
     config = architecture.config.from_dict(source.config, "config.json")
     if windows.shape[1] > config.context_length:
         raise UsageError(
             f"{source.directory}: has positions for {config.context_length} tokens, "
             f"and windows of the text have {windows.shape[1]}. Cut shorter ones."
+        )
+
+
+def _check_ids(source: Checkpoint, windows: Int32[np.ndarray, "w t"]) -> None:
+    largest, smallest = windows.max(), windows.min()
+    size = source.config.get("vocab_size")
+    if smallest < 0 or (isinstance(size, int) and largest >= size):
+        raise UsageError(
+            f"{source.directory}: has no token {max(largest, -smallest)}, which the "
+            "calibration text has. Use the tokenizer of the model."
         )
 
 
@@ -77,11 +139,19 @@ def calibrate_checkpoint(
         keep_tensor(target, planned[choice.name], tensor, report.summary())
 
     quantize_calibrated(
-        load_model(source).model, choices, calibration, root,
+        _loaded(source), choices, calibration, root,
         kernel=lambda choice: stored_kernel(source, choice),
         kept=lambda choice: _kept(target, planned[choice.name]),
         keep=keep,
     )  # fmt: skip
+
+
+def _loaded(source: Checkpoint) -> nnx.Module:
+    """The model; of an encoder with any head, which calibration does not ask for."""
+    if is_encoder(source):
+        return load_classifier(source.directory, labels=("any", "other")).model
+    model: nnx.Module = load_model(source).model
+    return model
 
 
 def _kept(target: Path, planned: PlannedTensor) -> QuantizedTensor | None:

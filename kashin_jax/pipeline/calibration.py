@@ -1,4 +1,4 @@
-"""Quantizing a language model with a text: what its layers read decides what is lost.
+"""Quantizing a model with a text: what its layers read decides what is lost.
 
 Block by block, the second moments of what every layer reads are summed over windows of
 the text, in the network whose earlier layers are quantized already. Every layer is then
@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,13 @@ from kashin_jax.methods import (
     weight_error,
 )
 from kashin_jax.methods.feedback import damped, damped_in_place
-from kashin_jax.pipeline.blocks import BlockRunner, Stage, find_blocks
+from kashin_jax.pipeline.blocks import (
+    BlockRunner,
+    EncoderInputs,
+    Stage,
+    Tokens,
+    find_blocks,
+)
 from kashin_jax.pipeline.each_batch import each_batch
 from kashin_jax.pipeline.hidden_states import HELD_BYTES, HiddenStates
 from kashin_jax.pipeline.moments import MeanMoments, Moments
@@ -78,11 +85,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
-    """A text to quantize a language model with, and how.
+    """A text to quantize a model with, and how.
 
     Attributes:
       windows: Token ids, in the order in which they are read; at least two windows. The
         last eighth is held out.
+      mask: For encoders, 1 for tokens and 0 for padding, which counts nothing; the
+        model gets it as `attention_mask`. None where there is no padding.
+      token_types: For encoders that tell two texts apart; the model gets it as
+        `token_type_ids`. None gives it none.
       dampings: Shares of the mean second moment that are added to all, of which every
         layer gets the one that loses least on held-out windows.
       is_sequential: Whether layers read the text through a network whose earlier layers
@@ -100,6 +111,8 @@ class Calibration:
     """
 
     windows: Int32[np.ndarray, "w t"]
+    mask: Int32[np.ndarray, "w t"] | None = None
+    token_types: Int32[np.ndarray, "w t"] | None = None
     dampings: tuple[float, ...] = (0.01, 0.1)
     is_sequential: bool = True
     weighting: str | None = None
@@ -108,6 +121,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         require_windows(self.windows, "Calibration")
+        self._check_encoder()
         if not self.dampings or not all(0 < d < math.inf for d in self.dampings):
             raise UsageError(
                 f"`dampings` must be positive numbers. Got {self.dampings}."
@@ -126,15 +140,49 @@ class Calibration:
                 f"`held_bytes` must not be negative. Got {self.held_bytes}."
             )
 
+    def _check_encoder(self) -> None:
+        for name in ("mask", "token_types"):
+            given = getattr(self, name)
+            if given is not None and given.shape != self.windows.shape:
+                raise UsageError(
+                    f"`{name}` must have the shape of `windows`, {self.windows.shape}. "
+                    f"Got {given.shape}."
+                )
+        if self.mask is not None and not (self.mask != 0).any(axis=1).all():
+            empty = int(np.flatnonzero(~(self.mask != 0).any(axis=1))[0])
+            raise UsageError(
+                f"`mask` leaves no token of window {empty}. Leave the window out."
+            )
+        if self.weighting is not None and self.is_encoder:
+            raise UsageError(
+                "`weighting` is for language models: it needs a loss at every token. "
+                "Leave it out, or `mask` and `token_types`."
+            )
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the model is called with more than token ids."""
+        return self.mask is not None or self.token_types is not None
+
+    @property
+    def inputs(self) -> Tokens:
+        """What the model is called with, of all windows."""
+        if not self.is_encoder:
+            return self.windows
+        return EncoderInputs(self.windows, self.mask, self.token_types)
+
     @property
     def digest(self) -> str:
         """A hash of everything that the codes depend on."""
-        tokens = np.ascontiguousarray(self.windows, np.int32)
-        parts = [tokens.shape, self.dampings, self.is_sequential]
+        given = self.windows, self.mask, self.token_types
+        tokens = [a if a is None else np.ascontiguousarray(a, np.int32) for a in given]
+        parts = [self.windows.shape, self.dampings, self.is_sequential]
         # Named only where there is one: other runs keep their digests.
         parts += [] if self.weighting is None else [self.weighting]
         parts += ["asymmetric"] if self.is_asymmetric else []
-        return hashlib.sha256(repr(parts).encode() + tokens.tobytes()).hexdigest()
+        parts += [[a is not None for a in given[1:]]] if self.is_encoder else []
+        content = b"".join(a.tobytes() for a in tokens if a is not None)
+        return hashlib.sha256(repr(parts).encode() + content).hexdigest()
 
 
 def calibration_windows(
@@ -207,8 +255,16 @@ def calibration_rules(rules: Rules, weighting: str | None = None) -> Rules:
 
 
 class _Batch(NamedTuple):
-    tokens: Int32[np.ndarray, "b t"]
+    tokens: Tokens
     is_held_out: bool
+
+    @property
+    def size(self) -> int:
+        """Tokens that are no padding."""
+        if not isinstance(self.tokens, EncoderInputs):
+            return int(self.tokens.size)
+        ids, mask, _ = self.tokens
+        return int(ids.size if mask is None else np.count_nonzero(mask))
 
 
 def quantize_calibrated(
@@ -227,7 +283,8 @@ def quantize_calibrated(
     without data; a logged warning names them.
 
     Args:
-      model: Gives logits of token ids `[b, t]`. Not changed.
+      model: Gives logits of token ids `[b, t]`, or is an encoder that is called with
+        token ids and what else `calibration` has. Not changed.
       choices: Those with a method.
       calibration: The text.
       root: Folded with every path, as `quantize_model` does it.
@@ -242,7 +299,8 @@ def quantize_calibrated(
     """
     chosen = {choice.path: choice for choice in choices}
     path = find_blocks(model, chosen)
-    run = _Run(BlockRunner(model, path), calibration, root, kernel, kept, keep)
+    runner = BlockRunner(model, path, calibration.inputs)
+    run = _Run(runner, calibration, root, kernel, kept, keep)
     size = sum(math.prod(choice.candidate.shape) for choice in choices)
     with (
         contextlib.closing(run),
@@ -278,7 +336,7 @@ class _Run:
     ) -> None:
         self.runner, self._calibration, self._root = runner, calibration, root
         self._kernel, self._kept, self._keep = kernel, kept, keep
-        self._batches = list(_batches(calibration.windows))
+        self._batches = list(_batches(calibration.inputs))
         self._weights: list[TokenWeights] | None = None
         self._output_moments: OutputMoments | None = None
         self._watch = Stopwatch()
@@ -318,13 +376,15 @@ class _Run:
             wanted.append([path for path in own if path in heard])
         key, held = path_key(self._root, self.runner.path), self._calibration.held_bytes
         with self._watch.phase("statistics"):
+            # Of language models: others have no weights.
             if weighting == "gradient":
-                batches = [batch.tokens for batch in self._batches]
+                batches = [np.asarray(batch.tokens) for batch in self._batches]
                 self._weights = gradient_weights(
                     self.runner, wanted, batches, key, held
                 )
             else:
-                batches = [b.tokens for b in self._batches if not b.is_held_out]
+                learned = [b.tokens for b in self._batches if not b.is_held_out]
+                batches = [np.asarray(tokens) for tokens in learned]
                 self._output_moments = OutputMoments(
                     self.runner, wanted, batches, key, held
                 )
@@ -467,7 +527,7 @@ class _Heard(NamedTuple):
         return cls(Moments.none(inputs), Moments.none(inputs))
 
     def plus(self, batch: _Batch, half: Float[Array, "r c"]) -> "_Heard":
-        tokens = batch.tokens.size
+        tokens = batch.size
         if batch.is_held_out:
             return self._replace(held_out=self.held_out.plus(half, tokens))
         return self._replace(learned=self.learned.plus(half, tokens))
@@ -553,15 +613,19 @@ def held_out_count(windows: int) -> int:
     return max(1, windows // _HELD_OUT)
 
 
-def _batches(windows: Int32[np.ndarray, "w t"]) -> Iterator[_Batch]:
+def _batches(inputs: Tokens) -> Iterator[_Batch]:
     """Windows to learn from, then those held out, in batches of one size."""
-    held_out = held_out_count(len(windows))
-    learned = len(windows) - held_out
-    most = max(1, _PASS // windows.shape[1])
+    windows, length = (
+        inputs.ids if isinstance(inputs, EncoderInputs) else inputs
+    ).shape
+    held_out = held_out_count(windows)
+    learned = windows - held_out
+    most = max(1, _PASS // length)
     common = math.gcd(learned, held_out)
     size = max(k for k in range(1, min(most, common) + 1) if common % k == 0)
-    for start in range(0, len(windows), size):
-        yield _Batch(windows[start : start + size], start >= learned)
+    for start in range(0, windows, size):
+        cut = itemgetter(slice(start, start + size))
+        yield _Batch(jax.tree.map(cut, inputs), start >= learned)
 
 
 def _is_linear(block: nnx.Module, path: str) -> bool:

@@ -1,4 +1,4 @@
-"""The text of a calibration, tokenized as the language model reads it."""
+"""The text of a calibration, tokenized as the model reads it."""
 
 import dataclasses
 
@@ -6,11 +6,18 @@ import numpy as np
 from jaxtyping import Int32
 
 from kashin_jax.io import Checkpoint
+from kashin_jax.models.bert import ClassifierConfig
 from kashin_jax.models.context import context_of
 from kashin_jax.models.registry import find_architecture
-from kashin_jax.models.tokenizer import check_vocabulary, load_tokenizer
-from kashin_jax.pipeline.calibrated_checkpoint import check_runs
+from kashin_jax.models.tokenizer import (
+    check_padding,
+    check_vocabulary,
+    load_pair_tokenizer,
+    load_tokenizer,
+)
+from kashin_jax.pipeline.calibrated_checkpoint import check_runs, is_encoder
 from kashin_jax.pipeline.calibration import Calibration, calibration_windows
+from kashin_jax.pipeline.calibration_examples import CalibrationExamples
 
 __all__ = ["CalibrationText", "calibration_text"]
 
@@ -51,8 +58,14 @@ class CalibrationText:
         )
 
 
-def calibration_text(source: Checkpoint, text: str, count: int) -> CalibrationText:
+def calibration_text(
+    source: Checkpoint, text: str, count: int
+) -> CalibrationText | CalibrationExamples:
     """Tokenizes a text for windows as long as a model was trained at.
+
+    A classifier, or its encoder, reads every line as an example of its own, with the
+    tokens that begin and end one, or as several where it is too long. A tab parts a
+    line into a pair of texts.
 
     Args:
       source: The model's checkpoint, with its tokenizer.
@@ -60,11 +73,36 @@ def calibration_text(source: Checkpoint, text: str, count: int) -> CalibrationTe
       count: Tokens to use.
 
     Raises:
-      UsageError: If the model does not run here, has another vocabulary, or `count` is
-        less than two windows.
+      UsageError: If the model does not run here, or `count` is less than two windows.
+      CheckpointError: If the tokenizer cannot be read, or is another model's.
       DataError: If the text is shorter.
     """
-    check_runs(source)
+    check_runs(source, takes_encoders=True)
+    if is_encoder(source):
+        return _examples(source, text, count)
+    return _tokens(source, text, count)
+
+
+def _examples(source: Checkpoint, text: str, count: int) -> CalibrationExamples:
+    config = ClassifierConfig.from_dict(source.config, "config.json")
+    tokenizer = load_pair_tokenizer(source.directory)
+    check_vocabulary(tokenizer, config.vocab_size)
+    check_padding(tokenizer, config.pad_token_id)
+    length = context_of(source.directory, config.max_length)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    texts = [line for line in lines if "\t" not in line]
+    pairs = [line.split("\t", 1) for line in lines if "\t" in line]
+    encoded = tokenizer.encode_pieces(texts, max_length=length)
+    if pairs:
+        encoded += tokenizer.encode(*zip(*pairs, strict=True), max_length=length)
+    found = CalibrationExamples(
+        examples=encoded, pad_id=config.pad_token_id, count=count
+    )
+    found.calibration(0)
+    return found
+
+
+def _tokens(source: Checkpoint, text: str, count: int) -> CalibrationText:
     tokenizer = load_tokenizer(source.directory)
     architecture = find_architecture(source.config, f"{source.directory}/config.json")
     config = architecture.config.from_dict(source.config, "config.json")

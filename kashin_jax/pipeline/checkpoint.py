@@ -26,7 +26,7 @@ from kashin_jax.io import (
 )
 from kashin_jax.pipeline.calibrated_checkpoint import (
     calibrate_checkpoint,
-    check_tokens,
+    check_calibration,
 )
 from kashin_jax.pipeline.calibration import Calibration, calibration_rules
 from kashin_jax.pipeline.checkpoint_plan import (
@@ -134,7 +134,7 @@ def quantize_checkpoint(
       announce: Called with the source before the work begins, which may take hours,
         and once nothing was found wrong; not where there is none to do.
       calibration: A text that decides what is lost, see `quantize_calibrated`, for
-        language models that run here. The model is then held in memory, in float32, and
+        models that run here. The model is then held in memory, in float32, and
         codes are no longer those of `quantize_model`.
 
     Raises:
@@ -146,7 +146,7 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(source)
     if calibration is not None:
         rules = calibration_rules(rules, calibration.weighting)
-        check_tokens(checkpoint, calibration.windows)
+        check_calibration(checkpoint, calibration)
     plan = plan_checkpoint(checkpoint, rules)
     check_copy(checkpoint)
     target = _separate(checkpoint.directory, Path(target))

@@ -268,15 +268,23 @@ def mixed_checkpoint_rules(
     return mixed_rules(rules, layers, bits), Widths(bits, criterion)
 
 
-def why_it_does_not_run(source: Checkpoint) -> str | None:
-    """Why a checkpoint is no language model that runs here; None if it is one."""
+def why_it_does_not_run(
+    source: Checkpoint, *, takes_encoders: bool = False
+) -> str | None:
+    """Why a checkpoint is no language model that runs here; None if it is one.
+
+    Args:
+      source: The checkpoint.
+      takes_encoders: Whether a classifier, or its encoder, will do, too.
+    """
     architecture = ARCHITECTURES.get(str(source.config.get("model_type")))
-    if architecture is None or architecture.head is not None:
-        return "the model does not generate here"
+    does_not = f"the model does not {'run' if takes_encoders else 'generate'} here"
+    if architecture is None or (architecture.head is not None and not takes_encoders):
+        return does_not
     try:
         architecture.config.from_dict(source.config, "config.json")
     except CheckpointError as error:
-        return f"the model does not generate here ({error})"
+        return f"{does_not} ({error})"
     return None
 
 

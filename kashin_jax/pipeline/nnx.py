@@ -107,8 +107,8 @@ def quantize_model(
         is quantized and its dense kernel let go, so that no more than one layer is held
         twice. After an error the layers done so far are packed and the model works.
       calibration: A text that decides what is lost, see `quantize_calibrated`, for
-        models that give logits of token ids `[b, t]`. All packed layers are then held
-        beside the model before the first is replaced.
+        models that give logits of token ids `[b, t]`, and encoders. All packed layers
+        are then held beside the model before the first is replaced.
 
     Returns:
       The new model and a report per layer; for a dry run the model given, no reports.
