@@ -520,7 +520,7 @@ def _moments(
 
 
 def _without_padding(
-    x: Float[Array, "b t m"], mask: Int[Array, "b t"], path: str
+    x: Float[Array, "*b m"], mask: Int[Array, "b t"], path: str
 ) -> Float[Array, "b t m"]:
     if x.shape[:-1] != mask.shape:
         raise UsageError(

@@ -111,8 +111,9 @@ class Calibration:
     """
 
     windows: Int32[np.ndarray, "w t"]
-    mask: Int32[np.ndarray, "w t"] | None = None
-    token_types: Int32[np.ndarray, "w t"] | None = None
+    # Of the same shape, which is checked.
+    mask: Int32[np.ndarray, "_ _"] | None = None
+    token_types: Int32[np.ndarray, "_ _"] | None = None
     dampings: tuple[float, ...] = (0.01, 0.1)
     is_sequential: bool = True
     weighting: str | None = None
