@@ -8,6 +8,7 @@ from tiny_checkpoint import make_checkpoint
 from tiny_classifier import (
     LONG,
     arguments,
+    given,
     make_classifier,
     sentence,
     table,
@@ -33,6 +34,8 @@ from kashin_jax.pipeline import (
 )
 from kashin_jax.pipeline.blocks import BlockRunner, EncoderInputs
 from kashin_jax.pipeline.moments import whole_of
+
+__all__ = ["given"]  # a fixture
 
 GPTQ = Rules(config=RTN(bits=2, group_size=32))
 # Within the blocks; the pooler is behind them.
