@@ -369,7 +369,8 @@ def _prepared(
     for one in bench.tasks:
         calibration = None
         if method.is_calibrated:
-            calibration = bench.calibrations[one.task.name].text.calibration(seed)
+            text = bench.calibrations[one.task.name].text
+            calibration = text.calibration(seed, is_asymmetric=method.is_asymmetric)
         digest = None if calibration is None else calibration.digest
         choice = one.weights_sha256, digest
         if choice not in known:

@@ -251,7 +251,7 @@ class BlockRunner:
           tokens: Of the batch.
           x: Hidden states in front of it.
         """
-        return self.outputs_call(index, block)(jnp.asarray(tokens), x)
+        return self.outputs_call(index, block)(_on_device(tokens), x)
 
     def outputs_call(self, index: int, block: nnx.Module) -> Call:
         """As `outputs`, for many batches of `tokens, x`."""
