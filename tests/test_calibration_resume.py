@@ -19,9 +19,12 @@ MODES = {
     "parallel": {"is_sequential": False},
     "weighted": {"weighting": "gradient"},
     "weighted, parallel": {"is_sequential": False, "weighting": "gradient"},
+    "asymmetric": {"is_asymmetric": True},
 }
+BOTH_SIDES = "joint of both sides"
 METHODS = {
     "joint": JointKashin(bits=2, effort="fast"),
+    BOTH_SIDES: JointKashin(bits=2, effort="fast"),
     "act-order": RTN(bits=2, group_size=32, act_order=True),
     "k-means": KMeans(bits=2, num_restarts=1),
     "kashin-dct": AlternatingKashin(bits=2),
@@ -72,7 +75,10 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bytes(
 def test_every_method_gives_the_same_bytes_again_and_after_a_kill(
     killer, tiny, tmp_path, name
 ):
-    rules, text = Rules(config=METHODS[name]), Calibration(windows=windows())
+    rules = Rules(config=METHODS[name])
+    of_both = {"weighting": "outputs", "is_asymmetric": True}
+    fields = of_both if name == BOTH_SIDES else {}
+    text = Calibration(windows=windows(), **fields)
 
     def run(target):
         quantize_checkpoint(tiny, target, rules, calibration=text)

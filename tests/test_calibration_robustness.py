@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_feedback import INPUTS, KEY, METHODS, correlated_moments, gaussian
+from test_feedback import (
+    INPUTS,
+    KEY,
+    METHODS,
+    OUTPUTS,
+    correlated_moments,
+    gaussian,
+)
 from tiny_checkpoint import (
     CONTEXT,
     LINEARS,
@@ -16,7 +23,7 @@ from tiny_checkpoint import (
     make_checkpoint,
 )
 
-from kashin_jax import RTN, Rules, quantize_model
+from kashin_jax import RTN, JointKashin, Rules, quantize_model
 from kashin_jax.cli import main
 from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.pipeline import Calibration, quantize_checkpoint
@@ -80,7 +87,7 @@ def heard(x):
 
 def best_code(name, weight, learned, held_out, dampings=DAMPINGS):
     both = _Heard(heard(learned), heard(held_out)).mean()
-    return _best_code(weight, METHODS[name], KEY, "a layer", both, dampings)
+    return _best_code(weight, METHODS[name], KEY, "a layer", both, dampings, None)
 
 
 def lost(weight, x, tensor):
@@ -124,7 +131,43 @@ def test_moments_that_are_no_numbers_make_no_code_worse(name, bad):
     learned = heard(rows())
     learned.half[3, 5] = bad
     both = _Heard(learned, heard(rows(40, 1))).mean()
-    tensor, _, found = _best_code(weight, METHODS[name], KEY, "a layer", both, (0.1,))
+    tensor, _, found = _best_code(
+        weight, METHODS[name], KEY, "a layer", both, (0.1,), None
+    )
+    assert 0 < found.output_error <= found.data_free_error
+    assert np.isfinite(np.asarray(tensor.decode())).all()
+
+
+@pytest.mark.parametrize("kind", ["rank one", "half dead", "a spike", "nothing"])
+def test_no_second_moments_of_gradients_make_a_code_worse(kind):
+    """Guards factors of the side of outputs, which have no held-out part."""
+    outputs = np.diag(np.full(OUTPUTS, 1.0))
+    if kind == "rank one":
+        outputs = np.ones((OUTPUTS, OUTPUTS))
+    if kind == "half dead":
+        outputs[::2] = 0
+    if kind == "a spike":
+        outputs[3, 3] = 1e8
+    if kind == "nothing":
+        outputs[...] = 0
+    both = _Heard(heard(rows()), heard(rows(40, 1))).mean()
+    tensor, _, found = _best_code(
+        gaussian(), METHODS["joint"], KEY, "a layer", both, (0.1,),
+        jnp.asarray(outputs, jnp.float32),
+    )  # fmt: skip
+    assert 0 <= found.output_error <= found.data_free_error
+    assert np.isfinite(np.asarray(tensor.decode())).all()
+    assert (found.damping is None) == (kind == "nothing")
+
+
+@pytest.mark.parametrize("learned", [0.0, 1e-3, 1e4])
+@pytest.mark.parametrize("held_out", [0.0, 1e-3, 1e4])
+def test_no_errors_of_earlier_layers_make_a_code_worse(learned, held_out):
+    """Guards the regression on what is read: of none, and of more than there is."""
+    pairs = []
+    for x, size, seed in ((rows(), learned, 2), (rows(40, 1), held_out, 3)):
+        pairs.append(np.concatenate([x, size * rows(len(x), seed)], axis=1))
+    tensor, _, found = best_code("gptq", gaussian(), *pairs)
     assert 0 < found.output_error <= found.data_free_error
     assert np.isfinite(np.asarray(tensor.decode())).all()
 
@@ -238,13 +281,23 @@ def drawn(**fields):
 
 
 @pytest.mark.parametrize(
-    "weighting", [None, pytest.param("gradient", marks=pytest.mark.slow)]
+    "fields",
+    [{}]
+    + [
+        pytest.param(fields, marks=pytest.mark.slow)
+        for fields in (
+            {"weighting": "gradient"},
+            {"weighting": "outputs", "is_asymmetric": True},
+        )
+    ],
 )
-def test_experts_that_no_token_reaches_are_coded_without(caplog, weighting):
+def test_experts_that_no_token_reaches_are_coded_without(caplog, fields):
     """Guards layers that read nothing, are never called, or read two things."""
     model = Model(Mixture, nnx.Rngs(0))
-    rules = Rules(config=RTN(bits=2, group_size=WIDTH))
-    text = drawn(weighting=weighting)
+    config = RTN(bits=2, group_size=WIDTH)
+    if fields.get("weighting") == "outputs":
+        config = JointKashin(bits=2, effort="fast", block_height=16)
+    rules, text = Rules(config=config), drawn(**fields)
     small, reports = quantize_model(model, rules=rules, calibration=text)
     _, plain = quantize_model(model, rules=rules)
     assert np.isfinite(np.asarray(small(jnp.asarray(text.windows[:1])))).all()
