@@ -80,13 +80,14 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
             *_ROW, "calibration", "calibration_sha256", "calibration_tokens",
         ),
         (
-            f"{_CALIBRATED} --bits=2,3 --seed=0,1,2 --methods={_FED},{_BOTH}",
+            f"{_CALIBRATED} --bits=2,3,4 --seed=0,1,2 --methods={_FED}",
+            f"{_CALIBRATED} --bits=2 --seed=0,1,2 --methods={_BOTH}",
+            f"{_CALIBRATED} --bits=3,4 --methods={_BOTH}",
             f"{_CALIBRATED} --bits=2 --seed=0,1,2 --methods=kashin-joint-refined",
             f"{_CALIBRATED} --bits=2 --methods=gptq-g128-act-order,"
             "kashin-joint-distilled",
             f"{_CALIBRATED} --bits=3 --methods=kashin-joint-refined",
-            f"{_CALIBRATED} --bits=4 --seed=0,1,2 --methods={_FED}",
-            f"{_CALIBRATED} --bits=4 --methods={_BOTH},kashin-dct-calibrated,"
+            f"{_CALIBRATED} --bits=4 --methods=kashin-dct-calibrated,"
             "rotate-kashin-dct-calibrated",
             f"{_CALIBRATED} --bits=8 --methods=gptq-g128,gptq-g128-refined",
             f"{_CALIBRATED} --dataset=wikitext2 --data_dir=$DATA --bits=2 "
