@@ -298,6 +298,7 @@ CALIBRATED = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_main_job_has_calibrated_rows(given, data, tmp_path):
     """Guards each task's own training set, and rows that must tell texts apart."""
     out = tmp_path / "out"

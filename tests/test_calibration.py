@@ -110,7 +110,7 @@ def test_vectors_are_coded_with_a_text_along_outputs(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "at", [1, LINEARS, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 6))]
+    "at", [1, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 6, LINEARS))]
 )
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     tiny, fed, tmp_path, monkeypatch, at
@@ -208,6 +208,7 @@ def test_tokens_weighed_alike_are_those_without_weights(tiny, fed, monkeypatch):
         np.testing.assert_allclose(report.calibration, by_path[path], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_hidden_states_on_disk_give_the_same_bytes(tiny, fed, tmp_path):
     """Guards a bound of memory that would be part of the result, or of its name."""
     on_disk = Calibration(windows=windows(), held_bytes=0)
