@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from tiny_checkpoint import (
     table,
 )
 
+from experiments.common.calibration import NamedCalibration
+from experiments.common.methods import CALIBRATED_METHODS
 from experiments.opt_ppl import main as job
 from kashin_jax import RTN, AlternatingKashin, JointKashin, Rules, quantize_model
 from kashin_jax.cli import main
@@ -218,36 +221,25 @@ def test_hidden_states_on_disk_give_the_same_bytes(tiny, fed, tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_by_gradients_are_resumed_to_the_same_bytes(
-    tiny, fed, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("rules", "fields"),
+    [
+        (GPTQ, {"weighting": "gradient"}),
+        (
+            Rules(config=JointKashin(bits=2, effort="fast")),
+            {"weighting": "outputs", "is_asymmetric": True},
+        ),
+    ],
+)
+def test_what_needs_more_passes_is_resumed_to_the_same_bytes(
+    tiny, tmp_path, monkeypatch, rules, fields
 ):
-    """Guards the draw of tokens, which must not depend on what is left to do."""
-    on_disk = Calibration(windows=windows(), weighting="gradient", held_bytes=0)
-    whole = quantize_checkpoint(tiny, tmp_path / "whole", GPTQ, calibration=on_disk)
-    assert files(whole.directory) != files(fed.directory)
-    for report in whole.reports.values():
-        assert report.calibration.output_error <= report.calibration.data_free_error
-    calls = Calls(calibrated_checkpoint.keep_tensor)
-    calls.interrupted_at = LINEARS // 2 + 2
-    monkeypatch.setattr(calibrated_checkpoint, "keep_tensor", calls)
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=WEIGHTED)
-    with pytest.raises(UsageError, match="other calibration"):
-        quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=TEXT)
-    calls.count, calls.interrupted_at = 0, None
-    quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=WEIGHTED)
-    assert calls.count == LINEARS // 2 - 1
-    assert files(tmp_path / "out") == files(whole.directory)
+    """Guards the draw of tokens, which must not depend on what is left to do.
 
-
-@pytest.mark.slow
-def test_layers_that_make_up_for_others_are_resumed_to_the_same_bytes(
-    tiny, fed, tmp_path, monkeypatch
-):
-    """Guards the text in full precision, which goes on beside the other."""
-    rules = Rules(config=JointKashin(bits=2, effort="fast"))
-    fields = {"windows": windows(), "weighting": "outputs", "is_asymmetric": True}
-    on_disk = Calibration(**fields, held_bytes=0)
+    And the text in full precision, which goes on beside the other.
+    """
+    text = Calibration(windows=windows(), **fields)
+    on_disk = Calibration(windows=windows(), **fields, held_bytes=0)
     whole = quantize_checkpoint(tiny, tmp_path / "whole", rules, calibration=on_disk)
     plain = quantize_checkpoint(tiny, tmp_path / "plain", rules, calibration=TEXT)
     assert files(whole.directory) != files(plain.directory)
@@ -256,11 +248,12 @@ def test_layers_that_make_up_for_others_are_resumed_to_the_same_bytes(
     calls = Calls(calibrated_checkpoint.keep_tensor)
     calls.interrupted_at = LINEARS // 2 + 2
     monkeypatch.setattr(calibrated_checkpoint, "keep_tensor", calls)
-    both = Calibration(**fields)
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(tiny, tmp_path / "out", rules, calibration=both)
+        quantize_checkpoint(tiny, tmp_path / "out", rules, calibration=text)
+    with pytest.raises(UsageError, match="other calibration"):
+        quantize_checkpoint(tiny, tmp_path / "out", rules, calibration=TEXT)
     calls.count, calls.interrupted_at = 0, None
-    quantize_checkpoint(tiny, tmp_path / "out", rules, calibration=both)
+    quantize_checkpoint(tiny, tmp_path / "out", rules, calibration=text)
     assert calls.count == LINEARS // 2 - 1
     assert files(tmp_path / "out") == files(whole.directory)
 
@@ -455,6 +448,19 @@ def test_the_main_job_has_calibrated_rows(tiny, tmp_path, capsys):
     records = table(tiny, tmp_path / "out", *flags, "--methods=gptq-g128")
     assert [record["calibration_tokens"] for record in records[1:]] == [256, 128]
     assert records[1] == {**found, "date": records[1]["date"]}
+
+
+def test_rows_say_how_they_were_calibrated():
+    """Guards tables of perplexity and of classifiers: one function records it."""
+    text = NamedCalibration(
+        name="t", text=SimpleNamespace(count=9), text_sha256="0" * 64
+    )
+    plain = text.record_fields()
+    assert text.record_fields(CALIBRATED_METHODS["gptq-g128"]) == plain
+    both = text.record_fields(CALIBRATED_METHODS["kashin-joint-two-sided"])
+    assert both == {
+        **plain, "calibration_weighting": "outputs", "calibration_asymmetric": True
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 import functools
 import signal
-import subprocess
-import sys
 
 import pytest
 from quantized_sources import content
 from test_calibration import GPTQ, windows
-from test_checkpoints_resume import PROGRAM, STATE, Killer
+from test_checkpoints_resume import STATE, Killer, quantize_killed
 from tiny_checkpoint import make_checkpoint
 
 from kashin_jax import RTN, AlternatingKashin, JointKashin, KMeans, Rotated, Rules
@@ -97,11 +95,7 @@ def test_a_process_killed_between_layers_goes_on_in_another_one(tiny, tmp_path):
     flags += ["--calibration-weighting=gradient"]
 
     def run(target, at):
-        command = [sys.executable, "-c", PROGRAM.format(at=at), "quantize"]
-        return subprocess.run(
-            [*command, str(tiny), str(tmp_path / target), *flags],
-            capture_output=True, text=True,
-        )  # fmt: skip
+        return quantize_killed(tiny, tmp_path / target, flags, at)
 
     assert run("expected", at=None).returncode == 0
     assert run("q", at=19).returncode == -signal.SIGKILL

@@ -186,16 +186,20 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def quantize_killed(source, target, flags, at):
+    """`kashin quantize` in a process that dies in its `at`-th call of `append`."""
+    command = [sys.executable, "-c", PROGRAM.format(at=at), "quantize"]
+    return subprocess.run(
+        [*command, str(source), str(target), *flags], capture_output=True, text=True
+    )
+
+
 @pytest.mark.slow
 def test_a_process_killed_inside_a_shard_goes_on_in_another_one(source, tmp_path):
     flags = ["--method=rtn", "--bits=4", f"--max-shard-size={SHARD}", "--skip=_proj"]
 
     def run(target, at):
-        command = [sys.executable, "-c", PROGRAM.format(at=at), "quantize"]
-        return subprocess.run(
-            [*command, str(source), str(tmp_path / target), *flags],
-            capture_output=True, text=True,
-        )  # fmt: skip
+        return quantize_killed(source, tmp_path / target, flags, at)
 
     assert run("expected", at=None).returncode == 0
     assert run("q", at=30).returncode == -signal.SIGKILL

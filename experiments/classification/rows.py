@@ -152,7 +152,7 @@ class GlueBench:
         """What a record says of its calibration; nothing where there is none."""
         if method is None or not method.is_calibrated:
             return {}
-        return self.calibrations[task.name].record_fields()
+        return self.calibrations[task.name].record_fields(method)
 
     @property
     def is_quantized(self) -> bool:
@@ -369,8 +369,7 @@ def _prepared(
     for one in bench.tasks:
         calibration = None
         if method.is_calibrated:
-            text = bench.calibrations[one.task.name].text
-            calibration = text.calibration(seed, is_asymmetric=method.is_asymmetric)
+            calibration = bench.calibrations[one.task.name].draw(method, seed)
         digest = None if calibration is None else calibration.digest
         choice = one.weights_sha256, digest
         if choice not in known:

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.corpora import ASSETS, c4_train, read_utf8, wikitext2_train
+from experiments.common.methods import RowKind
 from experiments.common.text_documents import split_documents
 from kashin_jax.io import Checkpoint, read_json
-from kashin_jax.pipeline import CalibrationExamples, CalibrationText, calibration_text
+from kashin_jax.pipeline import (
+    Calibration,
+    CalibrationExamples,
+    CalibrationText,
+    calibration_text,
+)
 
 __all__ = [
     "CORPORA",
@@ -38,13 +44,26 @@ class NamedCalibration:
     text: CalibrationText | CalibrationExamples
     text_sha256: str
 
-    def record_fields(self) -> dict[str, Any]:
-        """The fields of a result that say what it was calibrated with."""
-        return {
+    def draw(self, method: RowKind, seed: int) -> Calibration:
+        """What a row of a kind is calibrated with; other parts of it for every seed."""
+        return self.text.calibration(seed, method.weighting, method.is_asymmetric)
+
+    def record_fields(self, method: RowKind | None = None) -> dict[str, Any]:
+        """The fields of a result that say what it was calibrated with, and how.
+
+        Args:
+          method: The kind of its row; None for one that only learned from the text.
+        """
+        fields: dict[str, Any] = {
             "calibration": self.name,
             "calibration_tokens": self.text.count,
             "calibration_sha256": self.text_sha256,
         }
+        if method is not None and method.weighting is not None:
+            fields["calibration_weighting"] = method.weighting
+        if method is not None and method.is_asymmetric:
+            fields["calibration_asymmetric"] = True
+        return fields
 
 
 CORPORA: Mapping[str, Callable[[Path | None], str]] = {

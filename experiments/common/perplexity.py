@@ -117,9 +117,7 @@ class Bench:
         """A quantized copy of the checkpoint, calibrated and refined as a row asks."""
         calibration = refinement = None
         if self.calibration is not None and method is not None and method.is_calibrated:
-            calibration = self.calibration.text.calibration(
-                seed, method.weighting, method.is_asymmetric
-            )
+            calibration = self.calibration.draw(method, seed)
             if method.refinement is not None:
                 refinement = dataclasses.replace(method.refinement, seed=seed)
         return quantized_copy(
@@ -131,11 +129,7 @@ class Bench:
         """What a row says of its calibration; nothing where there is none."""
         if self.calibration is None or not method.is_calibrated:
             return {}
-        fields = self.calibration.record_fields()
-        if method.weighting is not None:
-            fields["calibration_weighting"] = method.weighting
-        if method.is_asymmetric:
-            fields["calibration_asymmetric"] = True
+        fields = self.calibration.record_fields(method)
         return fields | refinement_fields(method.refinement)
 
     def known(self, choices: Record) -> dict[str, Any] | None:

@@ -456,10 +456,10 @@ class _Run:
         own: Mapping[str, Choice],
     ) -> dict[Stage, "_MeanHeard"]:
         """What layers read, in windows to learn from and in those held out."""
-        times = 1 if self._full is None else 2
-        sums = {s: _Heard.none(times * own[s[0]].candidate.shape[-2]) for s in stages}
         if not stages:
             return {}
+        times = 1 if self._full is None else 2
+        sums = {s: _Heard.none(times * own[s[0]].candidate.shape[-2]) for s in stages}
         original = None if self._full is None else self.runner.blocks[index]
         call = self.runner.moments_call(index, block, stages, original)
         inputs = (self._read_by(index, stages, k) for k in range(len(self._batches)))
