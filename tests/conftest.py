@@ -89,12 +89,25 @@ def strict_numerics():
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_a_module():
-    """Programs are kept for the next modules until there are many.
+    yield
+    drop_many_programs()
+
+
+@pytest.fixture(autouse=True)
+def programs_of_a_slow_test(request):
+    """A module of them has been seen to reach 63,000 maps."""
+    yield
+    if request.node.get_closest_marker("slow") is not None:
+        drop_many_programs()
+
+
+def drop_many_programs():
+    """Programs are kept for the next tests until there are many.
 
     A program keeps memory maps, of which Linux allows a process 65,530: a worker out of
-    maps is killed. A module adds 1,000 to 5,000.
+    maps is killed. A module of quick tests adds 1,000 to 5,000; counting takes up to
+    ten milliseconds.
     """
-    yield
     if number_of_maps() > 30_000:
         jax.clear_caches()
         gc.collect()

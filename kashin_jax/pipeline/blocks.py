@@ -3,6 +3,7 @@
 import enum
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,8 +75,31 @@ def find_blocks(model: nnx.Module, paths: Collection[str]) -> str:
     return max(counts, key=lambda path: (counts[path], -len(path)))
 
 
-# What a block would give, as shapes and types, for what it is called with.
-_Outline = Callable[[Array, tuple[Any, ...], dict[str, Any]], Any]
+@dataclass(frozen=True)
+class _Outline:
+    """What a block would give, as shapes and types, for what it is called with.
+
+    Those of equal blocks are equal, as they are static of programs: a second model of
+    the same shapes compiles nothing.
+    """
+
+    graphdef: Any
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, block: nnx.Module) -> "_Outline":
+        graphdef, state = nnx.split(block)
+        leaves, structure = jax.tree.flatten(state)
+        shapes = (jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+        return cls(graphdef, tuple(shapes), structure)
+
+    def __call__(self, x: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def call(leaves: tuple[Array, ...]) -> Any:
+            state = jax.tree.unflatten(self.structure, leaves)
+            return nnx.merge(self.graphdef, state)(x, *args, **kwargs)
+
+        return jax.eval_shape(call, self.leaves)
 
 
 class _Stop(nnx.Module):
@@ -97,18 +121,6 @@ class _Stop(nnx.Module):
             return x
         _, *rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given)
         return (x, *rest)
-
-
-def _outline(block: nnx.Module) -> _Outline:
-    graphdef, state = nnx.split(block)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
-
-    def outline(x: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return jax.eval_shape(
-            lambda state: nnx.merge(graphdef, state)(x, *args, **kwargs), shapes
-        )
-
-    return outline
 
 
 class _Ear(nnx.Module):
@@ -190,7 +202,7 @@ class BlockRunner:
         self.path = blocks
         self.blocks = list(at_path(model, blocks))
         shell = nnx.clone(model, variables=False)
-        stops = [_Stop(i, _outline(block)) for i, block in enumerate(self.blocks)]
+        stops = [_Stop(i, _Outline.of(block)) for i, block in enumerate(self.blocks)]
         put_at_path(shell, blocks, nnx.List(stops))
         self._graphdef, self.state = nnx.split(shell)
         small = jax.ShapeDtypeStruct((1, 2), jnp.int32)
