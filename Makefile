@@ -10,7 +10,7 @@ TORCH ?= .oracle-torch
 # All cores; compiled programs are kept in .pytest_cache (`make test CLEAR=1` empties it).
 PYTEST := -m pytest -n auto --dist=loadfile --no-loadscope-reorder --durations=20 \
   $(if $(CLEAR),--cache-clear)
-SLOW := -m 'slow and not oracle' --nbmake notebooks tests
+SLOW := -m 'slow and not oracle' tests
 
 .PHONY: run test lint default slow second test-slow coverage setup oracle oracle-torch bench \
   peers results docs notebooks sanitize neon wheel clean

@@ -10,10 +10,13 @@ was, and the exit code is 1.
 
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from traitlets.config import Config
 
 HERE = Path(__file__).parent
 METADATA = {
@@ -27,24 +30,36 @@ METADATA = {
 MAX_SECONDS_OF_A_CELL = 900
 
 
-def execute(path: Path) -> list[str]:
-    """Runs a notebook and writes it back; returns what keeps it from being written."""
+def run(path: Path) -> tuple[NotebookNode, list[str]]:
+    """Runs a notebook where it lies: it with outputs, and what nobody should read."""
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook,
-        timeout=MAX_SECONDS_OF_A_CELL,
-        kernel_name="python3",
-        record_timing=False,
-        coalesce_streams=True,
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    try:
-        client.execute()
-    except CellExecutionError as error:
-        return [str(error)]
+    config = Config()
+    with TemporaryDirectory() as sockets:
+        if sys.platform != "win32":
+            # A port that was free may be taken by the time a kernel binds it.
+            config.KernelManager.transport = "ipc"
+            config.KernelManager.ip = f"{sockets}/kernel"
+        client = NotebookClient(
+            notebook,
+            timeout=MAX_SECONDS_OF_A_CELL,
+            kernel_name="python3",
+            record_timing=False,
+            coalesce_streams=True,
+            resources={"metadata": {"path": str(path.parent)}},
+            config=config,
+        )
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            return notebook, [str(error)]
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
-    faults = [output.text for output in outputs if output.get("name") == "stderr"]
+    return notebook, [each.text for each in outputs if each.get("name") == "stderr"]
+
+
+def execute(path: Path) -> list[str]:
+    """Runs a notebook and writes it back; returns what keeps it from being written."""
+    notebook, faults = run(path)
     if not faults:
         notebook.metadata = nbformat.from_dict(METADATA)
         nbformat.write(notebook, path)

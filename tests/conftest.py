@@ -40,10 +40,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at marks
 def pytest_collection_modifyitems(items):
-    """Notebooks are slow tests; modules of one way to compile follow each other."""
-    for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker("slow")
+    """Modules of one way to compile follow each other."""
     items.sort(key=is_of_optimized_module)
 
 

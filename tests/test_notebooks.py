@@ -1,9 +1,10 @@
-"""What the notebooks may hold and import; `pytest --nbmake notebooks` runs them."""
+"""What the notebooks may hold and import; slow tests run them."""
 
 import ast
 import importlib
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,15 @@ def test_a_notebook_can_be_read_without_running_it(path):
     # Printed or drawn, by all cells but those that only import or define.
     assert sum(bool(cell["outputs"]) for cell in cells) >= len(cells) - 2
     assert any("image/png" in data_of(output) for output in outputs_of(notebook))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_without_a_warning(path):
+    run = runpy.run_path(str(ROOT / "notebooks" / "execute.py"))["run"]
+    notebook, faults = run(path)
+    assert faults == []
+    assert all(cell.execution_count for cell in notebook.cells if "outputs" in cell)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
