@@ -4,6 +4,8 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -22,6 +24,9 @@ def pytest_configure(config):
     Modules, workers and runs load what another one compiled, from pytest's own cache
     (`--cache-clear` empties it). Programs are named after all that they are made from.
     """
+    # Slow tests run as users run them.
+    if "not slow" in config.option.markexpr and not hasattr(config, "workerinput"):
+        compile_in_less_time()
     programs = str(kept_programs(config))
     jax.config.update("jax_compilation_cache_dir", programs)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -38,10 +43,29 @@ def pytest_configure(config):
             os.environ["KASHIN_JAX_KERNEL_LIBRARY"] = str(library)
 
 
+def compile_in_less_time():
+    """XLA emits fusions as it did before it had emitters of their own, if it still can.
+
+    That takes 24 seconds of CPU time for 38 with test_more_controls.py, all in all.
+    An unknown flag ends a process, so another one tries it. Workers inherit it.
+    """
+    flag = "--xla_cpu_use_fusion_emitters=false"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    start = [sys.executable, "-c", "import jax; jax.devices()"]
+    tried = subprocess.run(
+        start, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True
+    )
+    if tried.returncode == 0:
+        os.environ["XLA_FLAGS"] = flags
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at marks
 def pytest_collection_modifyitems(items):
-    """Modules of one way to compile follow each other."""
-    items.sort(key=is_of_optimized_module)
+    """Modules of one way to compile follow each other, those of whole programs first.
+
+    They are the longest: begun last, one worker would wait for them half a minute.
+    """
+    items.sort(key=is_of_optimized_module, reverse=True)
 
 
 def is_of_optimized_module(item):

@@ -17,6 +17,7 @@ from absl import flags
 
 from kashin_jax import BasisSpec
 from kashin_jax.errors import CheckpointError, DataError, NonFiniteError, UsageError
+from kashin_jax.interrupts import no_interrupt_is_lost
 
 __all__ = [
     "ALL",
@@ -143,7 +144,8 @@ def run_program(
         if isinstance(config, str):
             print(f"{manual}\n{config}")
             return 0
-        return run(config)
+        with no_interrupt_is_lost():
+            return run(config)
     except KeyboardInterrupt:
         print(
             f"{program}: interrupted; what is finished is kept, and the same command "

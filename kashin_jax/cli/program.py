@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kashin_jax.errors import UsageError
+from kashin_jax.interrupts import no_interrupt_is_lost
 from kashin_jax.version import library_version
 
 __all__ = [
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Names and texts may hold what a terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(options)
+        with no_interrupt_is_lost():
+            code = _run(options)
         # Here rather than at exit, where nobody catches what goes wrong.
         sys.stdout.flush()
     except KeyboardInterrupt:
