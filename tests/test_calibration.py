@@ -33,11 +33,12 @@ from kashin_jax.pipeline import (
     Calibration,
     Rule,
     calibrated_checkpoint,
-    calibration,
+    calibrated_model,
     calibration_windows,
     packed_layers,
     quantize_checkpoint,
 )
+from kashin_jax.pipeline.calibration import in_batches
 from kashin_jax.pipeline.report import kept_without, read_report
 
 GPTQ = Rules(config=RTN(bits=2, group_size=32))
@@ -203,7 +204,7 @@ def test_tokens_weighed_alike_are_those_without_weights(tiny, fed, monkeypatch):
             for layers in wanted
         ]
 
-    monkeypatch.setattr(calibration, "gradient_weights", alike)
+    monkeypatch.setattr(calibrated_model, "gradient_weights", alike)
     model = load_language_model(tiny).model
     _, reports = quantize_model(model, rules=GPTQ, calibration=WEIGHTED)
     by_path = {report.path: report.calibration for report in fed.reports.values()}
@@ -394,7 +395,7 @@ def test_windows_are_drawn_without_overlap():
 @pytest.mark.parametrize("count", [2, 7, 16, 256])
 def test_batches_are_of_one_size_and_keep_what_is_held_out_apart(count):
     cut = np.zeros((count, 512), np.int32)
-    batches = list(calibration._batches(cut))
+    batches = list(in_batches(cut))
     assert sum(len(batch.tokens) for batch in batches) == count
     assert len({batch.tokens.shape for batch in batches}) == 1
     assert batches[0].tokens.size <= 8192

@@ -27,7 +27,8 @@ from kashin_jax import RTN, JointKashin, Rules, quantize_model
 from kashin_jax.cli import main
 from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.pipeline import Calibration, quantize_checkpoint
-from kashin_jax.pipeline.calibration import _best_code, _Heard, require_windows
+from kashin_jax.pipeline.calibrated_model import _best_code, _Heard
+from kashin_jax.pipeline.calibration import require_windows
 from kashin_jax.pipeline.moments import Moments, half_moments
 from kashin_jax.pipeline.token_weights import _of_mean_one
 

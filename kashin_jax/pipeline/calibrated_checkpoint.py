@@ -12,7 +12,8 @@ from kashin_jax.io import Checkpoint, PlannedTensor, from_leaves
 from kashin_jax.models.bert import ClassifierConfig
 from kashin_jax.models.loading import load_classifier, load_model
 from kashin_jax.models.registry import find_architecture
-from kashin_jax.pipeline.calibration import Calibration, quantize_calibrated
+from kashin_jax.pipeline.calibrated_model import quantize_calibrated
+from kashin_jax.pipeline.calibration import Calibration
 from kashin_jax.pipeline.checkpoint_plan import stored_kernel
 from kashin_jax.pipeline.mixed_widths import why_it_does_not_run
 from kashin_jax.pipeline.plan import Choice, Plan

@@ -10,11 +10,8 @@ from jaxtyping import Array, Float, Key
 from kashin_jax.errors import UsageError
 from kashin_jax.layers.packed import Inputs, pack
 from kashin_jax.methods import Method
-from kashin_jax.pipeline.calibration import (
-    Calibration,
-    calibration_rules,
-    quantize_calibrated,
-)
+from kashin_jax.pipeline.calibrated_model import quantize_calibrated
+from kashin_jax.pipeline.calibration import Calibration, calibration_rules
 from kashin_jax.pipeline.coverage import Coverage, cover
 from kashin_jax.pipeline.paths import join
 from kashin_jax.pipeline.plan import (
