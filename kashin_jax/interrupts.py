@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def no_interrupt_is_lost() -> Iterator[None]:
     def hook(found: Any) -> None:
         if issubclass(found.exc_type, KeyboardInterrupt):
             # Out of here first: it would be raised in this hook, and dropped as well.
-            threading.Timer(_SECONDS, _thread.interrupt_main).start()
+            threading.Timer(_SECONDS, _interrupt).start()
         else:
             usual(found)
 
@@ -34,3 +35,12 @@ def no_interrupt_is_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = usual
+
+
+def _interrupt() -> None:
+    main = threading.main_thread().ident
+    if main is not None and hasattr(signal, "pthread_kill"):
+        # A signal ends waiting, too.
+        signal.pthread_kill(main, signal.SIGINT)
+    else:
+        _thread.interrupt_main()

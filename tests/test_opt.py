@@ -133,6 +133,7 @@ def test_cached_decoding_equals_reading_everything_again(models, golden, name):
     assert cache.length == 14
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_nearly_the_same(models, golden):
     exact = models["wiki"]
     computed = rebuilt(exact, exact.config, dtype=jnp.bfloat16)

@@ -151,6 +151,7 @@ def test_seeds_change_random_methods(finished):
         assert len(set(rows)) == len(rows) == (2 if method.is_random else 1)
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_seed_or_tolerance_keep_their_own_records(tiny, tmp_path):
     for flag in ("--seed=1", "--rtol=1e-2", "--max_steps=3", "--seed=1"):
         assert main([*command(tiny, tmp_path), "--methods=kashin", flag]) == 0
@@ -183,6 +184,7 @@ def test_a_method_that_does_not_exist_at_a_width_is_a_dash_and_a_reason(
     assert f"[{line[0]}] NF4 exists at 4 bits only" in printed
 
 
+@pytest.mark.slow
 def test_dense_rows_share_one_compilation_and_packed_rows_one(tiny, tmp_path):
     context = f"--context={CONTEXT // 2}"  # a shape that no other test compiles for
     before = perplexity_rows._nll._cache_size()
