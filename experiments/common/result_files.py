@@ -41,7 +41,7 @@ _LAMBADA = "experiments.opt_ppl --dataset=lambada --data_dir=$DATA"
 _CALIBRATED = "experiments.opt_ppl --max_tokens=16384 --calibration=default"
 _FED = "kashin-joint-calibrated,gptq-g128"
 _BOTH = "kashin-joint-two-sided"
-_FED_GLUE = "experiments.glue --bits=2 --seeds=3 --data_dir=$DATA"
+_FED_GLUE = "experiments.glue --seeds=3 --data_dir=$DATA"
 
 
 def _figure(about: str, name: str, *key: str) -> ResultFile:
@@ -81,12 +81,11 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         ),
         (
             f"{_CALIBRATED} --bits=2,3,4 --seed=0,1,2 --methods={_FED}",
-            f"{_CALIBRATED} --bits=2 --seed=0,1,2 --methods={_BOTH}",
-            f"{_CALIBRATED} --bits=3,4 --methods={_BOTH}",
+            f"{_CALIBRATED} --bits=2,3,4 --seed=0,1,2 --methods={_BOTH}",
             f"{_CALIBRATED} --bits=2 --seed=0,1,2 --methods=kashin-joint-refined",
+            f"{_CALIBRATED} --bits=3,4 --seed=0,1 --methods=kashin-joint-refined",
             f"{_CALIBRATED} --bits=2 --methods=gptq-g128-act-order,"
             "kashin-joint-distilled",
-            f"{_CALIBRATED} --bits=3 --methods=kashin-joint-refined",
             f"{_CALIBRATED} --bits=4 --methods=kashin-dct-calibrated,"
             "rotate-kashin-dct-calibrated",
             f"{_CALIBRATED} --bits=8 --methods=gptq-g128,gptq-g128-refined",
@@ -114,10 +113,12 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
             "calibration", "calibration_sha256", "calibration_tokens",
         ),
         (
-            f"{_FED_GLUE} --tasks=mrpc,stsb --calibration=train "
+            f"{_FED_GLUE} --bits=2,3 --tasks=mrpc,stsb --calibration=train "
             f"--methods=kashin-joint,{_FED}",
-            f"{_FED_GLUE} --tasks=sst2,sentiment-amazon,sentiment-nyt "
+            f"{_FED_GLUE} --bits=2 --tasks=sst2,sentiment-amazon,sentiment-nyt "
             "--calibration=default --methods=kashin-joint,kashin-joint-calibrated",
+            f"{_FED_GLUE} --bits=3 --tasks=sst2,sentiment-amazon,sentiment-nyt "
+            f"--calibration=default --methods=kashin-joint,{_FED}",
         ),
     ),
     "rate_distortion": ResultFile(
