@@ -343,12 +343,10 @@ def test_feedback_of_outputs_loses_less_where_outputs_matter():
         free = encode(weight, key, method)[0]
         one = method.with_feedback(weight, free, moments)
         both = method.with_feedback_of_both_sides(weight, free, moments, out)
-        losses += [
-            [
-                float(output_loss(weight, moments, t, out_moments=out))
-                for t in (free, one, both)
-            ]
-        ]
+        tensors = free, one, both
+        losses.append(
+            [float(output_loss(weight, moments, t, out_moments=out)) for t in tensors]
+        )
     loss = np.sum(losses, axis=0)
     assert loss[1] < 0.7 * loss[0] and loss[2] < 0.75 * loss[1]
     # In the metric that asks for nothing of the kind it is the other way round.
