@@ -1,8 +1,9 @@
-"""Joint coding with error feedback: bands of inputs, the last one first.
+"""Joint coding with error feedback: bands of inputs, those of most output first.
 
 A band is a row of blocks. Its target is its weights and what was lost of the bands
-behind it, carried on through the second moments of the inputs (`methods/feedback.py`);
-its blocks are searched as they always are, with levels that are known.
+before it, carried on through the second moments of the inputs (`methods/feedback.py`);
+its blocks are searched as they always are, with levels that are known. Bands lie in the
+order of what they give out, and are coded from the last to the first.
 
 Where it is known how outputs matter, by G of tr(G E^T H E), columns of blocks are coded
 one after another, too, the last one first: with G = F D F^T, `F` unit block triangular,
@@ -120,6 +121,8 @@ def _coded(
     size, width = search.block_shape
     peak = jnp.max(jnp.abs(weight)).astype(jnp.float32)
     x = weight.astype(jnp.float32) / jnp.where(peak > 0, peak, 1.0)
+    order = _order_of_bands(x, moments, size)
+    rows = jnp.arange(m).reshape(-1, size)[order].reshape(-1)
     outputs = None
     if out_moments is None:
         # Outputs have the same moments, so that feedback never mixes them.
@@ -133,7 +136,9 @@ def _coded(
             width,
         )
     x = x / out_scale[None, :]
-    inputs = triangular_factors(moments, size, last_first=True)
+    x, plain = x[rows], x
+    ordered = moments[rows[:, None], rows[None, :]]
+    inputs = triangular_factors(ordered, size, last_first=True)
     quarter = relative_quarter(_diagonals(inputs).reshape(-1)).reshape(-1, size)
     # As `relative_rms` of the whole matrix has it, since targets come one by one.
     mean = jnp.mean(_rms(x) ** 0.5)
@@ -157,14 +162,29 @@ def _coded(
             x, inputs.factor, factor, scales, code, search.block_shape
         )
     if search.expansion:
-        gain = _expansion(x, coded, moments) ** search.expansion
+        gain = _expansion(plain, coded[jnp.argsort(rows)], moments) ** search.expansion
         out_scale = as_half(out_scale * gain)
+    back = jnp.argsort(order)
     return FedCode(
-        codes=found.codes.reshape(m, n),
-        scale=found.scale * peak,
-        in_scale=found.in_scale.reshape(m),
+        codes=found.codes[back].reshape(m, n),
+        scale=found.scale[back] * peak,
+        in_scale=found.in_scale[back].reshape(m),
         out_scale=out_scale,
     )
+
+
+def _order_of_bands(
+    x: Float[Array, "m n"], moments: Float[Array, "m m"], size: int
+) -> Int[Array, " r"]:
+    """The bands of inputs, those of the least output first.
+
+    The band coded first is helped by no other, the last one by all: over nine layers of
+    an OPT, at 2 bits, the one that gives out most first loses .975 of what the order of
+    inputs does (.92 to .99), the other way round 1.03. Greedy choices by what is left
+    of the moments once others are known came to .972.
+    """
+    given = jnp.diagonal(moments) * jnp.mean(jnp.square(x), axis=1)
+    return jnp.argsort(jnp.sum(given.reshape(-1, size), axis=1))
 
 
 def _diagonals(factors: Triangular) -> Float[Array, "g size"]:
