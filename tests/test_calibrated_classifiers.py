@@ -32,8 +32,9 @@ from kashin_jax.pipeline import (
     packed_layers,
     quantize_checkpoint,
 )
-from kashin_jax.pipeline.blocks import BlockRunner, EncoderInputs
+from kashin_jax.pipeline.blocks import BlockRunner
 from kashin_jax.pipeline.moments import whole_of
+from kashin_jax.pipeline.passes import EncoderInputs
 
 __all__ = ["given"]  # a fixture
 

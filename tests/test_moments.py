@@ -10,7 +10,7 @@ from flax import nnx
 from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.models.loading import load_language_model
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
-from kashin_jax.pipeline import blocks, moments, selected_kernels
+from kashin_jax.pipeline import moments, passes, selected_kernels
 from kashin_jax.pipeline.blocks import BlockRunner, Undisturbed, find_blocks
 from kashin_jax.pipeline.moments import Moments, half_moments, half_of, whole_of
 from kashin_jax.pipeline.output_moments import OutputMoments
@@ -231,16 +231,16 @@ def test_blocks_of_one_structure_share_their_programs():
     """Guards hours of compilation: a program for each of 80 blocks."""
     model = opt()
     runner, _ = run_through(model, "decoder/layers")
-    before = blocks._outputs._cache_size()
+    before = passes.block_outputs._cache_size()
     x = runner.first(TOKENS)
     for index, block in enumerate(runner.blocks):
         runner.outputs(index, block, TOKENS, x)
-    assert blocks._outputs._cache_size() == before
+    assert passes.block_outputs._cache_size() == before
 
 
 def test_a_second_model_of_the_same_shapes_compiles_nothing():
     """Guards tables and resumed runs: 28 seconds a row, and memory that is kept."""
-    programs = (blocks._first, blocks._outputs)
+    programs = (passes.first_states, passes.block_outputs)
     run_through(opt(), "decoder/layers")
     before = [each._cache_size() for each in programs]
     run_through(opt(), "decoder/layers")

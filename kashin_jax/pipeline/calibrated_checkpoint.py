@@ -1,6 +1,7 @@
 """Calibrated layers of a checkpoint, kept in hidden files until shards are written."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -135,16 +136,35 @@ def calibrate_checkpoint(
     choices = [layer.choice for layer in plan.quantized]
     if all(kept_tensor(target, planned[choice.name]) for choice in choices):
         return
+    layers = _Files(source, target, planned)
+    quantize_calibrated(_loaded(source), choices, calibration, root, layers)
 
-    def keep(choice: Choice, tensor: QuantizedTensor, report: LayerReport) -> None:
-        keep_tensor(target, planned[choice.name], tensor, report.summary())
 
-    quantize_calibrated(
-        _loaded(source), choices, calibration, root,
-        kernel=lambda choice: stored_kernel(source, choice),
-        kept=lambda choice: _kept(target, planned[choice.name]),
-        keep=keep,
-    )  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Layers of a checkpoint, and hidden files of those that are done."""
+
+    source: Checkpoint
+    target: Path
+    planned: Mapping[str, PlannedTensor]
+
+    def kernel(self, choice: Choice) -> Array:
+        return stored_kernel(self.source, choice)
+
+    def kept(self, choice: Choice) -> QuantizedTensor | None:
+        planned = self.planned[choice.name]
+        if (found := kept_tensor(self.target, planned)) is None:
+            return None
+        file, _ = found
+        start = f"{planned.name}."
+        leaves = {leaf.removeprefix(start): file.read(leaf) for leaf in planned.specs}
+        return from_leaves(planned.description, leaves, name=planned.name)
+
+    def keep(
+        self, choice: Choice, tensor: QuantizedTensor, report: LayerReport
+    ) -> None:
+        planned = self.planned[choice.name]
+        keep_tensor(self.target, planned, tensor, report.summary())
 
 
 def _loaded(source: Checkpoint) -> nnx.Module:
@@ -153,12 +173,3 @@ def _loaded(source: Checkpoint) -> nnx.Module:
         return load_classifier(source.directory, labels=("any", "other")).model
     model: nnx.Module = load_model(source).model
     return model
-
-
-def _kept(target: Path, planned: PlannedTensor) -> QuantizedTensor | None:
-    if (found := kept_tensor(target, planned)) is None:
-        return None
-    file, _ = found
-    start = f"{planned.name}."
-    leaves = {leaf.removeprefix(start): file.read(leaf) for leaf in planned.specs}
-    return from_leaves(planned.description, leaves, name=planned.name)

@@ -9,8 +9,8 @@ loses least of the layer's outputs on windows that were held out is kept.
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,13 @@ from kashin_jax.methods import (
     weight_error,
 )
 from kashin_jax.methods.feedback import damped, damped_in_place
-from kashin_jax.pipeline.blocks import BlockRunner, Stage, find_blocks
+from kashin_jax.pipeline.blocks import BlockRunner, find_blocks
 from kashin_jax.pipeline.calibration import Batch, Calibration, in_batches
 from kashin_jax.pipeline.each_batch import each_batch
 from kashin_jax.pipeline.hidden_states import HiddenStates
 from kashin_jax.pipeline.moments import MeanMoments, Moments
 from kashin_jax.pipeline.output_moments import OutputMoments
+from kashin_jax.pipeline.passes import Stage
 from kashin_jax.pipeline.paths import at_path, path_key
 from kashin_jax.pipeline.plan import Choice
 from kashin_jax.pipeline.report import (
@@ -47,7 +48,7 @@ from kashin_jax.pipeline.token_weights import TokenWeights, gradient_weights
 from kashin_jax.progress import progress_bar
 from kashin_jax.tensors import QuantizedTensor, dequantize
 
-__all__ = ["quantize_calibrated"]
+__all__ = ["Layers", "quantize_calibrated"]
 
 # Share of their mean that is added to second moments of gradients. They are those of
 # the network in full precision, and not exactly a Kronecker factor of what the loss
@@ -58,14 +59,28 @@ _OUTPUT_DAMPING = 1.0
 _logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class Layers(Protocol):
+    """Where the dense layers of a model come from, and packed ones go to."""
+
+    def kernel(self, choice: Choice) -> Float[Array, "m n"]:
+        """A matrix, `[in, out]`."""
+
+    def kept(self, choice: Choice) -> QuantizedTensor | None:
+        """What an earlier run made of a layer; None if nothing."""
+
+    def keep(
+        self, choice: Choice, tensor: QuantizedTensor, report: LayerReport
+    ) -> None:
+        """Takes what became of a layer."""
+
+
 def quantize_calibrated(
     model: nnx.Module,
     choices: Sequence[Choice],
     calibration: Calibration,
     root: Key[Array, ""],
-    kernel: Callable[[Choice], Array],
-    kept: Callable[[Choice], QuantizedTensor | None],
-    keep: Callable[[Choice, QuantizedTensor, LayerReport], None],
+    layers: Layers,
 ) -> None:
     """Quantizes the chosen layers of a model's blocks, one block in memory at a time.
 
@@ -79,9 +94,7 @@ def quantize_calibrated(
       choices: Those with a method.
       calibration: The text.
       root: Folded with every path, as `quantize_model` does it.
-      kernel: Gives a matrix as `[in, out]`.
-      kept: What an earlier run made of a layer; None if nothing.
-      keep: Takes what became of a layer.
+      layers: Gives their matrices and takes what becomes of them.
 
     Raises:
       UsageError: If the model has no list of blocks.
@@ -91,7 +104,7 @@ def quantize_calibrated(
     chosen = {choice.path: choice for choice in choices}
     path = find_blocks(model, chosen)
     runner = BlockRunner(model, path, calibration.inputs)
-    run = _Run(runner, calibration, root, kernel, kept, keep)
+    run = _Run(runner, calibration, root, layers)
     size = sum(math.prod(choice.candidate.shape) for choice in choices)
     with (
         contextlib.closing(run),
@@ -121,12 +134,10 @@ class _Run:
         runner: BlockRunner,
         calibration: Calibration,
         root: Key[Array, ""],
-        kernel: Callable[[Choice], Array],
-        kept: Callable[[Choice], QuantizedTensor | None],
-        keep: Callable[[Choice, QuantizedTensor, LayerReport], None],
+        layers: Layers,
     ) -> None:
         self.runner, self._calibration, self._root = runner, calibration, root
-        self._kernel, self._kept, self._keep = kernel, kept, keep
+        self._layers = layers
         self._batches = list(in_batches(calibration.inputs))
         self._weights: list[TokenWeights] | None = None
         self._output_moments: OutputMoments | None = None
@@ -193,7 +204,7 @@ class _Run:
         # A copy, whose kernels are changed as soon as they are quantized.
         block = nnx.clone(original) if is_changed else original
         for group in self._groups(stages):
-            done = {p: self._kept(own[p]) for stage in group for p in stage}
+            done = {p: self._layers.kept(own[p]) for stage in group for p in stage}
             # All of a group or none: a program for some may round otherwise, and an
             # interrupted run is to go on to the same bytes.
             rest = group if None in done.values() else []
@@ -291,7 +302,7 @@ class _Run:
         def coded() -> tuple[QuantizedTensor, QuantizationReport]:
             key = path_key(self._root, choice.path)
             tensor, report, calibrated = _best_code(
-                self._kernel(choice), config, key, choice.name, heard,
+                self._layers.kernel(choice), config, key, choice.name, heard,
                 self._calibration.dampings, outputs,
             )  # fmt: skip
             found.append(calibrated)
@@ -304,7 +315,7 @@ class _Run:
             phases.get("statistics", 0.0), phases["coding"], compilation
         )
         report = report._replace(calibration=found[0], calibration_seconds=seconds)
-        self._keep(choice, tensor, report)
+        self._layers.keep(choice, tensor, report)
         return tensor
 
 

@@ -13,8 +13,8 @@ from jaxtyping import Int, Int32, Num
 
 from kashin_jax.errors import DataError, UsageError
 from kashin_jax.methods import Method
-from kashin_jax.pipeline.blocks import EncoderInputs, Tokens
 from kashin_jax.pipeline.hidden_states import HELD_BYTES
+from kashin_jax.pipeline.passes import EncoderInputs, Tokens
 from kashin_jax.pipeline.rules import Rules
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Whole NNX models: the dense layers of a plan replaced by packed ones."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -140,9 +140,10 @@ def quantize_model(
     if quantize_layer is None:
         quantizer = LayerQuantizer(choices, rules, root, changed.kernel)
         if calibration is not None:
-            quantizer = _calibrated(
-                model, choices, calibration, root, changed.kernel, quantizer
-            )
+            chosen = [choice for choice in choices if choice.config is not None]
+            found = _Calibrated(changed.kernel, quantizer)
+            quantize_calibrated(model, chosen, calibration, root, found)
+            quantizer = found
     else:
         own = quantize_layer
 
@@ -155,29 +156,27 @@ def quantize_model(
     return _result(changed.model, reports, coverage)
 
 
-def _calibrated(
-    model: nnx.Module,
-    choices: Sequence[Choice],
-    calibration: Calibration,
-    root: Key[Array, ""],
-    kernel: Callable[[Choice], Array],
-    without: Callable[[Choice], tuple[QuantizedTensor, LayerReport]],
-) -> Callable[[Choice], tuple[QuantizedTensor, LayerReport]]:
-    """Gives calibrated layers, and those that the text does not reach without."""
-    known: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
+class _Calibrated:
+    """Calibrated layers, each held until it is asked for, and the others without."""
 
-    def keep(choice: Choice, tensor: QuantizedTensor, report: LayerReport) -> None:
-        known[choice.path] = tensor, report
+    def __init__(
+        self,
+        kernel: Callable[[Choice], Array],
+        without: Callable[[Choice], tuple[QuantizedTensor, LayerReport]],
+    ) -> None:
+        self.kernel, self._without = kernel, without
+        self._known: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
 
-    chosen = [choice for choice in choices if choice.config is not None]
-    quantize_calibrated(
-        model, chosen, calibration, root, kernel, lambda choice: None, keep
-    )
+    def kept(self, choice: Choice) -> QuantizedTensor | None:
+        return None
 
-    def quantizer(choice: Choice) -> tuple[QuantizedTensor, LayerReport]:
-        return known.pop(choice.path, None) or without(choice)
+    def keep(
+        self, choice: Choice, tensor: QuantizedTensor, report: LayerReport
+    ) -> None:
+        self._known[choice.path] = tensor, report
 
-    return quantizer
+    def __call__(self, choice: Choice) -> tuple[QuantizedTensor, LayerReport]:
+        return self._known.pop(choice.path, None) or self._without(choice)
 
 
 def _result(

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from kashin_jax.errors import NonFiniteError
-from kashin_jax.pipeline.blocks import BlockRunner, Measure
-from kashin_jax.pipeline.gradients import NOT_FINITE, layer_gradients
+from kashin_jax.pipeline.blocks import BlockRunner
+from kashin_jax.pipeline.gradients import NOT_FINITE, Measure, layer_gradients
 from kashin_jax.pipeline.hidden_states import HELD_BYTES, HiddenStates
 from kashin_jax.pipeline.moments import MeanMoments
 

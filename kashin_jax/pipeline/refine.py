@@ -26,9 +26,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.pipeline.blocks import BlockRunner, Program, find_blocks, run_block
+from kashin_jax.pipeline.blocks import BlockRunner, find_blocks
 from kashin_jax.pipeline.calibration import held_out_count, require_windows
 from kashin_jax.pipeline.loading import packed_tensors
+from kashin_jax.pipeline.passes import Program, run_block
 from kashin_jax.pipeline.paths import put_at_path
 from kashin_jax.pipeline.refinable import Frozen, Refinable, Structure, take_apart
 from kashin_jax.progress import progress_bar
