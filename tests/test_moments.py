@@ -11,7 +11,7 @@ from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.models.loading import load_language_model
 from kashin_jax.models.opt import OPTConfig, OPTForCausalLM
 from kashin_jax.pipeline import moments, passes, selected_kernels
-from kashin_jax.pipeline.blocks import BlockRunner, Undisturbed, find_blocks
+from kashin_jax.pipeline.blocks import BlockRunner, find_blocks
 from kashin_jax.pipeline.moments import Moments, half_moments, half_of, whole_of
 from kashin_jax.pipeline.output_moments import OutputMoments
 from kashin_jax.pipeline.paths import at_path, put_at_path
@@ -94,6 +94,11 @@ def test_layers_with_one_input_are_one_stage():
     assert rest == [("self_attn/out_proj",), ("fc1",), ("fc2",)]
 
 
+def moments_of(runner, block, stages, x, weights=None):
+    found = runner.moments_call(0, block, stages)(TOKENS, x, weights, None)
+    return dict(zip(stages, found, strict=True))
+
+
 def test_moments_of_a_stage_are_those_of_what_its_layers_read():
     """Guards the ears: against inputs computed from the weights by hand."""
     model = opt()
@@ -101,7 +106,7 @@ def test_moments_of_a_stage_are_those_of_what_its_layers_read():
     x = runner.first(TOKENS)
     block = runner.blocks[0]
     stages = runner.stages(0, ["self_attn/q_proj", "fc1"])
-    found = runner.moments(0, block, stages, TOKENS, x)
+    found = moments_of(runner, block, stages, x)
     read = np.asarray(block.self_attn_layer_norm(x), float).reshape(-1, 16)
     half = np.asarray(found[("self_attn/q_proj",)], float)
     np.testing.assert_allclose(whole_of(half, 16), read.T @ read, rtol=1e-4, atol=1e-4)
@@ -178,8 +183,8 @@ def test_weights_enter_moments_as_they_should():
     stages = [("self_attn/q_proj",), ("self_attn/v_proj",)]
     one = np.random.default_rng(0).uniform(size=TOKENS.shape).astype(np.float32)
     weights = [one, np.ones_like(one)]
-    found = runner.moments(0, runner.blocks[0], stages, TOKENS, x, weights)
-    plain = runner.moments(0, runner.blocks[0], stages, TOKENS, x)
+    found = moments_of(runner, runner.blocks[0], stages, x, weights)
+    plain = moments_of(runner, runner.blocks[0], stages, x)
     np.testing.assert_array_equal(found[stages[1]], plain[stages[1]])
     read = np.asarray(runner.blocks[0].self_attn_layer_norm(x), float)
     expected = np.einsum("bt,btm,btn->mn", one, read, read)
@@ -217,13 +222,12 @@ def test_moments_of_what_is_missing_are_beside_those_of_what_is_read():
     norm = block.self_attn_layer_norm
     norm.scale.set_value(norm.scale.get_value() * 1.1)
     x, stage = full + 0.1, ("self_attn/q_proj",)
-    found = runner.moments(
-        0, block, [stage], TOKENS, x, None, Undisturbed(runner.blocks[0], full)
-    )
+    call = runner.moments_call(0, block, [stage], runner.blocks[0])
+    (half,) = call(TOKENS, x, None, full)
     read = np.asarray(norm(x), float).reshape(-1, 16)
     wanted = np.asarray(runner.blocks[0].self_attn_layer_norm(full), float)
     both = np.concatenate([read, wanted.reshape(-1, 16) - read], axis=1)
-    half = np.asarray(found[stage], float)
+    half = np.asarray(half, float)
     np.testing.assert_allclose(whole_of(half, 32), both.T @ both, rtol=1e-3, atol=1e-3)
 
 

@@ -1,9 +1,9 @@
 """A model run block by block, with an ear at the inputs of its layers."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from kashin_jax.pipeline.passes import (
 from kashin_jax.pipeline.paths import at_path, join, put_at_path
 from kashin_jax.pipeline.stand_ins import Outline, Stop
 
-__all__ = ["BlockRunner", "Undisturbed", "find_blocks"]
+__all__ = ["BlockRunner", "find_blocks"]
 
 
 def find_blocks(model: nnx.Module, paths: Collection[str]) -> str:
@@ -48,18 +48,6 @@ def find_blocks(model: nnx.Module, paths: Collection[str]) -> str:
         )
     # Of lists within each other the outermost.
     return max(counts, key=lambda path: (counts[path], -len(path)))
-
-
-class Undisturbed(NamedTuple):
-    """A batch in the network in full precision.
-
-    Attributes:
-      block: The original one.
-      x: Hidden states in front of it.
-    """
-
-    block: nnx.Module
-    x: Float[Array | np.ndarray, "b t d"]
 
 
 class BlockRunner:
@@ -159,35 +147,6 @@ class BlockRunner:
             block_outputs, (self.program(index, graphdef),), (self.state, state)
         )
 
-    def moments(
-        self,
-        index: int,
-        block: nnx.Module,
-        stages: Sequence[Stage],
-        tokens: Tokens,
-        x: Float[Array | np.ndarray, "b t d"],
-        weights: Sequence[Float[np.ndarray, "*b"]] | None = None,
-        undisturbed: Undisturbed | None = None,
-    ) -> Mapping[Stage, Float[Array, "r c"]]:
-        """Sums of x x^T over all tokens, x the input of each stage; halves of them.
-
-        Padding, where there is a mask, counts nothing.
-
-        Args:
-          index: Of the block.
-          block: It, or what stands for it.
-          stages: From `stages`.
-          tokens: Of the batch.
-          x: Hidden states in front of it.
-          weights: Of every token in the sum, for each stage; None weighs all alike.
-          undisturbed: Makes the sums of (x, d) in place of x, d being what is missing
-            in x of the same input in full precision.
-        """
-        original, full = undisturbed or (None, None)
-        call = self.moments_call(index, block, stages, original)
-        found = call(on_device(tokens), x, weights, full)
-        return dict(zip(stages, found, strict=True))
-
     def moments_call(
         self,
         index: int,
@@ -195,18 +154,23 @@ class BlockRunner:
         stages: Sequence[Stage],
         original: nnx.Module | None = None,
     ) -> Call:
-        """As `moments`, a list of them, for many batches.
+        """Sums of x x^T over the tokens of a batch, x the input of each stage.
+
+        Halves of them, as `half_moments` gives. Padding, where there is a mask, counts
+        nothing.
 
         Args:
           index: Of the block.
           block: It, or what stands for it.
           stages: From `stages`.
           original: The block in full precision, where batches have hidden states of
-            that, too.
+            that, too: sums are those of (x, d) then, d being what is missing in x of
+            the same input in full precision.
 
         Returns:
-          Called with `tokens, x, weights, full`, the last of them hidden states in full
-          precision, or None.
+          Called for a batch with `tokens, x, weights, full`: hidden states in front of
+          the block, for each stage what every token weighs, or None, and hidden states
+          in full precision, or None.
 
         Raises:
           UsageError: If there is a mask, and a layer's input is not `[b, t, m]`.

@@ -187,7 +187,7 @@ def stage_moments(
     weights: Any,
     full: Any,
 ) -> list[Float[Array, "r c"]]:
-    """The sum of x x^T for every wanted layer, see `BlockRunner.moments`."""
+    """The sum of x x^T for every wanted layer, see `BlockRunner.moments_call`."""
     rows = _read(program, shell, state, tokens, x)
     if full is not None:
         wanted = _read(program, shell, original, tokens, full)
