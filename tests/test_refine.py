@@ -1,6 +1,7 @@
 """Refinement: what decodes codes learns, codes stay; judged on windows held out."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -108,18 +109,20 @@ def test_the_file_is_the_model_and_says_what_it_is(packed, tiny, refined):
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     tiny, packed, refined, tmp_path, monkeypatch
 ):
-    """Guards moments of the optimizer, and blocks that an earlier run has refined."""
+    """Guards moments of the optimizer, refined blocks, and hidden states on disk."""
     calls = Calls(refined_checkpoint.write_tensors)
     # Both blocks are done, all together is not.
     calls.interrupted_at = 3
     monkeypatch.setattr(refined_checkpoint, "write_tensors", calls)
-    run = lambda text: refine_checkpoint(packed, tmp_path / "r", tiny, text, SHORT)  # noqa: E731
+    run = partial(
+        refine_checkpoint, packed, tmp_path / "r", tiny, refinement=SHORT, held_bytes=0
+    )
     with pytest.raises(KeyboardInterrupt):
-        run(TEXT)
+        run(windows=TEXT)
     with pytest.raises(UsageError, match="other calibration"):
-        run(windows(seed=1))
+        run(windows=windows(seed=1))
     calls.interrupted_at = None
-    run(TEXT)
+    run(windows=TEXT)
     assert files(tmp_path / "r") == files(refined.directory)
     assert not list((tmp_path / "r").glob(".refined-*"))
 

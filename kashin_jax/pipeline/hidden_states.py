@@ -4,6 +4,7 @@ import tempfile
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from kashin_jax.errors import UsageError
 
@@ -64,6 +65,10 @@ class HiddenStates:
         else:
             self._places[index] = self._put(array)
 
+    def stacked(self, indices: Int[np.ndarray, " k"]) -> np.ndarray:
+        """Some of them along a new first axis."""
+        return np.stack([self[index] for index in indices.tolist()])
+
     def append(self, array: np.ndarray) -> None:
         """Adds one at the end."""
         self._places.append(self._put(array))
@@ -106,7 +111,7 @@ class HiddenStates:
                 f"{tempfile.gettempdir()}: cannot take {start + array.nbytes} bytes of "
                 f"hidden states ({error.strerror}). Name a directory with more space "
                 "by the environment variable TMPDIR, or hold more of them in memory by "
-                "`Calibration(held_bytes=)`."
+                "`held_bytes`."
             ) from error
         return _Place(start, array.shape, array.dtype, array.nbytes)
 

@@ -11,6 +11,7 @@ References:
   (2024), arXiv:2407.11062.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -28,6 +29,7 @@ from jaxtyping import Array, Float, Int, Int32
 from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.pipeline.blocks import BlockRunner, find_blocks
 from kashin_jax.pipeline.calibration import held_out_count, require_windows
+from kashin_jax.pipeline.hidden_states import HELD_BYTES, HiddenStates
 from kashin_jax.pipeline.loading import packed_tensors
 from kashin_jax.pipeline.passes import Program, run_block
 from kashin_jax.pipeline.paths import put_at_path
@@ -153,6 +155,7 @@ def refine_model(
     refinement: Refinement | None = None,
     *,
     store: Store | None = None,
+    held_bytes: int = HELD_BYTES,
 ) -> tuple[Any, RefinementReport]:
     """A packed model whose scales, levels, biases and norms have learned from a text.
 
@@ -167,6 +170,8 @@ def refine_model(
       windows: Token ids, at least two windows.
       refinement: How long and how fast; None takes `Refinement()`.
       store: Where unfinished work is kept, so that an interrupted run goes on.
+      held_bytes: Most bytes of hidden states in memory, of either model; the rest goes
+        to the directory for temporary files.
 
     Returns:
       The new model, and what was gained.
@@ -187,9 +192,12 @@ def refine_model(
     model, blocks = nnx.clone(model), tuple[Gain, ...]()
     work = _Work(refinement, windows, store)
     if refinement.block_epochs:
-        model, blocks = _refine_blocks(
-            model, original, find_blocks(model, packed), work
-        )
+        with (
+            contextlib.closing(HiddenStates(held_bytes)) as hidden,
+            contextlib.closing(HiddenStates(held_bytes)) as wanted,
+        ):
+            runner = BlockRunner(model, find_blocks(model, packed))
+            blocks = _refine_blocks(model, runner, original, work, hidden, wanted)
     whole = None
     if refinement.epochs:
         model, whole = _refine_whole(model, original, work)
@@ -225,24 +233,41 @@ class _Work:
 
 
 def _refine_blocks(
-    model: Any, original: nnx.Module, path: str, work: _Work
-) -> tuple[Any, tuple[Gain, ...]]:
-    """Every block against the original one."""
-    runner, theirs = BlockRunner(model, path), BlockRunner(original, path)
-    # Hidden states in front of the next block, on the host.
-    hidden = [np.asarray(runner.first(w[None]))[0] for w in work.windows]
-    wanted = [np.asarray(theirs.first(w[None]))[0] for w in work.windows]
+    model: nnx.Module,
+    runner: BlockRunner,
+    original: nnx.Module,
+    work: _Work,
+    hidden: HiddenStates,
+    wanted: HiddenStates,
+) -> tuple[Gain, ...]:
+    """Every block against the original one.
+
+    Args:
+      model: Its blocks are replaced by those that have learned.
+      runner: Of the model.
+      original: The one in full precision.
+      work: What is learned from, and how.
+      hidden: Takes the states of every window in front of the next block.
+      wanted: Takes those in the original.
+    """
+    path, theirs = runner.path, BlockRunner(original, runner.path)
+    for window in work.windows:
+        hidden.append(np.asarray(runner.first(window[None]))[0])
+        wanted.append(np.asarray(theirs.first(window[None]))[0])
+
+    def rows(picked: Int[np.ndarray, " k"]) -> tuple[np.ndarray, ...]:
+        return work.windows[picked], hidden.stacked(picked), wanted.stacked(picked)
+
     gains = []
     steps = len(work.order(work.refinement.block_epochs))
     with progress_bar(len(runner.blocks) * steps, "steps", desc="blocks ") as progress:
         for index, block in enumerate(runner.blocks):
-            wanted = _outputs(theirs, index, theirs.blocks[index], work, wanted)
+            _go_behind(theirs, index, theirs.blocks[index], work, wanted)
             parts = take_apart(block)
             if parts.params:
                 loss = _BlockLoss(runner.program(index, parts.structure.graphdef))
-                data = (work.windows, np.stack(hidden), np.stack(wanted))
                 fit = _Fit(
-                    f"{path}/{index}", loss, runner.state, data,
+                    f"{path}/{index}", loss, runner.state, rows,
                     work.refinement.block_epochs, work.refinement.block_rate,
                 )  # fmt: skip
                 params, gain = _learned(parts, fit, work, progress.update)
@@ -250,21 +275,20 @@ def _refine_blocks(
                 if params is not None:
                     block = parts.model(params)
                     put_at_path(model, f"{path}/{index}", block)
-            hidden = _outputs(runner, index, block, work, hidden)
-    return model, tuple(gains)
+            _go_behind(runner, index, block, work, hidden)
+    return tuple(gains)
 
 
-def _outputs(
+def _go_behind(
     runner: BlockRunner,
     index: int,
     block: nnx.Module,
     work: _Work,
-    hidden: Sequence[np.ndarray],
-) -> list[np.ndarray]:
-    return [
-        np.asarray(runner.outputs(index, block, window[None], x[None]))[0]
-        for window, x in zip(work.windows, hidden, strict=True)
-    ]
+    hidden: HiddenStates,
+) -> None:
+    for k, window in enumerate(work.windows):
+        x = runner.outputs(index, block, window[None], hidden[k][None])
+        hidden[k] = np.asarray(x)[0]
 
 
 def _refine_whole(
@@ -275,7 +299,7 @@ def _refine_whole(
     graphdef, state = nnx.split(original)
     epochs, rate = work.refinement.epochs, work.refinement.rate
     loss = _LogitLoss(graphdef, work.refinement.text_weight)
-    fit = _Fit("whole", loss, state, (work.windows,), epochs, rate)
+    fit = _Fit("whole", loss, state, lambda k: (work.windows[k],), epochs, rate)
     with progress_bar(len(work.order(epochs)), "steps", desc="end to end ") as progress:
         params, gain = _learned(parts, fit, work, progress.update)
     return (model if params is None else parts.model(params)), gain
@@ -329,9 +353,9 @@ class _Fit(NamedTuple):
 
     Attributes:
       name: In messages, and of what is kept.
-      loss: Of a model, of `given` and of the rows of `data` that a batch has.
+      loss: Of a model, of `given` and of the rows of a batch.
       given: Arrays that the loss takes and nobody trains.
-      data: A row for every window.
+      rows: Called with the windows of a batch.
       epochs: Passes over the windows.
       rate: Peak learning rate.
     """
@@ -339,7 +363,7 @@ class _Fit(NamedTuple):
     name: str
     loss: Any
     given: Any
-    data: tuple[np.ndarray, ...]
+    rows: Callable[[Int[np.ndarray, " k"]], tuple[np.ndarray, ...]]
     epochs: int
     rate: float
 
@@ -354,7 +378,7 @@ def _learned(
     state, done = _resumed(parts, static, work.store.load(fit.name))
     advance(done)
     for index in range(done, len(steps)):
-        rows = [each[steps[index]] for each in fit.data]
+        rows = fit.rows(steps[index])
         state = _step(static, state, parts.frozen, fit.given, rows)
         advance(1)
         if (index + 1) % every == 0 or index + 1 == len(steps):
@@ -433,7 +457,7 @@ def _mean_loss(params: list[Array], parts: Refinable, fit: _Fit, work: _Work) ->
         float(
             _loss(
                 parts.structure, fit.loss, params, parts.frozen, fit.given,
-                [each[index : index + 1] for each in fit.data],
+                fit.rows(index[None]),
             )
         )
         for index in work.held_out()

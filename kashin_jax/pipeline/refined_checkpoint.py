@@ -36,6 +36,7 @@ from kashin_jax.pipeline.checkpoint_plan import (
     stored_matrix,
     stored_tensor,
 )
+from kashin_jax.pipeline.hidden_states import HELD_BYTES
 from kashin_jax.pipeline.loading import load_quantized, packed_tensors
 from kashin_jax.pipeline.original_shards import copy_shards
 from kashin_jax.pipeline.other_files import copy_other_files
@@ -83,6 +84,7 @@ def refine_checkpoint(
     refinement: Refinement | None = None,
     *,
     exist_ok: bool = False,
+    held_bytes: int = HELD_BYTES,
 ) -> RefinedCheckpoint:
     """Writes a quantized checkpoint anew, its scales, levels, biases and norms learned.
 
@@ -97,6 +99,7 @@ def refine_checkpoint(
       windows: Token ids to learn from, see `calibration_windows`.
       refinement: How long and how fast; None takes `Refinement()`.
       exist_ok: Whether `target` may also hold what the same call finished.
+      held_bytes: Most bytes of hidden states in memory, see `refine_model`.
 
     Raises:
       UsageError: If one is not the quantized form of the other, the model does not run
@@ -122,7 +125,7 @@ def refine_checkpoint(
         store = _Files(target)
         model, gains = refine_model(
             load_quantized(quantized).model, load_model(theirs).model, windows,
-            refinement, store=store,
+            refinement, store=store, held_bytes=held_bytes,
         )  # fmt: skip
         reports = _write(source, theirs, target, model, planned)
         store.forget()
