@@ -73,7 +73,11 @@ damped_in_place = jax.jit(_damped, donate_argnums=0)
 
 @partial(jax.jit, static_argnames=("size", "last_first"))
 def triangular_factors(
-    moments: Float[Array, "m m"], size: int, *, last_first: bool
+    moments: Float[Array, "m m"],
+    size: int,
+    *,
+    last_first: bool,
+    order: Int[Array, " m"] | None = None,
 ) -> Triangular:
     """Factors second moments for groups of `size` inputs, which divides them.
 
@@ -81,10 +85,14 @@ def triangular_factors(
       moments: Symmetric and positive definite; where they are not, all is NaN.
       size: Inputs of a group.
       last_first: Whether the last group is to be coded first.
+      order: In which inputs are taken; None for that of the moments.
     """
     m = moments.shape[0]
     # Unit diagonal first: inputs may differ by 1e4, and float32 has seven digits.
     root = jnp.sqrt(jnp.diagonal(moments))
+    if order is not None:
+        # The diagonal is read before: behind a gather, XLA holds a third matrix.
+        root, moments = root[order], moments[order][:, order]
     scaled = moments / root[:, None] / root[None, :]
     if not last_first:
         scaled = scaled[::-1, ::-1]

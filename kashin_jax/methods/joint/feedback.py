@@ -137,8 +137,7 @@ def _coded(
         )
     x = x / out_scale[None, :]
     x, plain = x[rows], x
-    ordered = moments[rows[:, None], rows[None, :]]
-    inputs = triangular_factors(ordered, size, last_first=True)
+    inputs = triangular_factors(moments, size, last_first=True, order=rows)
     quarter = relative_quarter(_diagonals(inputs).reshape(-1)).reshape(-1, size)
     # As `relative_rms` of the whole matrix has it, since targets come one by one.
     mean = jnp.mean(_rms(x) ** 0.5)
