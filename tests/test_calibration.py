@@ -294,6 +294,18 @@ def test_a_model_in_memory_gets_the_codes_of_the_checkpoint(tiny, fed):
         )
 
 
+@pytest.mark.slow
+def test_a_layer_that_stands_in_two_places_is_coded_without(tiny, caplog):
+    """Guards moments of one of the two inputs that it reads."""
+    model = load_language_model(tiny).model
+    model.decoder.layers[1].fc1 = model.decoder.layers[0].fc1
+    _, reports = quantize_model(model, rules=GPTQ, calibration=TEXT)
+    assert reports.keys() >= {"decoder/layers/0/fc1", "decoder/layers/1/fc2"}
+    for path, report in reports.items():
+        assert (report.calibration is None) == (path == "decoder/layers/0/fc1")
+    assert "1 layers are coded without calibration" in caplog.text
+
+
 def test_layers_outside_of_the_blocks_are_named(tiny, tmp_path, caplog):
     rules = Rules(
         config=RTN(bits=2, group_size=32),
@@ -356,7 +368,7 @@ def test_a_model_that_does_not_run_here_is_refused(tiny, tmp_path):
     shutil.copytree(tiny, source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
-    with pytest.raises(UsageError, match="cannot be calibrated, as the model does not"):
+    with pytest.raises(UsageError, match="cannot be calibrated or refined, as the"):
         quantize_checkpoint(source, tmp_path / "out", GPTQ, calibration=TEXT)
 
 
@@ -422,6 +434,8 @@ def test_the_command_takes_a_text(tiny, tmp_path, capsys):
         assert "other calibration" in capsys.readouterr().err
     assert main([*command, weighted]) == 2
     assert "`--calibration-weighting` needs" in capsys.readouterr().err
+    assert main([*command, "--calibration-tokens=256"]) == 2
+    assert "`--calibration-tokens` needs" in capsys.readouterr().err
     assert main([*command, "--calibration-asymmetric"]) == 2
     assert "`--calibration-asymmetric` needs" in capsys.readouterr().err
     assert main([*command, "--calibration=/no/such.txt"]) == 1

@@ -1,5 +1,6 @@
 """Error feedback: the factors, GPTQ, joint coding and the others with it."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -33,6 +34,7 @@ METHODS = {
     "kashin-dct": AlternatingKashin(bits=3).for_feedback(),
     "rotated": Rotated(KMeans(bits=3, num_restarts=1)),
 }
+UNSCALED = {"joint, unscaled": dataclasses.replace(JOINT, balance=0.0)}
 
 
 def correlated_moments(inputs=INPUTS, *, tokens=400, seed=0):
@@ -51,7 +53,7 @@ def gaussian(inputs=INPUTS, outputs=OUTPUTS, seed=1):
 
 def coded(name, weight, moments, damping=0.01):
     """Without data and with feedback."""
-    method = METHODS[name]
+    method = (METHODS | UNSCALED)[name]
     free = encode(weight, KEY, method)[0]
     return free, with_feedback(weight, method, free, jnp.asarray(moments), damping)
 
@@ -258,7 +260,7 @@ def test_levels_are_read_back_from_their_pairs(bits):
     np.testing.assert_array_equal(all_pairs(levels), free.centroids)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS | UNSCALED)
 def test_feedback_loses_less_of_the_outputs(name):
     moments = jnp.asarray(correlated_moments())
     weight = gaussian()

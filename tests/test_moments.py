@@ -251,6 +251,62 @@ def test_a_second_model_of_the_same_shapes_compiles_nothing():
     assert [each._cache_size() for each in programs] == before
 
 
+class Between(nnx.Module):
+    """Two blocks, and what a model may do between them."""
+
+    def __init__(self, kind):
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2)])
+        self.kind = kind
+
+    def __call__(self, tokens):
+        x = jnp.ones((*tokens.shape, 4))
+        blocks = self.blocks if self.kind != "reversed" else reversed(self.blocks)
+        for block in blocks:
+            x = x + block(x) if self.kind == "residual" else block(x)
+            if self.kind == "early":
+                break
+        return x
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "reversed", "early"])
+def test_a_model_that_does_more_between_blocks_is_refused(kind):
+    """Guards moments of another network, which nothing else would tell."""
+    if kind == "plain":
+        BlockRunner(Between(kind), "blocks")
+        return
+    with pytest.raises(UsageError, match="blocks: blocks run one by one"):
+        BlockRunner(Between(kind), "blocks")
+
+
+def test_what_blocks_are_called_with_may_depend_on_the_length():
+    """Guards masks of windows, which two tokens do not tell from those of all."""
+
+    class Windowed(Between):
+        def __call__(self, tokens):
+            t, x = tokens.shape[1], jnp.ones((*tokens.shape, 4))
+            full = jnp.ones((t, t))
+            for block, mask in zip(
+                self.blocks, (full, full if t <= 4 else full * 2), strict=True
+            ):
+                x = block(x, mask)
+            return x
+
+    class Masked(nnx.Module):
+        def __call__(self, x, mask):
+            return x
+
+    model = Windowed("plain")
+    model.blocks = nnx.List([Masked(), Masked()])
+    kinds = [
+        [runner.program(i, None).kind for i in range(2)]
+        for runner in (
+            BlockRunner(model, "blocks"),
+            BlockRunner(model, "blocks", np.zeros((3, 9), np.int32)),
+        )
+    ]
+    assert kinds == [[0, 0], [0, 1]]
+
+
 def test_a_model_without_blocks_is_refused():
     model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
     with pytest.raises(UsageError, match=r"no nnx.List of blocks"):

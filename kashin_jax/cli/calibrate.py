@@ -9,13 +9,16 @@ from kashin_jax.io import Checkpoint
 from kashin_jax.pipeline import Calibration, LayerReport, calibration_text
 from kashin_jax.pipeline.report import calibration_seconds, kept_without
 
-__all__ = ["print_calibrated", "read_calibration"]
+__all__ = ["TOKENS", "print_calibrated", "read_calibration"]
+
+TOKENS = 131_072
+"""Of a calibration text, unless said otherwise."""
 
 
 def read_calibration(
     source: Checkpoint,
     file: str | None,
-    count: int,
+    count: int | None,
     weighting: str,
     is_asymmetric: bool,
     seed: int,
@@ -25,7 +28,7 @@ def read_calibration(
     Args:
       source: The checkpoint.
       file: UTF-8 text.
-      count: Tokens to use.
+      count: Tokens to use; None for `TOKENS`.
       weighting: Of errors, or `none`.
       is_asymmetric: Whether layers make up for what earlier ones lost.
       seed: Of the draw of windows.
@@ -37,8 +40,10 @@ def read_calibration(
     """
     kind = None if weighting == "none" else weighting
     if file is not None:
-        text = calibration_text(source, read_text(Path(file)), count)
+        text = calibration_text(source, read_text(Path(file)), count or TOKENS)
         return text.calibration(seed, kind, is_asymmetric)
+    if count is not None:
+        raise UsageError("`--calibration-tokens` needs `--calibration`.")
     if kind is not None:
         raise UsageError("`--calibration-weighting` needs `--calibration`.")
     if is_asymmetric:

@@ -154,8 +154,9 @@ class Method:
 
         Args:
           weight: The matrix; must be finite.
-          free: What `encode` made of it, without any data. Seeds and levels stay, and
-            so does the structure.
+          free: What `encode` made of it, without any data. Seeds stay, and so does
+            the structure; levels, too, but for the steps of grids and what is of every
+            vector.
           moments: Second moments of its inputs, positive definite. Where they are not
             in float32, the result holds NaN, or codes that are of no use.
         """

@@ -43,8 +43,9 @@ def find_blocks(model: nnx.Module, paths: Collection[str]) -> str:
             counts[path] = sum(each.startswith(f"{path}/") for each in paths)
     if not any(counts.values()):
         raise UsageError(
-            "Calibration runs a model block by block, and this one has no nnx.List of "
-            "blocks with layers to quantize. Leave calibration out."
+            "A model runs block by block here, and this one has no nnx.List of blocks "
+            "with layers to quantize, or packed ones. Leave calibration out, or refine "
+            "with `block_epochs=0`."
         )
     # Of lists within each other the outermost.
     return max(counts, key=lambda path: (counts[path], -len(path)))
@@ -72,7 +73,12 @@ class BlockRunner:
         Args:
           model: Called with token ids `[b, t]`, or with `EncoderInputs`. Not changed.
           blocks: Path of the list of its blocks.
-          like: What batches are like; None for token ids alone.
+          like: A batch, of any number of windows: what blocks are called with may
+            depend on their length. None for two token ids.
+
+        Raises:
+          UsageError: If blocks are not called one after the other with nothing in
+            between.
         """
         self.path = blocks
         self.blocks = list(at_path(model, blocks))
@@ -80,8 +86,10 @@ class BlockRunner:
         stops = [Stop(i, Outline.of(block)) for i, block in enumerate(self.blocks)]
         put_at_path(shell, blocks, nnx.List(stops))
         self.shell, self.state = nnx.split(shell)
-        small = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        self._like = small if like is None else jax.tree.map(lambda _: small, like)
+        self._like: Any = jax.tree.map(
+            lambda ids: jax.ShapeDtypeStruct((1, ids.shape[1]), jnp.int32),
+            np.zeros((1, 2), np.int32) if like is None else like,
+        )
         calls = jax.eval_shape(
             partial(kinds_of_calls, self.shell, blocks), self.state, self._like
         )

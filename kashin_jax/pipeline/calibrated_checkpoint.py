@@ -47,8 +47,8 @@ def check_runs(source: Checkpoint, *, takes_encoders: bool = False) -> None:
     why = why_it_does_not_run(source, takes_encoders=takes_encoders)
     if why is not None:
         raise UsageError(
-            f"{source.directory}: cannot be calibrated, as {why}. Leave calibration "
-            "out."
+            f"{source.directory}: cannot be calibrated or refined, as {why}. Quantize "
+            "it without calibration."
         )
 
 
@@ -104,12 +104,11 @@ def _check_length(source: Checkpoint, windows: Int32[np.ndarray, "w t"]) -> None
 
 
 def _check_ids(source: Checkpoint, windows: Int32[np.ndarray, "w t"]) -> None:
-    largest, smallest = windows.max(), windows.min()
-    size = source.config.get("vocab_size")
-    if smallest < 0 or (isinstance(size, int) and largest >= size):
+    largest, size = windows.max(), source.config.get("vocab_size")
+    if isinstance(size, int) and largest >= size:
         raise UsageError(
-            f"{source.directory}: has no token {max(largest, -smallest)}, which the "
-            "calibration text has. Use the tokenizer of the model."
+            f"{source.directory}: has no token {largest}, which the calibration text "
+            "has. Use the tokenizer of the model."
         )
 
 

@@ -9,6 +9,7 @@ loses least of the layer's outputs on windows that were held out is kept.
 import contextlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -35,7 +36,7 @@ from kashin_jax.pipeline.hidden_states import HiddenStates
 from kashin_jax.pipeline.moments import MeanMoments, Moments
 from kashin_jax.pipeline.output_moments import OutputMoments
 from kashin_jax.pipeline.passes import Stage
-from kashin_jax.pipeline.paths import at_path, path_key
+from kashin_jax.pipeline.paths import at_path, join, path_key
 from kashin_jax.pipeline.plan import Choice
 from kashin_jax.pipeline.report import (
     CalibrationReport,
@@ -84,9 +85,9 @@ def quantize_calibrated(
 ) -> None:
     """Quantizes the chosen layers of a model's blocks, one block in memory at a time.
 
-    Linear layers within the model's list of blocks are calibrated. All others, and
-    those that a block never calls, or twice, are left to the caller, who codes them
-    without data; a logged warning names them.
+    Linear layers within the model's list of blocks are calibrated. All others, those
+    that stand in several places, and those that a block never calls, or twice, are left
+    to the caller, who codes them without data; a logged warning names them.
 
     Args:
       model: Gives logits of token ids `[b, t]`, or is an encoder that is called with
@@ -97,12 +98,14 @@ def quantize_calibrated(
       layers: Gives their matrices and takes what becomes of them.
 
     Raises:
-      UsageError: If the model has no list of blocks.
+      UsageError: If the model has no list of blocks, or does more between them than to
+        hand hidden states on.
       NonFiniteError: If a matrix, or what a layer reads, holds NaN or infinity; names
         the layer.
     """
-    chosen = {choice.path: choice for choice in choices}
-    path = find_blocks(model, chosen)
+    left = {choice.path: None for choice in choices}
+    path = find_blocks(model, left)
+    chosen = _standing_alone(model, choices)
     runner = BlockRunner(model, path, calibration.inputs)
     run = _Run(runner, calibration, root, layers)
     size = sum(math.prod(choice.candidate.shape) for choice in choices)
@@ -117,13 +120,33 @@ def quantize_calibrated(
             for choice in run.block(index, own):
                 progress.set_postfix_str(choice.path)
                 progress.update(math.prod(choice.candidate.shape))
-                del chosen[choice.path]
-    if chosen:
+                del left[choice.path]
+    if left:
         _logger.warning(
             "%d layers are coded without calibration, as the text does not reach them "
             "by the one call of a linear layer of %s: %s.",
-            len(chosen), path, ", ".join(chosen),
+            len(left), path, ", ".join(left),
         )  # fmt: skip
+
+
+def _standing_alone(model: nnx.Module, choices: Sequence[Choice]) -> dict[str, Choice]:
+    """By path the choices whose layers stand, and whose matrices are, in one place."""
+    places = Counter(
+        id(child)
+        for _, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module)
+        for child in vars(node).values()
+        if isinstance(child, nnx.Module)
+    )
+
+    def is_alone(choice: Choice) -> bool:
+        parts = choice.path.split("/")
+        above = (at_path(model, join(parts[:k])) for k in range(1, len(parts) + 1))
+        return len(choice.candidate.paths) == 1 and all(
+            places[id(node)] <= 1 for node in above
+        )
+
+    return {choice.path: choice for choice in choices if is_alone(choice)}
 
 
 class _Run:

@@ -134,8 +134,7 @@ def quantize_checkpoint(
       announce: Called with the source before the work begins, which may take hours,
         and once nothing was found wrong; not where there is none to do.
       calibration: A text that decides what is lost, see `quantize_calibrated`, for
-        models that run here. The model is then held in memory, in float32, and
-        codes are no longer those of `quantize_model`.
+        models that run here. The model is then held in memory, in float32.
 
     Raises:
       UsageError: If the rules do not suit the checkpoint, or `target` is taken.

@@ -64,9 +64,19 @@ class Program(NamedTuple):
 
 
 class _Call(NamedTuple):
-    # What a block is called with besides hidden states.
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    """A call of a block, or of what stands for it.
+
+    Attributes:
+      block: Its index.
+      x: Hidden states in front of it.
+      given: What it is called with besides, by place and by name.
+      rest: What it gives besides new hidden states.
+    """
+
+    block: int
+    x: Array
+    given: tuple[tuple[Any, ...], dict[str, Any]]
+    rest: Any
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -74,16 +84,31 @@ def first_states(
     graphdef: Any, path: str, state: Any, tokens: Any
 ) -> Float[Array, "b t d"]:
     """Hidden states in front of the first block."""
-    return _calls(graphdef, path, state, tokens)[0]
+    return _calls(graphdef, path, state, tokens)[0].x
 
 
 def kinds_of_calls(graphdef: Any, path: str, state: Any, tokens: Any) -> Any:
-    """For every block an array as long as the index of the first one called alike."""
-    _, calls = _calls(graphdef, path, state, tokens)
+    """For every block an array as long as the index of the first one called alike.
+
+    Raises:
+      UsageError: If blocks are not called one after the other with nothing in between.
+    """
+    calls = _calls(graphdef, path, state, tokens)
+    blocks = len(at_path(nnx.merge(graphdef, state), path))
+    in_order = [call.block for call in calls] == list(range(blocks))
+    handed = {id(leaf) for call in calls for leaf in jax.tree.leaves(call.rest)}
+    read = {id(leaf) for call in calls for leaf in jax.tree.leaves(call.given)}
+    if not in_order or any(call.x is not calls[0].x for call in calls) or handed & read:
+        raise UsageError(
+            f"{path}: blocks run one by one here, each with the hidden states that the "
+            "one before it gives, and this model does more between them, leaves some "
+            "out, or hands on what else they give. Do that within the blocks; or leave "
+            "calibration out, and refine with `block_epochs=0`."
+        )
     seen: dict[Any, int] = {}
     kinds = []
     for i, call in enumerate(calls):
-        leaves, structure = jax.tree.flatten(call)
+        leaves, structure = jax.tree.flatten(call.given)
         same = (structure, tuple(map(id, leaves)))
         kinds.append(jnp.zeros(seen.setdefault(same, i)))
     return kinds
@@ -102,20 +127,18 @@ def call_model(model: Any, tokens: Any) -> Any:
     return model(tokens.ids, **{k: v for k, v in given.items() if v is not None})
 
 
-def _calls(
-    graphdef: Any, path: str, state: Any, tokens: Any
-) -> tuple[Array, list[_Call]]:
-    """Hidden states in front of the blocks, and what each block is called with."""
+def _calls(graphdef: Any, path: str, state: Any, tokens: Any) -> list[_Call]:
+    """What each block is called with, in the order of calls."""
     model = nnx.merge(graphdef, state)
-    found: list[tuple[Array, _Call]] = []
+    found: list[_Call] = []
 
-    def tell(index: int, x: Array, args: Any, kwargs: Any) -> None:
-        found.append((x, _Call(args, kwargs)))
+    def tell(index: int, x: Array, args: Any, kwargs: Any, rest: Any) -> None:
+        found.append(_Call(index, x, (args, kwargs), rest))
 
     for stop in at_path(model, path):
         stop.tell = tell
     call_model(model, tokens)
-    return found[0][0], [call for _, call in found]
+    return found
 
 
 def run_block(
@@ -130,8 +153,9 @@ def run_block(
       tokens: Of the batch.
       x: Hidden states in front of it.
     """
-    call = _calls(program.shell, program.path, shell, tokens)[1][program.kind]
-    found = block(x, *call.args, **call.kwargs)
+    calls = _calls(program.shell, program.path, shell, tokens)
+    args, kwargs = calls[program.kind].given
+    found = block(x, *args, **kwargs)
     return found[0] if isinstance(found, tuple) else found
 
 

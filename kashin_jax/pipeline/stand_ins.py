@@ -49,15 +49,14 @@ class Stop(nnx.Module):
         self.give: Callable[[], Array] | None = None
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Any:
+        given = self.outline(x, args, kwargs)
+        rest = given[1:] if isinstance(given, tuple) else ()
+        rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
         if self.tell is not None:
-            self.tell(self.index, x, args, kwargs)
+            self.tell(self.index, x, args, kwargs, rest)
         if self.give is not None:
             x = self.give()
-        given = self.outline(x, args, kwargs)
-        if not isinstance(given, tuple):
-            return x
-        _, *rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given)
-        return (x, *rest)
+        return (x, *rest) if isinstance(given, tuple) else x
 
 
 class Ear(nnx.Module):

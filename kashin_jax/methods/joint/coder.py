@@ -201,6 +201,7 @@ class JointKashin(Method):
             block_shape=layout.block_shape,
             distortion=self.distortion,
             expansion=self.expansion,
+            scales_inputs=free.in_scale is not None,
         )
         levels = levels_of_pairs(free.centroids, self.split)
         code = code_with_feedback(
@@ -211,7 +212,9 @@ class JointKashin(Method):
             packed_codes=packed,
             packed_coarse=coarse,
             scale=code.scale,
-            in_scale=code.in_scale.astype(jnp.float16),
+            in_scale=(
+                code.in_scale.astype(jnp.float16) if search.scales_inputs else None
+            ),
             out_scale=code.out_scale.astype(jnp.float16),
         )
 

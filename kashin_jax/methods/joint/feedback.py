@@ -47,6 +47,7 @@ class Search(NamedTuple):
       distortion: About the share of a Gaussian's variance that coding loses.
       expansion: Power of `<w, w> / <w, w_q>` by which outputs are scaled at the end,
         the products taken in the metric of the moments.
+      scales_inputs: Whether inputs have scales; without, all are 1.
     """
 
     split: Split
@@ -54,6 +55,7 @@ class Search(NamedTuple):
     block_shape: tuple[int, int]
     distortion: float
     expansion: float
+    scales_inputs: bool = True
 
 
 class FedCode(NamedTuple):
@@ -124,30 +126,13 @@ def _coded(
     order = _order_of_bands(x, moments, size)
     rows = jnp.arange(m).reshape(-1, size)[order].reshape(-1)
     outputs = None
-    if out_moments is None:
-        # Outputs have the same moments, so that feedback never mixes them.
-        out_scale = relative_rms(x, axis=0, power=1.0)
-    else:
+    if out_moments is not None:
         outputs = triangular_factors(out_moments, width, last_first=True)
-        out_scale = weighted_scale(
-            relative_rms(x, axis=0, power=0.5),
-            relative_quarter(_diagonals(outputs).reshape(-1)),
-            search.distortion,
-            width,
-        )
-    x = x / out_scale[None, :]
-    x, plain = x[rows], x
+    out_scale = _output_scale(x, outputs, search)
+    plain = x / out_scale[None, :]
+    x = plain[rows]
     inputs = triangular_factors(moments, size, last_first=True, order=rows)
-    quarter = relative_quarter(_diagonals(inputs).reshape(-1)).reshape(-1, size)
-    # As `relative_rms` of the whole matrix has it, since targets come one by one.
-    mean = jnp.mean(_rms(x) ** 0.5)
-    mean = jnp.where(mean > 0, mean, 1.0)
-
-    def in_scale(rows: Float[Array, "size k"], index: Int[Array, ""]) -> Array:
-        root = _rms(rows) ** 0.5
-        root = as_half(jnp.where(root > 0, root / mean, 1.0))
-        return weighted_scale(root, quarter[index], search.distortion, size)
-
+    in_scale = _band_scale(x, inputs, search)
     code = partial(_code_band, levels=levels, basis=basis, rotation=rotation)
     code = partial(code, search=search)
     if outputs is None:
@@ -186,6 +171,44 @@ def _order_of_bands(
     return jnp.argsort(jnp.sum(given.reshape(-1, size), axis=1))
 
 
+def _output_scale(
+    x: Float[Array, "m n"], outputs: Triangular | None, search: Search
+) -> Float[Array, " n"]:
+    """The scale of every output, by which its weights are divided before coding."""
+    if outputs is None:
+        # Outputs have the same moments, so that feedback never mixes them.
+        return relative_rms(x, axis=0, power=1.0)
+    return weighted_scale(
+        relative_rms(x, axis=0, power=0.5),
+        relative_quarter(_diagonals(outputs).reshape(-1)),
+        search.distortion,
+        search.block_shape[1],
+    )
+
+
+_BandScale = Callable[[Float[Array, "size n"], Int[Array, ""]], Float[Array, " size"]]
+"""Scales of a band's inputs, by its target and its index."""
+
+
+def _band_scale(
+    x: Float[Array, "m n"], inputs: Triangular, search: Search
+) -> _BandScale:
+    size = search.block_shape[0]
+    if not search.scales_inputs:
+        return lambda rows, index: jnp.ones(size)
+    quarter = relative_quarter(_diagonals(inputs).reshape(-1)).reshape(-1, size)
+    # As `relative_rms` of the whole matrix has it, since targets come one by one.
+    mean = jnp.mean(_rms(x) ** 0.5)
+    mean = jnp.where(mean > 0, mean, 1.0)
+
+    def in_scale(rows: Float[Array, "size k"], index: Int[Array, ""]) -> Array:
+        root = _rms(rows) ** 0.5
+        root = as_half(jnp.where(root > 0, root / mean, 1.0))
+        return weighted_scale(root, quarter[index], search.distortion, size)
+
+    return in_scale
+
+
 def _diagonals(factors: Triangular) -> Float[Array, "g size"]:
     return jnp.diagonal(factors.metric, axis1=1, axis2=2)
 
@@ -193,7 +216,7 @@ def _diagonals(factors: Triangular) -> Float[Array, "g size"]:
 def _code_bands(
     x: Float[Array, "m n"],
     factor: Float[Array, "m m"],
-    in_scale: Callable[[Float[Array, "size n"], Int[Array, ""]], Float[Array, " size"]],
+    in_scale: _BandScale,
     code: Callable[..., tuple[_Band, Float[Array, "size n"]]],
     size: int,
 ) -> tuple[Float[Array, "m n"], _Band]:
@@ -202,7 +225,7 @@ def _code_bands(
     Args:
       x: The matrix.
       factor: Of the moments of inputs.
-      in_scale: Called with a band's target and its index.
+      in_scale: From `_band_scale`.
       code: `_code_band` of a target and its scales.
       size: Rows of a band.
     """
