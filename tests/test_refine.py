@@ -30,6 +30,7 @@ from kashin_jax.pipeline import (
     refine_model,
     refined_checkpoint,
 )
+from kashin_jax.pipeline.paths import at_path
 from kashin_jax.pipeline.refinable import take_apart
 from kashin_jax.pipeline.report import read_report
 
@@ -183,6 +184,19 @@ def test_scales_in_common_and_products_of_levels_stay_such():
     np.testing.assert_allclose(found(x), parts.structure.model(moved, parts.frozen)(x))
 
 
+def test_vectors_are_rounded_to_what_a_file_will_hold(packed):
+    """Guards what is judged: norms of bfloat16 models move by a step or two."""
+    model = load_quantized(packed).model
+    path = "decoder/final_layer_norm/scale"
+    parts = take_apart(model, {path: "bfloat16"})
+    moved = parts.model([each + 1e-3 for each in parts.params])
+    for name, is_rounded in ((path, True), (path.replace("scale", "bias"), False)):
+        value = at_path(moved, name).get_value()
+        assert value.dtype == jnp.float32
+        rounded = value.astype(jnp.bfloat16).astype(jnp.float32)
+        assert bool((value == rounded).all()) == is_rounded
+
+
 def test_wrong_use_is_an_error_that_names_the_remedy(tiny, packed, tmp_path):
     target = tmp_path / "r"
     with pytest.raises(UsageError, match="quantize it first"):
@@ -191,8 +205,12 @@ def test_wrong_use_is_an_error_that_names_the_remedy(tiny, packed, tmp_path):
         refine_checkpoint(packed, target, packed, TEXT)
     with pytest.raises(UsageError, match="two windows"):
         refine_checkpoint(packed, target, tiny, TEXT[:1])
+    with pytest.raises(UsageError, match="windows of one token"):
+        refine_checkpoint(packed, target, tiny, TEXT[:, :1])
+    with pytest.raises(UsageError, match="is read from"):
+        refine_checkpoint(packed, packed.parent, tiny, TEXT, replace="finished")
     other = make_classifier(tmp_path / "classifier", "sst2")
-    with pytest.raises(UsageError, match="cannot be calibrated|has shape"):
+    with pytest.raises(UsageError, match="cannot be .* refined|has shape"):
         refine_checkpoint(packed, target, other, TEXT)
     with pytest.raises(UsageError, match=f"no token {VOCABULARY}"):
         refine_checkpoint(packed, target, tiny, TEXT + VOCABULARY - TEXT.max())
@@ -224,6 +242,9 @@ def test_the_command_refines_and_says_what_it_brought(tiny, packed, tmp_path, ca
     assert "End to end:" in capsys.readouterr().out
     assert main(command) == 0
     assert "Already done" in capsys.readouterr().out
+    assert main([*command, "--seed=1"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main([*command, "--seed=1", "--force"]) == 0
     assert main([*command, "--text-weight=1.5"]) == 2
 
 

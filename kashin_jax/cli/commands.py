@@ -5,13 +5,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kashin_jax.cli.calibrate import print_calibrated, read_calibration
+from kashin_jax.cli.calibrate import TOKENS, print_calibrated, read_calibration
 from kashin_jax.cli.evaluate import language_model, read_text, run_eval
 from kashin_jax.errors import UsageError
 from kashin_jax.io import open_checkpoint, quantized_before, read_json
@@ -60,7 +60,7 @@ def run_quantize(
     seed: int,
     max_shard_size: int,
     calibration: str | None,
-    calibration_tokens: int,
+    calibration_tokens: int | None,
     calibration_weighting: str,
     calibration_asymmetric: bool,
     dry_run: bool,
@@ -102,7 +102,7 @@ def run_quantize(
         budget=budget,
         max_shard_bytes=max_shard_size,
         exist_ok=True,
-        replace="finished" if force else "unfinished" if restart else None,
+        replace=_replaced(force, restart),
         announce=lambda source: print(count_roles(source), flush=True),
         calibration=text,
     )
@@ -117,6 +117,12 @@ def run_quantize(
     found = inspect_checkpoint(dst, verify=False)
     _print_totals(found._replace(coverage=result.coverage))
     return 0
+
+
+def _replaced(force: bool, restart: bool) -> Literal["finished", "unfinished"] | None:
+    if force:
+        return "finished"
+    return "unfinished" if restart else None
 
 
 def _is_budget(bits: int | float | None, method: str | None) -> bool:
@@ -243,16 +249,18 @@ def run_refine(
     dst: str,
     *,
     calibration: str,
-    calibration_tokens: int,
+    calibration_tokens: int | None,
     block_epochs: int | None,
     epochs: int | None,
     text_weight: float | None,
     seed: int,
+    force: bool,
+    restart: bool,
 ) -> int:
     """Refines a quantized checkpoint."""
     source = open_checkpoint(original)
     text = calibration_text(
-        source, read_text(Path(calibration)), calibration_tokens
+        source, read_text(Path(calibration)), calibration_tokens or TOKENS
     ).calibration(seed)
     given: dict[str, Any] = {
         "block_epochs": block_epochs, "epochs": epochs, "text_weight": text_weight
@@ -260,8 +268,9 @@ def run_refine(
     chosen = {name: value for name, value in given.items() if value is not None}
     refinement = Refinement(seed=seed, **chosen)
     found = refine_checkpoint(
-        src, dst, original, text.windows, refinement, exist_ok=True
-    )
+        src, dst, original, text.windows, refinement, exist_ok=True,
+        replace=_replaced(force, restart),
+    )  # fmt: skip
     if found.gains is None:
         print(f"Already done: {dst} holds the result of this command.")
     else:

@@ -154,6 +154,10 @@ def _quantize(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write nothing"
     )
+    _add_replacing(parser)
+
+
+def _add_replacing(parser: _Parser) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
         "--force",
@@ -171,7 +175,6 @@ def _add_calibration_tokens(parser: _Parser) -> None:
     parser.add_argument(
         "--calibration-tokens",
         type=read_count,
-        default=131_072,
         metavar="N",
         help="tokens of it to use, drawn in windows by the seed; default: 131072",
     )
@@ -211,6 +214,7 @@ def _refine(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=read_seed, default=0, help="of windows and order; default: 0"
     )
+    _add_replacing(parser)
 
 
 def _add_choices(parser: _Parser) -> None:

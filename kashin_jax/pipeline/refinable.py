@@ -8,6 +8,7 @@ over the weights that are coded by it.
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -40,12 +41,13 @@ class Structure:
     Attributes:
       graphdef: Of the model.
       tree: Of its state.
-      dtypes: The stored type of every leaf that is trained; None for the others.
+      dtypes: Of every leaf that is trained its type on disk, and in the model; None for
+        the others.
     """
 
     graphdef: Any
     tree: Any
-    dtypes: tuple[str | None, ...]
+    dtypes: tuple[tuple[str, str] | None, ...]
 
     def model(self, params: list[Array], frozen: Frozen) -> Any:
         """The model that `(params, frozen)` mean; differentiable.
@@ -55,12 +57,13 @@ class Structure:
         """
         trained, others = zip(params, frozen.units, strict=True), iter(frozen.others)
         leaves = []
-        for dtype in self.dtypes:
-            if dtype is None:
+        for dtypes in self.dtypes:
+            if dtypes is None:
                 leaves.append(next(others))
             else:
                 value, unit = next(trained)
-                leaves.append((value * unit).astype(dtype))
+                stored, own = dtypes
+                leaves.append((value * unit).astype(stored).astype(own))
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.tree, leaves))
 
 
@@ -86,24 +89,29 @@ class Refinable(NamedTuple):
         return _settled(self.structure.model(params, self.frozen))
 
 
-def take_apart(model: nnx.Module) -> Refinable:
+def take_apart(model: nnx.Module, stored: Mapping[str, str] | None = None) -> Refinable:
     """Separates what is trained from what is not.
 
     Args:
       model: Some of its layers are packed. Not changed.
+      stored: Types that vectors have on disk, by path; others have their own.
     """
+    stored = {} if stored is None else stored
     graphdef, state = nnx.split(model)
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     variables = jax.tree.leaves(state, is_leaf=is_variable)
     marks = list(itertools.chain.from_iterable(map(_is_trained, variables)))
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-    params, units, others, dtypes, names = [], [], [], [], []
+    params, units, others, names = [], [], [], []
+    dtypes: list[tuple[str, str] | None] = []
     for (path, leaf), is_trained in zip(leaves, marks, strict=True):
-        dtypes.append(leaf.dtype.name if is_trained else None)
         if not is_trained:
+            dtypes.append(None)
             others.append(leaf)
             continue
         names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+        own = leaf.dtype.name
+        dtypes.append((stored.get(names[-1].removesuffix("/value"), own), own))
         values = leaf.astype(jnp.float32)
         units.append(_unit(values))
         params.append(values / units[-1])

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -155,6 +155,7 @@ def refine_model(
     refinement: Refinement | None = None,
     *,
     store: Store | None = None,
+    stored: Mapping[str, str] | None = None,
     held_bytes: int = HELD_BYTES,
 ) -> tuple[Any, RefinementReport]:
     """A packed model whose scales, levels, biases and norms have learned from a text.
@@ -170,6 +171,9 @@ def refine_model(
       windows: Token ids, at least two windows.
       refinement: How long and how fast; None takes `Refinement()`.
       store: Where unfinished work is kept, so that an interrupted run goes on.
+      stored: Types that biases and norms have on disk, by path such as
+        `decoder/layers/0/fc1/bias`, to which they are rounded in every step; others
+        have those of the model.
       held_bytes: Most bytes of hidden states in memory, of either model; the rest goes
         to the directory for temporary files.
 
@@ -189,14 +193,19 @@ def refine_model(
             "to 0."
         )
     require_windows(windows, "Refinement")
+    if windows.shape[1] < 2:
+        raise UsageError(
+            "Refinement learns from next tokens, and windows of one token have none. "
+            "Give longer ones."
+        )
     model, blocks = nnx.clone(model), tuple[Gain, ...]()
-    work = _Work(refinement, windows, store)
+    work = _Work(refinement, windows, store, {} if stored is None else stored)
     if refinement.block_epochs:
         with (
             contextlib.closing(HiddenStates(held_bytes)) as hidden,
             contextlib.closing(HiddenStates(held_bytes)) as wanted,
         ):
-            runner = BlockRunner(model, find_blocks(model, packed))
+            runner = BlockRunner(model, find_blocks(model, packed), windows)
             blocks = _refine_blocks(model, runner, original, work, hidden, wanted)
     whole = None
     if refinement.epochs:
@@ -209,6 +218,7 @@ class _Work:
     refinement: Refinement
     windows: Int32[np.ndarray, "w t"]
     store: Store
+    stored: Mapping[str, str]
 
     @property
     def learned(self) -> int:
@@ -250,7 +260,7 @@ def _refine_blocks(
       hidden: Takes the states of every window in front of the next block.
       wanted: Takes those in the original.
     """
-    path, theirs = runner.path, BlockRunner(original, runner.path)
+    path, theirs = runner.path, BlockRunner(original, runner.path, work.windows)
     for window in work.windows:
         hidden.append(np.asarray(runner.first(window[None]))[0])
         wanted.append(np.asarray(theirs.first(window[None]))[0])
@@ -263,7 +273,12 @@ def _refine_blocks(
     with progress_bar(len(runner.blocks) * steps, "steps", desc="blocks ") as progress:
         for index, block in enumerate(runner.blocks):
             _go_behind(theirs, index, theirs.blocks[index], work, wanted)
-            parts = take_apart(block)
+            start = f"{path}/{index}/"
+            parts = take_apart(block, {
+                name[len(start) :]: dtype
+                for name, dtype in work.stored.items()
+                if name.startswith(start)
+            })  # fmt: skip
             if parts.params:
                 loss = _BlockLoss(runner.program(index, parts.structure.graphdef))
                 fit = _Fit(
@@ -295,7 +310,7 @@ def _refine_whole(
     model: nnx.Module, original: nnx.Module, work: _Work
 ) -> tuple[Any, Gain]:
     """All blocks, head and norms against the original's predictions."""
-    parts = take_apart(model)
+    parts = take_apart(model, work.stored)
     graphdef, state = nnx.split(original)
     epochs, rate = work.refinement.epochs, work.refinement.rate
     loss = _LogitLoss(graphdef, work.refinement.text_weight)
@@ -375,6 +390,11 @@ def _learned(
     steps, every = work.order(fit.epochs), _SAVED_EVERY
     static = _Static(parts.structure, fit.loss, fit.rate, len(steps))
     before = _mean_loss(parts.params, parts, fit, work)
+    if not math.isfinite(before):
+        raise NonFiniteError(
+            f"{fit.name}: the loss is {before} before anything was learned. Repair the "
+            "checkpoints, or give another text."
+        )
     state, done = _resumed(parts, static, work.store.load(fit.name))
     advance(done)
     for index in range(done, len(steps)):
@@ -385,11 +405,6 @@ def _learned(
             so_far = np.asarray(index + 1)
             work.store.keep(fit.name, [*jax.tree.leaves(state), so_far])
     after = _mean_loss(state[0], parts, fit, work)
-    if not math.isfinite(before):
-        raise NonFiniteError(
-            f"{fit.name}: the loss is {before} before anything was learned. Repair the "
-            "checkpoints, or give another text."
-        )
     # NaN is not less.
     return (state[0] if after < before else None), Gain(before, after)
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from kashin_jax.pipeline.hidden_states import HELD_BYTES
 from kashin_jax.pipeline.loading import load_quantized, packed_tensors
 from kashin_jax.pipeline.original_shards import copy_shards
 from kashin_jax.pipeline.other_files import copy_other_files
+from kashin_jax.pipeline.paths import join
 from kashin_jax.pipeline.refine import (
     Refinement,
     RefinementReport,
@@ -84,6 +85,7 @@ def refine_checkpoint(
     refinement: Refinement | None = None,
     *,
     exist_ok: bool = False,
+    replace: Literal["finished", "unfinished"] | None = None,
     held_bytes: int = HELD_BYTES,
 ) -> RefinedCheckpoint:
     """Writes a quantized checkpoint anew, its scales, levels, biases and norms learned.
@@ -99,6 +101,7 @@ def refine_checkpoint(
       windows: Token ids to learn from, see `calibration_windows`.
       refinement: How long and how fast; None takes `Refinement()`.
       exist_ok: Whether `target` may also hold what the same call finished.
+      replace: What to remove from `target` first, as for `quantize_checkpoint`.
       held_bytes: Most bytes of hidden states in memory, see `refine_model`.
 
     Raises:
@@ -119,15 +122,18 @@ def refine_checkpoint(
         .encode()
     ).hexdigest()  # fmt: skip
     run = fingerprint(source, Rules(), 0, 0, planned, calibration=digest)
-    if exist_ok and (found := finished_run(target, run)) is not None:
+    may_be_done = exist_ok and replace != "finished"
+    if may_be_done and (found := finished_run(target, run)) is not None:
         return RefinedCheckpoint(target, None, found)
-    with claimed_directory(target, run):
-        store = _Files(target)
+    before = source.directory / REPORT_NAME
+    known = read_report(before) if before.exists() else {}
+    with claimed_directory(target, run, replace):
+        store, model = _Files(target), load_quantized(quantized).model
         model, gains = refine_model(
-            load_quantized(quantized).model, load_model(theirs).model, windows,
-            refinement, store=store, held_bytes=held_bytes,
+            model, load_model(theirs).model, windows, refinement, store=store,
+            stored=_Learned.of(model, source).vector_types(), held_bytes=held_bytes,
         )  # fmt: skip
-        reports = _write(source, theirs, target, model, planned)
+        reports = _write(source, theirs, target, model, planned, known)
         store.forget()
         if exist_ok:
             keep_directory(target, run, reports)
@@ -147,7 +153,7 @@ def _check(source: Checkpoint, original: Checkpoint, target: Path) -> None:
             f"{source.directory} was made of."
         )
     for each in (source, original):
-        if each.directory.resolve() == target.resolve():
+        if each.directory.resolve().is_relative_to(target.resolve()):
             raise UsageError(f"{target}: is read from; name another directory.")
     check_runs(original)
     for name in source.names():
@@ -204,10 +210,19 @@ def _write(
     target: Path,
     model: nnx.Module,
     planned: Sequence[PlannedTensor],
+    before: Mapping[str, LayerReport],
 ) -> dict[str, LayerReport]:
-    """Writes all files; returns the reports of packed tensors."""
+    """Writes all files; returns the reports of packed tensors.
+
+    Args:
+      source: The quantized checkpoint.
+      original: What it was made of.
+      target: Where to.
+      model: The refined model.
+      planned: All tensors.
+      before: Reports of the packed ones, of which there may be none.
+    """
     learned = _Learned.of(model, source)
-    before = read_report(source.directory / REPORT_NAME)
 
     def write(writer: TensorWriter, tensor: PlannedTensor) -> LayerReport | None:
         name = tensor.name
@@ -273,14 +288,28 @@ class _Learned(NamedTuple):
 
     def vector(self, name: str) -> Shaped[np.ndarray, " n"] | None:
         """What a tensor that is not packed became; None if it stays as it is."""
+        if (found := self._found(name)) is None:
+            return None
+        path, value = found
+        return stored_array(name, path, value, jnp.dtype(self.source.spec(name).dtype))
+
+    def vector_types(self) -> dict[str, str]:
+        """Types on disk of what `vector` gives, by path of the model."""
+        found = ((name, self._found(name)) for name in self.source.names())
+        return {
+            join(vector[0]): jnp.dtype(self.source.spec(name).dtype).name
+            for name, vector in found
+            if vector is not None
+        }
+
+    def _found(self, name: str) -> tuple[tuple[Any, ...], np.ndarray] | None:
+        if self.source.is_packed(name):
+            return None
         spec = self.source.spec(name)
         parsed = names_of(str(self.source.config.get("model_type"))).parse(name)
         if parsed is None or len(spec.shape) != 1 or not is_float(spec.dtype):
             return None
-        if (found := self.vectors.get(parsed.name)) is None:
-            return None
-        path, value = found
-        return stored_array(name, path, value, jnp.dtype(spec.dtype))
+        return self.vectors.get(parsed.name)
 
     def packed(self, name: str) -> QuantizedTensor:
         """A packed tensor, with the layout that it has on disk."""
