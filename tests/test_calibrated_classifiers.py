@@ -1,10 +1,12 @@
 """Classifiers quantized with a text: padding counts nothing, examples are theirs."""
 
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_checkpoint import make_checkpoint
+from tiny_checkpoint import edit_tensors, make_checkpoint
 from tiny_classifier import (
     LONG,
     arguments,
@@ -95,7 +97,7 @@ def test_moments_are_those_of_each_example_alone(model):
 def test_no_layer_is_worse_and_the_checkpoint_has_the_same_codes(
     source, examples, model, tmp_path, caplog
 ):
-    """Guards both ways to a quantized encoder, and the layer behind its blocks."""
+    """Guards both ways to a quantized encoder, and layers outside of its blocks."""
     calibration = examples.calibration(0)
     small, reports = quantize_model(model, rules=GPTQ, calibration=calibration)
     assert "1 layers are coded without calibration" in caplog.text
@@ -105,11 +107,16 @@ def test_no_layer_is_worse_and_the_checkpoint_has_the_same_codes(
     assert all(each.output_error <= each.data_free_error for each in found)
     whole, free = np.sum([each[:2] for each in found], axis=0)
     assert whole < 0.9 * free
+    # As pretraining leaves it, of a head that the model does not have.
+    foreign, pretrained = "cls.predictions.transform.dense", tmp_path / "source"
+    shutil.copytree(source, pretrained)
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    edit_tensors(pretrained, lambda t: t.update({f"{foreign}.weight": weight}))
     written = quantize_checkpoint(
-        source, tmp_path / "out", GPTQ, calibration=calibration
+        pretrained, tmp_path / "out", GPTQ, calibration=calibration
     )
     packed = packed_layers(open_checkpoint(written.directory))
-    assert packed.keys() == reports.keys()
+    assert packed.keys() == reports.keys() | {foreign.replace(".", "/")}
     layer = small.encoder.layers[1].output.kernel.get_value()
     expected = packed["encoder/layers/1/output"]
     np.testing.assert_array_equal(layer.packed_codes, expected.packed_codes)

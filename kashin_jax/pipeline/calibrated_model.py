@@ -45,6 +45,7 @@ from kashin_jax.pipeline.report import (
 )
 from kashin_jax.pipeline.run import reported
 from kashin_jax.pipeline.stopwatch import Stopwatch
+from kashin_jax.pipeline.targets import children_of
 from kashin_jax.pipeline.token_weights import TokenWeights, gradient_weights
 from kashin_jax.progress import progress_bar
 from kashin_jax.tensors import QuantizedTensor, dequantize
@@ -105,7 +106,8 @@ def quantize_calibrated(
     """
     left = {choice.path: None for choice in choices}
     path = find_blocks(model, left)
-    chosen = _standing_alone(model, choices)
+    within = [choice for choice in choices if choice.path.startswith(f"{path}/")]
+    chosen = _standing_alone(model, within)
     runner = BlockRunner(model, path, calibration.inputs)
     run = _Run(runner, calibration, root, layers)
     size = sum(math.prod(choice.candidate.shape) for choice in choices)
@@ -134,8 +136,7 @@ def _standing_alone(model: nnx.Module, choices: Sequence[Choice]) -> dict[str, C
     places = Counter(
         id(child)
         for _, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Module)
-        for child in vars(node).values()
+        for _, child in children_of(node)
         if isinstance(child, nnx.Module)
     )
 

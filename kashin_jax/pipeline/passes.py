@@ -1,5 +1,6 @@
 """Passes through a model whose blocks are stood in for, as compiled programs."""
 
+import itertools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,13 +71,13 @@ class _Call(NamedTuple):
       block: Its index.
       x: Hidden states in front of it.
       given: What it is called with besides, by place and by name.
-      rest: What it gives besides new hidden states.
+      found: What it gives: hidden states, and the rest.
     """
 
     block: int
     x: Array
     given: tuple[tuple[Any, ...], dict[str, Any]]
-    rest: Any
+    found: tuple[Array, Any]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -96,14 +97,16 @@ def kinds_of_calls(graphdef: Any, path: str, state: Any, tokens: Any) -> Any:
     calls = _calls(graphdef, path, state, tokens)
     blocks = len(at_path(nnx.merge(graphdef, state), path))
     in_order = [call.block for call in calls] == list(range(blocks))
-    handed = {id(leaf) for call in calls for leaf in jax.tree.leaves(call.rest)}
+    follow = all(b.x is a.found[0] for a, b in itertools.pairwise(calls))
+    found = {id(leaf) for call in calls for leaf in jax.tree.leaves(call.found)}
     read = {id(leaf) for call in calls for leaf in jax.tree.leaves(call.given)}
-    if not in_order or any(call.x is not calls[0].x for call in calls) or handed & read:
+    if not (in_order and follow) or found & read:
         raise UsageError(
             f"{path}: blocks run one by one here, each with the hidden states that the "
-            "one before it gives, and this model does more between them, leaves some "
-            "out, or hands on what else they give. Do that within the blocks; or leave "
-            "calibration out, and refine with `block_epochs=0`."
+            "one before it gives, and this model does more between them (even a "
+            "sharding constraint is more), leaves some out, or hands on what else they "
+            "give. Do that within the blocks; or leave calibration out, and refine "
+            "with `block_epochs=0`."
         )
     seen: dict[Any, int] = {}
     kinds = []
@@ -132,11 +135,8 @@ def _calls(graphdef: Any, path: str, state: Any, tokens: Any) -> list[_Call]:
     model = nnx.merge(graphdef, state)
     found: list[_Call] = []
 
-    def tell(index: int, x: Array, args: Any, kwargs: Any, rest: Any) -> None:
-        found.append(_Call(index, x, (args, kwargs), rest))
-
     for stop in at_path(model, path):
-        stop.tell = tell
+        stop.tell = lambda *call: found.append(_Call(*call))
     call_model(model, tokens)
     return found
 

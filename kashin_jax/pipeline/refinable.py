@@ -9,6 +9,7 @@ over the weights that are coded by it.
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +64,9 @@ class Structure:
             else:
                 value, unit = next(trained)
                 stored, own = dtypes
-                leaves.append((value * unit).astype(stored).astype(own))
+                value = value * unit
+                value = value if stored == own else _rounded(stored, value)
+                leaves.append(value.astype(own))
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.tree, leaves))
 
 
@@ -134,6 +137,23 @@ def _is_trained(variable: Any) -> list[bool]:
         return jax.tree.leaves(marks)
     is_vector = isinstance(variable, nnx.Param) and jnp.ndim(value) == 1
     return [is_vector and jnp.issubdtype(value.dtype, jnp.floating)]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rounded(dtype: str, values: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Values as `dtype` has them; what learns does not feel the rounding."""
+    kind = jnp.finfo(dtype)
+    # There and back is nothing to XLA's GPU compiler; what it keeps flushes subnormals.
+    return jnp.where(
+        jnp.abs(values) < float(kind.smallest_normal),
+        values.astype(dtype).astype(values.dtype),
+        jax.lax.reduce_precision(values, kind.nexp, kind.nmant),
+    )
+
+
+@_rounded.defjvp
+def _rounded_jvp(dtype: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _rounded(dtype, *primals), tangents[0]
 
 
 def _unit(values: Float[Array, "..."]) -> Float[Array, ""]:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, Num
 
 from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.pipeline.blocks import BlockRunner, find_blocks
@@ -86,6 +86,15 @@ class Refinement:
                 raise UsageError(
                     f"`{name}` must be positive. Got {getattr(self, name)}."
                 )
+
+    def check(self, windows: Num[np.ndarray, "..."]) -> None:
+        """Raises UsageError if nothing can be learned from these windows."""
+        require_windows(windows, "Refinement")
+        if self.epochs and windows.shape[1] < 2:
+            raise UsageError(
+                "Refinement learns from next tokens, and windows of one token have "
+                "none. Give longer ones."
+            )
 
     def digest(self, windows: Int32[np.ndarray, "w t"]) -> str:
         """A hash of everything that the result depends on beside the two models."""
@@ -192,12 +201,7 @@ def refine_model(
             "The model has no packed layers; quantize it first, or set `block_epochs` "
             "to 0."
         )
-    require_windows(windows, "Refinement")
-    if windows.shape[1] < 2:
-        raise UsageError(
-            "Refinement learns from next tokens, and windows of one token have none. "
-            "Give longer ones."
-        )
+    refinement.check(windows)
     model, blocks = nnx.clone(model), tuple[Gain, ...]()
     work = _Work(refinement, windows, store, {} if stored is None else stored)
     if refinement.block_epochs:

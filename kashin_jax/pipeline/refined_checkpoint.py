@@ -29,7 +29,6 @@ from kashin_jax.models.registry import names_of
 from kashin_jax.models.saving import stored_array
 from kashin_jax.models.tensor_roles import tensor_roles
 from kashin_jax.pipeline.calibrated_checkpoint import check_runs, check_tokens
-from kashin_jax.pipeline.calibration import require_windows
 from kashin_jax.pipeline.checkpoint import write_shards
 from kashin_jax.pipeline.checkpoint_plan import (
     is_float,
@@ -114,7 +113,7 @@ def refine_checkpoint(
     source, theirs = open_checkpoint(quantized), open_checkpoint(original)
     target = Path(target)
     _check(source, theirs, target)
-    require_windows(windows, "Refinement")
+    refinement.check(windows)
     check_tokens(theirs, windows)
     planned = [_planned(source, name) for name in source.names()]
     digest = hashlib.sha256(

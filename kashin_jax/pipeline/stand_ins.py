@@ -53,7 +53,10 @@ class Stop(nnx.Module):
         rest = given[1:] if isinstance(given, tuple) else ()
         rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
         if self.tell is not None:
-            self.tell(self.index, x, args, kwargs, rest)
+            # A value of its own: what was read behind a block, or in front of it.
+            new = x + jnp.zeros((), x.dtype)
+            self.tell(self.index, x, (args, kwargs), (new, rest))
+            x = new
         if self.give is not None:
             x = self.give()
         return (x, *rest) if isinstance(given, tuple) else x

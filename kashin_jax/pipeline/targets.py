@@ -72,7 +72,7 @@ class _Graph:
         self.holders: dict[int, list[Place]] = {}
         self.users: dict[int, list[tuple[str, Place]]] = {}
         for path, node in self.nodes:
-            for name, child in _children(node):
+            for name, child in children_of(node):
                 if isinstance(child, nnx.Variable):
                     place = join([*filter(None, [path]), name]), (node, name)
                     self.users.setdefault(id(child), []).append(place)
@@ -147,7 +147,8 @@ def _put(place: Place, new: Any) -> None:
         holder[name] = new
 
 
-def _children(node: Any) -> list[tuple[Any, Any]]:
+def children_of(node: Any) -> list[tuple[Any, Any]]:
+    """What a node of a model holds, by name or place."""
     if isinstance(node, nnx.Pytree):
         return list(vars(node).items())
     if isinstance(node, list | tuple):
@@ -192,7 +193,7 @@ def _unknown(graph: _Graph, known: set[int], rules: Rules | None) -> list[Target
     """Other arrays of two axes and more: nothing is known of what is done with them."""
     found: dict[int, Target] = {}
     for _, node in graph.nodes:
-        for name, child in _children(node):
+        for name, child in children_of(node):
             if not isinstance(child, nnx.Param) or id(child) in known | found.keys():
                 continue
             value = child.get_value()
