@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common.flags import (
+    COUNT,
     GIVEN,
     check_flags,
     flag,
@@ -103,7 +104,7 @@ class CostConfig:
     inputs: tuple[str, ...] = flag(
         ("1024", "2048", "4096"), "Inputs of the layers, as a list.", GIVEN
     )
-    outputs: int = flag(0, "Outputs of each of them; 0 takes as many as inputs.")
+    outputs: int = flag(0, "Outputs of each of them; 0 takes as many as inputs.", COUNT)
     out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:

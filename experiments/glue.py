@@ -64,9 +64,9 @@ from experiments.common.methods import (
     table_grid,
 )
 from experiments.common.results import (
+    earlier_records,
     environment_fields,
     prepare_output,
-    read_jsonl,
     remove_work,
     start_work,
     write_results,
@@ -159,12 +159,7 @@ class GlueConfig:
 
     def __post_init__(self) -> None:
         check_flags(self)
-        chosen = _methods(self).values()
-        if self.calibration and not any(m.is_calibrated for m in chosen):
-            raise UsageError(
-                f"`--calibration` is for the methods {', '.join(GLUE_CALIBRATED)}; "
-                "name one, or leave it out."
-            )
+        _methods(self)
         parse_widths("bits", self.bits, 1, 8)
         parse_bases(self.basis)
         if self.tasks:
@@ -199,9 +194,8 @@ def run(config: GlueConfig) -> int:
         # Records do not say what `--labels` did.
         is_fresh = config.fresh or config.labels
         # Methods without calibration are the same in both files.
-        names = dict.fromkeys((_artifact(config), ARTIFACT))
-        files = [out / f"{name}.jsonl" for name in names]
-        earlier = [] if is_fresh else [r for file in files for r in read_jsonl(file)]
+        names = (_artifact(config), ARTIFACT)
+        earlier = [] if is_fresh else earlier_records(out, names)
         identity = {
             "model": name, "max_length": config.max_length, **environment_fields()
         }  # fmt: skip
@@ -388,7 +382,7 @@ def _skipped(count: int) -> str:
     return f" ({count} damaged rows left out)" if count else ""
 
 
-_KEYS = ("method", "bits", "basis", "calibration")
+_KEYS = ("method", "bits", "basis", "calibration", "calibration_tokens")
 _MEANS = (
     "relative_error", "converged_share", "quantize_seconds", "output_error",
     "data_free_output_error",

@@ -29,6 +29,8 @@ import jax
 from experiments.common.calibration import NamedCalibration, load_calibration
 from experiments.common.checkpoints import checkpoint_sha256, dense_directory
 from experiments.common.flags import (
+    GIVEN,
+    POSITIVE_COUNT,
     check_flags,
     command_line,
     flag,
@@ -57,9 +59,9 @@ from experiments.common.perplexity_table import (
 )
 from experiments.common.published import published_perplexity
 from experiments.common.results import (
+    earlier_records,
     environment_fields,
     prepare_output,
-    read_jsonl,
     remove_work,
     start_work,
     write_results,
@@ -86,9 +88,7 @@ __all__ = ["OptPplConfig", "main", "run"]
 ARTIFACT, CALIBRATED_ARTIFACT = "table2_opt", "calibrated_opt"
 EMBEDDED = ASSETS / "opt-wiki-18m"
 _INSTEAD = "`kashin eval` scores it."
-_GIVEN = (bool, "given")
 _DATASET = (lambda x: x in DATASETS, f"one of {', '.join(DATASETS)}")
-_POSITIVE = (lambda x: x >= 1, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,10 +100,10 @@ class OptPplConfig:
     """
 
     bits: tuple[str, ...] = flag(
-        ("4",), "Code widths, 1 to 8, as a list; 2.7, say, is a total budget.", _GIVEN
+        ("4",), "Code widths, 1 to 8, as a list; 2.7, say, is a total budget.", GIVEN
     )
     model: str = flag(
-        str(EMBEDDED), "Language model: directory, GGUF file or hub id.", _GIVEN
+        str(EMBEDDED), "Language model: directory, GGUF file or hub id.", GIVEN
     )
     dataset: str = flag("wiki_vital", f"One of {', '.join(DATASETS)}.", _DATASET)
     data_dir: str = flag(
@@ -121,7 +121,7 @@ class OptPplConfig:
         AUTO,
         "What the text begins with: auto (as the tokenizer's files say), none, or a "
         "token.",
-        _GIVEN,
+        GIVEN,
     )
     max_tokens: str = flag("8192", "Tokens scored, from the first on; or `all`.")
     methods: tuple[str, ...] = flag(
@@ -135,37 +135,32 @@ class OptPplConfig:
         "wiki_vital for it, less what the model was trained on.",
     )
     calibration_tokens: int = flag(
-        131_072, "Tokens of it, in whole windows.", _POSITIVE
+        131_072, "Tokens of it, in whole windows.", POSITIVE_COUNT
     )
     basis: tuple[str, ...] = flag(
         ("hadamard",),
         f"List of families ({', '.join(FAMILIES)}); `left:right` for unequal sides.",
-        _GIVEN,
+        GIVEN,
     )
     seed: tuple[str, ...] = flag(
-        ("0",), "Seeds, as a list; each is a row of the random methods.", _GIVEN
+        ("0",), "Seeds, as a list; each is a row of the random methods.", GIVEN
     )
     rtol: float = flag(
         1e-6, "Relative residual at which the decomposition has converged.",
         (lambda x: 0 < x < 1, "in (0, 1)"),
     )  # fmt: skip
-    max_steps: int = flag(200, "Greedy steps allowed per matrix.", _POSITIVE)
-    batch_size: int = flag(4, "Windows per forward pass.", _POSITIVE)
+    max_steps: int = flag(200, "Greedy steps allowed per matrix.", POSITIVE_COUNT)
+    batch_size: int = flag(4, "Windows per forward pass.", POSITIVE_COUNT)
     fresh: bool = flag(
         False, "Compute rows again that the results in --out have already."
     )
-    out: str = flag("runs", "Directory of the results.", _GIVEN)
+    out: str = flag("runs", "Directory of the results.", GIVEN)
 
     def __post_init__(self) -> None:
         check_flags(self)
-        chosen = choose_methods(
+        choose_methods(
             self.methods, calibrated=CALIBRATED_METHODS if self.calibration else None
         )
-        if self.calibration and not any(m.is_calibrated for m in chosen.values()):
-            raise UsageError(
-                "`--calibration` is for the methods "
-                f"{', '.join(CALIBRATED_METHODS)}; name one, or leave it out."
-            )
         parse_max_tokens(self.max_tokens)
         parse_widths("bits", self.bits, 1, 8)
         parse_numbers("seed", self.seed, 0, 2**31 - 1)
@@ -188,8 +183,14 @@ def run(config: OptPplConfig) -> int:
         name = short_model_name(config.model)
         work = start_work(out, config, leaving=("batch_size", "fresh"))
         # Methods without calibration are the same in both files.
-        files = (out / f"{name}.jsonl" for name in (_artifact(config), ARTIFACT))
-        earlier = [] if config.fresh else [r for f in files for r in read_jsonl(f)]
+        names = (_artifact(config), ARTIFACT)
+        earlier = [] if config.fresh else earlier_records(out, names)
+        calibration = _load_calibration(config, loaded)
+        if calibration and calibration.text_sha256 == text.text_sha256:
+            raise UsageError(
+                f"`--calibration={config.calibration}` is the text that is scored; "
+                "name another."
+            )
         bench = Bench(
             loaded=loaded,
             text=text,
@@ -198,7 +199,7 @@ def run(config: OptPplConfig) -> int:
             weights_sha256=checkpoint_sha256(loaded.directory),
             batch_size=config.batch_size,
             finished=FinishedRecords(work / "rows.jsonl", earlier),
-            calibration=_load_calibration(config, loaded),
+            calibration=calibration,
         )
         records = _rows(config, bench)
     _present(config, records, text, out)

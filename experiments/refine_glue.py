@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from experiments.classification.checkpoints import load_task_bench
+from experiments.classification.data import load_examples
 from experiments.classification.plot import plot_refinement
 from experiments.classification.rows import (
     GlueBench,
@@ -127,10 +128,13 @@ def run(config: RefineConfig) -> int:
 
 
 def _bench(config: RefineConfig, work: Path) -> GlueBench:
+    data_dir = Path(config.data_dir) if config.data_dir else None
+    # Whether there is anything to learn from is known before hours of work.
+    load_examples(config.glue_task, "train", data_dir)
     task = load_task_bench(
         config.glue_task, config.model, labels=(),
-        data_dir=Path(config.data_dir) if config.data_dir else None,
-        max_length=config.max_length, tokens_per_batch=_TOKENS_PER_BATCH,
+        data_dir=data_dir, max_length=config.max_length,
+        tokens_per_batch=_TOKENS_PER_BATCH,
     )  # fmt: skip
     identity = {
         "model": short_model_name(config.model),

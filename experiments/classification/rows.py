@@ -55,6 +55,8 @@ def saved_name(task: Task, row: Record) -> str:
     for name, label in (("basis", ""), ("seed", "seed")):
         if row[name] is not None:
             parts.append(f"{label}{row[name]}")
+    if row.get("calibration") is not None:
+        parts += [row["calibration"], f"{row['calibration_tokens']}tokens"]
     return file_stem(parts)
 
 

@@ -356,7 +356,8 @@ def choose_methods(
         then stands for, too; None where there is none.
 
     Raises:
-      UsageError: If a name is unknown or none is given.
+      UsageError: If a name is unknown or none is given, or there is a text and no
+        method for it.
     """
     kinds = {**METHODS, **(calibrated or {})}
     for name in names:
@@ -371,7 +372,13 @@ def choose_methods(
     everything = (*everything, *(calibrated or ()))
     chosen = {*names, *(everything if "all" in names else ())}
     order = dict.fromkeys((*everything, *kinds))
-    return {name: kinds[name] for name in order if name in chosen}
+    found = {name: kinds[name] for name in order if name in chosen}
+    if calibrated is not None and not any(m.is_calibrated for m in found.values()):
+        raise UsageError(
+            f"`--calibration` is for the methods {', '.join(calibrated)}; name one, or "
+            "leave it out."
+        )
+    return found
 
 
 class GridRow(NamedTuple):

@@ -61,6 +61,7 @@ from kashin_jax.pipeline.mixed_widths import (
     mixed_widths,
     probe,
 )
+from kashin_jax.pipeline.paths import join
 from kashin_jax.tensors import KashinTensor, QuantizedTensor
 
 __all__ = [
@@ -256,7 +257,9 @@ def refined_control_row(
     alone = dataclasses.replace(refinement, block_epochs=0, seed=seed)
     dense = bench.loaded.model
     windows = bench.calibration.text.calibration(seed).windows
-    model, _ = refine_model(dense, dense, windows, alone)
+    state = nnx.to_flat_state(nnx.state(dense, nnx.Param))
+    stored = {join(path): bench.loaded.stored_dtype for path, _ in state}
+    model, _ = refine_model(dense, dense, windows, alone, stored=stored)
     note = (
         "Full precision, its biases and norms trained end to end as those of refined "
         "rows: what the text brings without any quantization."
@@ -318,12 +321,15 @@ def _measured(
     max_steps: int,
 ) -> dict[str, Any]:
     """The fields of a row that say what came out, or why nothing did."""
-    kernels = selected_kernels(bench.loaded.model)
     try:
-        plan = _plan(bench, method, kernels, bits, basis, seed, rtol, max_steps)
-    except ValueError as reason:
-        return {"note": str(reason)}
-    try:
+        felt = None
+        if method.is_budget(bits):
+            felt = _sensitivities(bench, probe(joint_config(2, basis)), seed)
+        try:
+            # Nothing else: what fails of the run is no lack of the method.
+            plan = _plan(bench, method, bits, basis, rtol, max_steps, felt)
+        except ValueError as reason:
+            return {"note": str(reason)}
         copy = bench.quantize(plan.rules, seed, method)
     except NonFiniteError as reason:
         # The checkpoint is finite, so it is this method whose scales overflow.
@@ -364,19 +370,28 @@ class _Plan(NamedTuple):
 def _plan(
     bench: Bench,
     method: RowKind,
-    kernels: Mapping[str, Array],
     bits: Width,
     basis: BasisSpec,
-    seed: int,
     rtol: float,
     max_steps: int,
+    felt: Mapping[str, float] | None,
 ) -> _Plan:
-    """Raises ValueError, with the reason, where the method does not exist."""
-    if not method.is_budget(bits):
+    """Raises ValueError, with the reason, where the method does not exist.
+
+    Args:
+      bench: What is quantized.
+      method: The row's.
+      bits: Its width, or a budget.
+      basis: Of methods that have one.
+      rtol: Of the decomposition.
+      max_steps: Of it, too.
+      felt: What layers are sensitive to, for a budget.
+    """
+    if felt is None:
         config = method.make(bits, basis, rtol, max_steps)
         return _Plan(Rules(config=config), repr(config), None, method.note)
     config = joint_config(2, basis)
-    felt = _sensitivities(bench, probe(config), seed)
+    kernels = selected_kernels(bench.loaded.model)
     shapes = {path: (each.shape, each.dtype.name) for path, each in kernels.items()}
     widths = mixed_widths(shapes, felt, config, bits)
     configs = {path: joint_config(width, basis) for path, width in widths.items()}

@@ -78,7 +78,10 @@ def _groups(records: Iterable[Record]) -> list[list[Record]]:
     for record in records:
         if record.get("perplexity") is not None:
             stored = record["stored_bits_per_weight"]
-            key = record["method"], record.get("bits", stored), record.get("basis")
+            key = (
+                record["method"], record.get("bits", stored), record.get("basis"),
+                record.get("calibration"), record.get("calibration_tokens"),
+            )  # fmt: skip
             groups.setdefault(key, []).append(record)
     return list(groups.values())
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from experiments.common.results import environment_fields
 from kashin_jax import Rules, stored_bits
+from kashin_jax.io import open_checkpoint
 from kashin_jax.models import LoadedClassifier, head_names
 from kashin_jax.models.loading import LoadedModel
 from kashin_jax.pipeline import (
@@ -108,9 +109,12 @@ def quantized_copy(
       NonFiniteError: If scales of the method overflow; names the matrix.
     """
     fields = [weights_sha256, rules_to_json(rules), seed, environment_fields()]
+    # Weights that were copied or checked out again are another run's to the pipeline.
+    files = open_checkpoint(loaded.directory).files.values()
+    fields += [[file.path.stat().st_mtime_ns for file in files]]
     fields += [] if calibration is None else [calibration.digest]
     name = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
-    _remove_damaged(work / name)
+    _remove_damaged(work, name)
     result = quantize_checkpoint(
         loaded.directory, work / name, rules, seed=seed, max_shard_bytes=1,
         exist_ok=True, calibration=calibration,
@@ -139,17 +143,24 @@ def quantized_copy(
     return QuantizedCopy(model, layers)
 
 
-def _remove_damaged(directory: Path) -> None:
-    """Removes files that a full disk, say, left: they are made again."""
-    for file in directory.glob("*.safetensors"):
-        try:
-            with safetensors.safe_open(file, framework="numpy"):
-                continue
-        except safetensors.SafetensorError:
-            file.unlink()
-        if (directory / "config.json").exists():
-            shutil.rmtree(directory)
-            return
+def _remove_damaged(work: Path, name: str) -> None:
+    """Removes files that a full disk, say, left: they are made again.
+
+    Args:
+      work: Directory for unfinished work.
+      name: Of a copy in it; the refined ones made of it begin so, and go with it.
+    """
+    for directory in sorted(work.glob(f"{name}*")):
+        for file in directory.glob("*.safetensors"):
+            try:
+                with safetensors.safe_open(file, framework="numpy"):
+                    continue
+            except safetensors.SafetensorError:
+                file.unlink()
+            if (directory / "config.json").exists():
+                for each in work.glob(f"{directory.name}*"):
+                    shutil.rmtree(each)
+                break
 
 
 def remove_copies(work: Path) -> None:

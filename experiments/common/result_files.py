@@ -76,8 +76,9 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
     "calibrated_opt": ResultFile(
         "perplexity of OPT models quantized with a calibration text",
         (
-            *_MODEL, "dataset", "text_sha256", "context", "stride", "max_tokens",
-            *_ROW, "calibration", "calibration_sha256", "calibration_tokens",
+            *_MODEL, "dataset", "protocol", "text_sha256", "context", "stride",
+            "max_tokens", *_ROW, "calibration", "calibration_sha256",
+            "calibration_tokens",
         ),
         (
             f"{_CALIBRATED} --bits=2,3,4 --seed=0,1,2 --methods={_FED}",

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import kashin_jax
 from experiments.common.result_files import RESULT_FILES
 from experiments.common.tables import Column, Record, markdown_table
 from kashin_jax.errors import DataError, UsageError
@@ -66,8 +68,16 @@ def prepare_output(directory: str | Path) -> Path:
     return path
 
 
+def earlier_records(out: Path, names: Iterable[str]) -> list[Record]:
+    """Records of files of results, each file once."""
+    files = dict.fromkeys(out / f"{name}.jsonl" for name in names)
+    return [record for file in files for record in read_jsonl(file)]
+
+
 def start_work(out: Path, config: Any, *, leaving: Iterable[str] = ()) -> Path:
     """The directory of a run's unfinished work, `OUT/work/HASH`, made if it is not.
+
+    Work of another state of the library is not gone on with.
 
     Args:
       out: As returned by `prepare_output`.
@@ -76,16 +86,27 @@ def start_work(out: Path, config: Any, *, leaving: Iterable[str] = ()) -> Path:
     """
     fields = dataclasses.asdict(config)
     known = {k: fields[k] for k in sorted(fields) if k not in ("out", *leaving)}
-    text = to_json({"program": type(config).__name__, **known})
+    text = to_json({"program": type(config).__name__, "code": _code_digest(), **known})
     work = out / "work" / hashlib.sha256(text.encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
     return work
 
 
+@functools.cache
+def _code_digest() -> str:
+    """A hash of the library's source."""
+    root = Path(kashin_jax.__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def remove_work(work: Path) -> None:
     """Removes what `start_work` made, once the run is finished."""
     shutil.rmtree(work)
-    if not any(work.parent.iterdir()):
+    # Other runs have theirs there, or begin.
+    with contextlib.suppress(OSError):
         work.parent.rmdir()
 
 
