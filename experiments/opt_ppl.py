@@ -132,7 +132,8 @@ class OptPplConfig:
     calibration: str = flag(
         "",
         "UTF-8 text that calibrated methods learn from; `default`: the split of "
-        "wiki_vital for it, less what the model was trained on.",
+        "wiki_vital for it, less what the model was trained on; wikitext2 or c4: the "
+        "training text of either.",
     )
     calibration_tokens: int = flag(
         131_072, "Tokens of it, in whole windows.", POSITIVE_COUNT

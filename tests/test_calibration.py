@@ -448,12 +448,13 @@ def test_the_command_takes_a_text(tiny, tmp_path, capsys):
 
 def test_the_main_job_has_calibrated_rows(tiny, tmp_path, capsys):
     """Guards rows that must tell one text, or amount of it, from another."""
-    text = str(tiny.with_suffix(".txt"))
+    text = tmp_path / "learned.txt"
+    text.write_text(tiny.with_suffix(".txt").read_text()[::-1])
     flags = [f"--calibration={text}", "--calibration_tokens=256", "--bits=3"]
     records = table(tiny, tmp_path / "out", *flags, "--methods=gptq-g128")
     assert [r["method"] for r in records] == ["full precision", "gptq-g128"]
     found = row(records, "gptq-g128")
-    assert found["calibration"] == f"text_file:{tiny.name}.txt"
+    assert found["calibration"] == "text_file:learned.txt"
     assert found["calibration_tokens"] == 256 and len(found["calibration_sha256"]) == 64
     assert 0 < found["output_error"] <= found["data_free_output_error"]
     assert found["statistics_seconds"] > 0 and found["coding_seconds"] > 0

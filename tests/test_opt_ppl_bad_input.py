@@ -123,6 +123,14 @@ def test_a_text_that_cannot_be_read_is_named(tiny, tmp_path, complaint, content,
     assert line == f"opt_ppl: `{text}` {says}"
 
 
+def test_the_text_that_is_scored_does_not_calibrate(tiny, tmp_path, complaint):
+    """Guards figures of a test text that was learned from."""
+    text = tiny.with_suffix(".txt")
+    flags = [f"--calibration={text}", "--calibration_tokens=128"]
+    line = complaint(arguments(tiny, tmp_path / "out", *flags), USAGE)
+    assert f"`--calibration={text}` is the text that is scored; name another." in line
+
+
 def test_a_directory_is_no_text(tiny, tmp_path, complaint):
     line = complaint(arguments(tiny, tmp_path / "out", text=tmp_path), FILE)
     assert f"`{tmp_path}` cannot be read (Is a directory)" in line

@@ -253,7 +253,9 @@ def test_the_command_refines_and_says_what_it_brought(tiny, packed, tmp_path, ca
 @pytest.mark.slow
 def test_the_main_job_has_refined_rows_and_their_control(tiny, tmp_path):
     """Guards the control: the text's own tokens teach a full-precision model, too."""
-    flags = [f"--calibration={tiny.with_suffix('.txt')}", "--calibration_tokens=256"]
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.with_suffix(".txt").read_text()[::-1])
+    flags = [f"--calibration={text}", "--calibration_tokens=256"]
     flags += ["--bits=3", "--methods=gptq-g128,gptq-g128-refined"]
     records = table(tiny, tmp_path / "out", *flags)
     names = ["full precision", "full precision, refined", "gptq-g128"]
