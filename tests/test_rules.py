@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kashin_jax import NF4, RTN, BasisSpec, GreedyKashin, JointKashin
+from kashin_jax import NF4, RTN, BasisSpec, GreedyKashin, JointKashin, Rotated
 from kashin_jax.errors import UsageError
 from kashin_jax.methods import config_from_json, config_to_json, method_names
 from kashin_jax.pipeline import (
@@ -166,6 +166,22 @@ def test_fields_survive_json(bits, effort, balance, block_shape):
     rules = Rules(config=config, rules=(Rule("a", None), Rule("b", NF4())))
     written = json.loads(json.dumps(rules_to_json(rules)))
     assert rules_from_json(written) == rules
+
+
+@pytest.mark.parametrize(
+    ("config", "other"),
+    [
+        (RTN(bits=4, act_order=True), RTN(bits=8)),
+        (JointKashin(block_height=32), JointKashin(bits=3)),
+        (Rotated(RTN(bits=4, act_order=True)), Rotated(RTN(bits=8))),
+    ],
+)
+def test_a_rule_of_the_same_method_keeps_what_is_left_out_by_itself(config, other):
+    """Guards fields not written at their usual value: else the default's is read."""
+    rules = Rules(config=config, rules=[Rule("a", other), Rule("b", config)])
+    written = json.loads(json.dumps(rules_to_json(rules)))
+    found = rules_from_json(written)
+    assert [rule.config for rule in found.rules] == [other, config]
 
 
 def test_layers_to_share_survive_json_and_rules_without_are_written_as_before():

@@ -195,7 +195,7 @@ def _band_scale(
 ) -> _BandScale:
     size = search.block_shape[0]
     if not search.scales_inputs:
-        return lambda rows, index: jnp.ones(size)
+        return lambda rows, index: jnp.ones(size, jnp.float32)
     quarter = relative_quarter(_diagonals(inputs).reshape(-1)).reshape(-1, size)
     # As `relative_rms` of the whole matrix has it, since targets come one by one.
     mean = jnp.mean(_rms(x) ** 0.5)
