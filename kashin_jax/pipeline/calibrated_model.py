@@ -9,7 +9,6 @@ loses least of the layer's outputs on windows that were held out is kept.
 import contextlib
 import logging
 import math
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -45,7 +44,7 @@ from kashin_jax.pipeline.report import (
 )
 from kashin_jax.pipeline.run import reported
 from kashin_jax.pipeline.stopwatch import Stopwatch
-from kashin_jax.pipeline.targets import children_of
+from kashin_jax.pipeline.targets import Graph
 from kashin_jax.pipeline.token_weights import TokenWeights, gradient_weights
 from kashin_jax.progress import progress_bar
 from kashin_jax.tensors import QuantizedTensor, dequantize
@@ -133,18 +132,13 @@ def quantize_calibrated(
 
 def _standing_alone(model: nnx.Module, choices: Sequence[Choice]) -> dict[str, Choice]:
     """By path the choices whose layers stand, and whose matrices are, in one place."""
-    places = Counter(
-        id(child)
-        for _, node in nnx.iter_graph(model)
-        for _, child in children_of(node)
-        if isinstance(child, nnx.Module)
-    )
+    holders = Graph(model).holders
 
     def is_alone(choice: Choice) -> bool:
         parts = choice.path.split("/")
         above = (at_path(model, join(parts[:k])) for k in range(1, len(parts) + 1))
         return len(choice.candidate.paths) == 1 and all(
-            places[id(node)] <= 1 for node in above
+            len(holders.get(id(node), ())) <= 1 for node in above
         )
 
     return {choice.path: choice for choice in choices if is_alone(choice)}

@@ -16,7 +16,14 @@ from kashin_jax.pipeline.plan import ADDED, Candidate, axes_by_rules
 from kashin_jax.pipeline.rules import Rules
 from kashin_jax.tensors import KernelAxes, PackedArray, QuantizedTensor
 
-__all__ = ["Target", "find_targets", "packed_layer", "put_layers", "put_params"]
+__all__ = [
+    "Graph",
+    "Target",
+    "find_targets",
+    "packed_layer",
+    "put_layers",
+    "put_params",
+]
 
 # The attribute that holds the matrix. Subclasses may compute anything: exact types.
 _MATRIX: dict[type, str] = {
@@ -63,8 +70,14 @@ class Target(NamedTuple):
         return value if axes is None else axes.to_matrix(value)
 
 
-class _Graph:
-    """The nodes of a model by path, and what holds what."""
+class Graph:
+    """The nodes of a model by path, and what holds what.
+
+    Attributes:
+      nodes: With their paths, in order.
+      holders: By id of a module, every node that holds it, and as what.
+      users: By id of a variable the same, with its path there.
+    """
 
     def __init__(self, model: nnx.Module) -> None:
         found = [(join(parts), node) for parts, node in nnx.iter_graph(model)]
@@ -72,7 +85,7 @@ class _Graph:
         self.holders: dict[int, list[Place]] = {}
         self.users: dict[int, list[tuple[str, Place]]] = {}
         for path, node in self.nodes:
-            for name, child in children_of(node):
+            for name, child in _children(node):
                 if isinstance(child, nnx.Variable):
                     place = join([*filter(None, [path]), name]), (node, name)
                     self.users.setdefault(id(child), []).append(place)
@@ -93,7 +106,7 @@ def find_targets(model: nnx.Module, rules: Rules | None = None) -> list[Target]:
     Raises:
       UsageError: If a rule names axes that an array does not have.
     """
-    graph = _Graph(model)
+    graph = Graph(model)
     groups: dict[int, list[_Layer]] = {}
     variables: dict[int, nnx.Variable[Array]] = {}
     for path, node in graph.nodes:
@@ -147,8 +160,7 @@ def _put(place: Place, new: Any) -> None:
         holder[name] = new
 
 
-def children_of(node: Any) -> list[tuple[Any, Any]]:
-    """What a node of a model holds, by name or place."""
+def _children(node: Any) -> list[tuple[Any, Any]]:
     if isinstance(node, nnx.Pytree):
         return list(vars(node).items())
     if isinstance(node, list | tuple):
@@ -171,7 +183,7 @@ def _matrix_of(node: Any) -> nnx.Variable[Array] | None:
 def _target(
     variable: nnx.Variable[Array],
     layers: tuple[_Layer, ...],
-    graph: _Graph,
+    graph: Graph,
     rules: Rules | None,
 ) -> Target:
     shape = variable.get_value().shape
@@ -189,11 +201,11 @@ def _target(
     return target._replace(candidate=candidate)
 
 
-def _unknown(graph: _Graph, known: set[int], rules: Rules | None) -> list[Target]:
+def _unknown(graph: Graph, known: set[int], rules: Rules | None) -> list[Target]:
     """Other arrays of two axes and more: nothing is known of what is done with them."""
     found: dict[int, Target] = {}
     for _, node in graph.nodes:
-        for name, child in children_of(node):
+        for name, child in _children(node):
             if not isinstance(child, nnx.Param) or id(child) in known | found.keys():
                 continue
             value = child.get_value()
@@ -209,7 +221,7 @@ def _unknown(graph: _Graph, known: set[int], rules: Rules | None) -> list[Target
 def _read_by_modules(
     paths: tuple[str, ...],
     variable: nnx.Variable[Array],
-    graph: _Graph,
+    graph: Graph,
     left: str,
     rules: Rules | None,
 ) -> Target:
