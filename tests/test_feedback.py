@@ -327,11 +327,21 @@ def test_bands_of_inputs_are_coded_in_an_order_of_their_own():
     weight, moments = gaussian(), jnp.asarray(correlated_moments())
     rows = np.arange(INPUTS).reshape(-1, 16)[::-1].ravel()
     free, fed = coded("joint", weight, moments)
-    other = with_feedback(weight[rows], JOINT, free, moments[rows][:, rows], 0.01)
-    # Sums over inputs in another order round differently; a search makes more of it.
-    close = np.isclose(other.decode(), fed.decode()[rows], rtol=1e-2)
-    assert np.mean(close) > 0.9
-    np.testing.assert_allclose(other.in_scale, fed.in_scale[rows], rtol=2e-3)
+    there = moments[rows][:, rows]
+    other = with_feedback(weight[rows], JOINT, free, there, 0.01)
+    given = np.diagonal(moments) * np.mean(np.square(weight), axis=1)
+    first = np.argmax(given.reshape(-1, 16).sum(axis=1)) * 16 + np.arange(16)
+    # To this one nothing is fed. Sums over inputs in another order round differently:
+    # of later ones a search made other words, of 4 % more loss, by one compiler.
+    np.testing.assert_allclose(
+        other.decode()[np.argsort(rows)][first], fed.decode()[first], rtol=1e-2
+    )
+    losses = (
+        output_loss(weight, moments, fed),
+        output_loss(weight[rows], there, other),
+    )
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.15)
+    assert losses[0] < 0.2 * output_loss(weight, moments, free)
 
 
 def test_blocks_for_feedback_are_low_and_wide_unless_they_were_chosen():
