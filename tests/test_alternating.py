@@ -10,7 +10,7 @@ import scipy.fft
 
 from kashin_jax import AlternatingKashin, Rotated, encode, quantize
 from kashin_jax.errors import NonFiniteError, UsageError
-from kashin_jax.methods import output_loss, with_feedback
+from kashin_jax.methods import output_loss
 from kashin_jax.theory import solve_alternating
 from tests import problems
 
@@ -158,7 +158,7 @@ def test_moments_of_the_identity_give_the_codes_without_data(config):
     """Guards targets: with nothing to feed on, each row is coded as it is."""
     w = weight((40, 24))
     free = encode(w, KEY, config)[0]
-    fed = with_feedback(w, config, free, 3.0 * jnp.eye(40), 0.01)
+    fed = config.with_feedback(w, free, 3.0 * jnp.eye(40))
     assert jax.tree.structure(fed) == jax.tree.structure(free)
     # Two programs round differently, and a sign hangs on it here and there.
     assert np.mean(fed.packed_codes == free.packed_codes) > 0.98

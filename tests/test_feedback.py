@@ -17,7 +17,7 @@ from kashin_jax import (
     Rotated,
     encode,
 )
-from kashin_jax.methods import output_loss, with_feedback
+from kashin_jax.methods import output_loss
 from kashin_jax.methods.feedback import RowCode, code_rows, damped, triangular_factors
 from kashin_jax.methods.joint.coder import joint_code
 from kashin_jax.methods.joint.words import all_pairs, levels_of_pairs
@@ -55,7 +55,8 @@ def coded(name, weight, moments, damping=0.01):
     """Without data and with feedback."""
     method = (METHODS | UNSCALED)[name]
     free = encode(weight, KEY, method)[0]
-    return free, with_feedback(weight, method, free, jnp.asarray(moments), damping)
+    moments = damped(jnp.asarray(moments), damping)
+    return free, method.with_feedback(weight, free, moments)
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -237,7 +238,7 @@ def test_moments_of_the_identity_give_the_codes_without_data(bits):
     config = JointKashin(bits=bits, effort="fast").for_feedback()
     weight = gaussian()
     free = encode(weight, KEY, config)[0]
-    fed = with_feedback(weight, config, free, 3.0 * jnp.eye(INPUTS), 0.01)
+    fed = config.with_feedback(weight, free, 3.0 * jnp.eye(INPUTS))
     basis, rotation = free.derive_bases()
     expected = joint_code(
         weight, basis, rotation, config, free.layout.block_shape,
@@ -316,7 +317,7 @@ def test_feedback_works_inside_of_other_programs():
     """Guards the program of its own that a CPU runs by one thread."""
     weight, moments = gaussian(), jnp.asarray(correlated_moments())
     free, fed = coded("joint", weight, moments)
-    inside = jax.jit(lambda w, t: with_feedback(w, JOINT, t, moments, 0.01))
+    inside = jax.jit(lambda w, t: JOINT.with_feedback(w, t, damped(moments, 0.01)))
     found = inside(weight, free)
     losses = [float(output_loss(weight, moments, tensor)) for tensor in (fed, found)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.2)
@@ -328,7 +329,7 @@ def test_bands_of_inputs_are_coded_in_an_order_of_their_own():
     rows = np.arange(INPUTS).reshape(-1, 16)[::-1].ravel()
     free, fed = coded("joint", weight, moments)
     there = moments[rows][:, rows]
-    other = with_feedback(weight[rows], JOINT, free, there, 0.01)
+    other = JOINT.with_feedback(weight[rows], free, damped(there, 0.01))
     given = np.diagonal(moments) * np.mean(np.square(weight), axis=1)
     first = np.argmax(given.reshape(-1, 16).sum(axis=1)) * 16 + np.arange(16)
     # To this one nothing is fed. Sums over inputs in another order round differently:

@@ -25,7 +25,6 @@ from kashin_jax.methods.quantize import quantize as quantize
 from kashin_jax.methods.quantize import quantize_stack as quantize_stack
 from kashin_jax.methods.quantize import require_finite as require_finite
 from kashin_jax.methods.quantize import weight_error as weight_error
-from kashin_jax.methods.quantize import with_feedback as with_feedback
 from kashin_jax.methods.rotated import Rotated as Rotated
 from kashin_jax.methods.rtn import RTN as RTN
 from kashin_jax.methods.uniform import Uniform as Uniform
@@ -59,5 +58,4 @@ __all__ = [
     "register",
     "require_finite",
     "weight_error",
-    "with_feedback",
 ]

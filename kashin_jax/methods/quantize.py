@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Float16, Int, Key, Num
 
 from kashin_jax.errors import NonFiniteError, UsageError
 from kashin_jax.methods.base import Encoded, Method, is_traced, require_method
-from kashin_jax.methods.feedback import damped
 from kashin_jax.methods.joint.coder import JointKashin
 from kashin_jax.tensors import Prepared, QuantizedTensor, prepare
 
@@ -26,7 +25,6 @@ __all__ = [
     "quantize_stack",
     "require_finite",
     "weight_error",
-    "with_feedback",
 ]
 
 DEFAULT_CONFIG = JointKashin()
@@ -232,25 +230,6 @@ def encode_few_values(
 ) -> tuple[QuantizedTensor, QuantizationReport]:
     """As `encode`, of a matrix that holds no other than these values."""
     return _reported(weight, config.encode_few_values(weight, values, key))
-
-
-def with_feedback(
-    weight: Float[Array, "m n"],
-    config: Method,
-    free: QuantizedTensor,
-    moments: Float[Array, "m m"],
-    damping: float,
-) -> QuantizedTensor:
-    """Codes a matrix again so that its outputs lose less; pure, without checks.
-
-    Args:
-      weight: The matrix, `[in, out]`; must be finite.
-      config: The method, one with `takes_feedback`.
-      free: What `encode` made of the matrix by the same method.
-      moments: E[x x^T] of the inputs x.
-      damping: Share of their mean square that is added to the square of each.
-    """
-    return config.with_feedback(weight, free, damped(moments, damping))
 
 
 def weight_error(

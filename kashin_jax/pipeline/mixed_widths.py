@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -147,7 +148,7 @@ def _divergence(
     whole: Float[Array, "w t v"],
 ) -> Float[Array, ""]:
     other = _log_probabilities(graphdef, state, tokens)
-    return jnp.mean(jnp.sum(jnp.exp(whole) * (whole - other), axis=-1))
+    return jnp.mean(optax.losses.kl_divergence_with_log_targets(other, whole))
 
 
 @jax.jit

@@ -348,7 +348,7 @@ def divergence(
     """
     log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher))
     log_q = jax.nn.log_softmax(student)
-    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+    return jnp.mean(optax.losses.kl_divergence_with_log_targets(log_q, log_p))
 
 
 class _LogitLoss(NamedTuple):
