@@ -20,7 +20,7 @@ import functools
 import importlib.metadata
 import math
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -80,6 +80,8 @@ class Method:
         huge entries cannot be.
       takes_feedback: Whether there is `with_feedback`.
       takes_output_feedback: Whether there is `with_feedback_of_both_sides`.
+      later_fields: Fields that came later: at their default they are not written, and
+        what was written before they came stays equal.
     """
 
     if TYPE_CHECKING:
@@ -95,6 +97,7 @@ class Method:
     has_half_scales: ClassVar[bool] = True
     takes_feedback: ClassVar[bool] = False
     takes_output_feedback: ClassVar[bool] = False
+    later_fields: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         self._as_python()
@@ -189,12 +192,19 @@ class Method:
         """
         return None
 
-    def to_fields(self) -> dict[str, Any]:
-        """The static choices as JSON."""
+    def to_fields(self, also: Collection[str] = ()) -> dict[str, Any]:
+        """The static choices as JSON.
+
+        Args:
+          also: Of `later_fields` those that are written at their default, too.
+        """
         own: Any = self
+        quiet = self.later_fields.difference(also)
         return {
-            field.name: _plain(getattr(self, field.name))
+            field.name: _plain(value)
             for field in dataclasses.fields(own)
+            if (value := getattr(self, field.name)) != field.default
+            or field.name not in quiet
         }
 
     def with_fields(self, content: Mapping[str, Any]) -> "Method":
@@ -284,9 +294,9 @@ def _import_plugins() -> None:
         entry.load()
 
 
-def config_to_json(config: Method) -> dict[str, Any]:
-    """`{"method": ..., "bits": ..., ...}`, every field written out."""
-    return {"method": config.name, **config.to_fields()}
+def config_to_json(config: Method, also: Collection[str] = ()) -> dict[str, Any]:
+    """`{"method": ..., "bits": ..., ...}`, as `Method.to_fields` has them."""
+    return {"method": config.name, **config.to_fields(also)}
 
 
 def config_from_json(

@@ -6,7 +6,7 @@ rotates before it decomposes.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -102,9 +102,9 @@ class Rotated(Method):
         found = self.inner.with_feedback(x, inner, _rotate(moments, both))
         return found.replace(layout=free.layout)
 
-    def to_fields(self) -> dict[str, Any]:
+    def to_fields(self, also: Collection[str] = ()) -> dict[str, Any]:
         """The choices of the inner method, then the basis."""
-        return {**self.inner.to_fields(), "basis": str(self.basis)}
+        return {**self.inner.to_fields(also), "basis": str(self.basis)}
 
     def with_fields(self, content: Mapping[str, Any]) -> "Rotated":
         """A copy with other choices, given as JSON."""

@@ -6,7 +6,7 @@ its own, as everybody's groups do (torch weights are `[out, in]`).
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class RTN(Method):
     act_order: bool = False
 
     takes_feedback: ClassVar[bool] = True
+    later_fields: ClassVar[frozenset[str]] = frozenset({"act_order"})
 
     def encode(self, weight: Float[Array, "m n"], key: Key[Array, ""]) -> Encoded:
         """Encodes without any randomness."""
@@ -58,13 +59,6 @@ class RTN(Method):
         assert isinstance(free, AffineTensor), "a tensor of this method"
         fed = _fed_by_moments if self.act_order else _fed
         return fed(weight.astype(jnp.float32), free, moments)
-
-    def to_fields(self) -> dict[str, Any]:
-        """The static choices as JSON; the usual order is not written."""
-        fields = super().to_fields()
-        if not self.act_order:
-            del fields["act_order"]
-        return fields
 
 
 @partial(jax.jit, static_argnames="layout")

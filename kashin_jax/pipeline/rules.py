@@ -10,7 +10,6 @@ from kashin_jax.errors import UsageError
 from kashin_jax.methods import (
     DEFAULT_CONFIG,
     Method,
-    Rotated,
     config_from_json,
     config_to_json,
 )
@@ -279,12 +278,8 @@ def _method_to_json(config: Method | None, default: Method) -> dict[str, Any]:
     """A rule's method, with what would be read of the default if it were not there."""
     if config is None:
         return {"skip": True}
-    fields = config_to_json(config)
-    if config.name != default.name:
-        return fields
-    holder = config.inner if isinstance(config, Rotated) else config
-    missing = [name for name in config_to_json(default) if name not in fields]
-    return fields | {name: getattr(holder, name) for name in missing}
+    is_same = config.name == default.name
+    return config_to_json(config, also=config_to_json(default) if is_same else ())
 
 
 def _axes_to_json(rule: Rule) -> dict[str, list[int]]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,7 @@ class JointKashin(Method):
     has_half_scales: ClassVar[bool] = False
     takes_feedback: ClassVar[bool] = True
     takes_output_feedback: ClassVar[bool] = True
+    later_fields: ClassVar[frozenset[str]] = frozenset({"block_height"})
 
     def __post_init__(self) -> None:
         self._as_python()
@@ -217,13 +218,6 @@ class JointKashin(Method):
             ),
             out_scale=code.out_scale.astype(jnp.float16),
         )
-
-    def to_fields(self) -> dict[str, Any]:
-        """The static choices as JSON; the usual height of blocks is not written."""
-        fields = super().to_fields()
-        if self.block_height == _BLOCK_HEIGHT:
-            del fields["block_height"]
-        return fields
 
     @property
     def most_values(self) -> int:
