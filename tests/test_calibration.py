@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,9 +36,11 @@ from kashin_jax.pipeline import (
     calibrated_checkpoint,
     calibrated_model,
     calibration_windows,
+    checkpoint,
     packed_layers,
     quantize_checkpoint,
 )
+from kashin_jax.pipeline.blocks import BlockRunner
 from kashin_jax.pipeline.calibration import in_batches
 from kashin_jax.pipeline.report import kept_without, read_report
 
@@ -128,6 +131,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     with pytest.raises(UsageError, match="other calibration"):
         other = Calibration(windows=windows(seed=1))
         quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=other)
+    with pytest.raises(UsageError, match="other calibration"):
+        quantize_checkpoint(tiny, tmp_path / "out", GPTQ)
     calls.count, calls.interrupted_at = 0, None
     quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=TEXT)
     assert calls.count == LINEARS - at + 1
@@ -137,8 +142,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 def test_shards_that_are_there_are_not_calibrated_again(
     tiny, fed, tmp_path, monkeypatch
 ):
-    from kashin_jax.pipeline import checkpoint
-
     calls = Calls(checkpoint.write_index)
     calls.interrupted_at = 1
     monkeypatch.setattr(checkpoint, "write_index", calls)
@@ -147,6 +150,27 @@ def test_shards_that_are_there_are_not_calibrated_again(
     monkeypatch.setattr(calibrated_checkpoint, "quantize_calibrated", None)
     quantize_checkpoint(tiny, tmp_path / "out", GPTQ, calibration=TEXT)
     assert files(tmp_path / "out") == files(fed.directory)
+
+
+def test_a_text_is_not_read_again_for_layers_that_are_kept(
+    tiny, tmp_path, monkeypatch, caplog
+):
+    """Guards a resumed run whose other layers, coded without the text, are not done."""
+    table = Rule("embed_tokens$", RTN(bits=4, group_size=32))
+    rules = Rules(config=GPTQ.config, rules=[table], skip=["fc", "layers/1"])
+    run = partial(quantize_checkpoint, tiny, tmp_path / "out", rules, calibration=TEXT)
+    with monkeypatch.context() as patched:
+        calls = Calls(calibrated_checkpoint.calibrate_checkpoint)
+        patched.setattr(checkpoint, "calibrate_checkpoint", calls)
+        patched.setattr(checkpoint, "_quantize", None)
+        with pytest.raises(TypeError):
+            run()
+        assert calls.count == 1
+    monkeypatch.setattr(BlockRunner, "first_call", None)
+    found = run()
+    without = [r.path for r in found.reports.values() if r.calibration is None]
+    assert without == ["decoder/embed_tokens"]
+    assert caplog.text.count("1 layers are coded without calibration") == 2
 
 
 def test_layers_that_a_text_misleads_keep_the_code_without(tiny, tmp_path):
@@ -371,7 +395,7 @@ def test_a_model_that_does_not_run_here_is_refused(tiny, tmp_path):
     shutil.copytree(tiny, source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
-    with pytest.raises(UsageError, match="cannot be calibrated or refined, as the"):
+    with pytest.raises(UsageError, match="cannot be calibrated, as the"):
         quantize_checkpoint(source, tmp_path / "out", GPTQ, calibration=TEXT)
 
 
@@ -405,6 +429,17 @@ def test_windows_are_drawn_without_overlap():
         calibration_windows(tokens, context=10, count=19)
     with pytest.raises(DataError, match=r"100 tokens, 10 windows .* and 11 are"):
         calibration_windows(tokens, context=10, count=110)
+
+
+@pytest.mark.parametrize(
+    ("context", "windows", "batch"), [(512, 256, 16), (600, 216, 9), (1100, 112, 7)]
+)
+def test_windows_are_as_many_as_fill_batches(context, windows, batch):
+    """Guards batches of one window, by which a text would be read slowly."""
+    tokens = np.zeros(300 * context, np.int32)
+    found = calibration_windows(tokens, context=context, count=131_072)
+    assert len(found) == windows
+    assert {len(each.tokens) for each in in_batches(found)} == {batch}
 
 
 @pytest.mark.parametrize("count", [2, 7, 16, 256])

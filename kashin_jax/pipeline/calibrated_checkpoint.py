@@ -42,14 +42,17 @@ def check_runs(source: Checkpoint, *, takes_encoders: bool = False) -> None:
 
     Args:
       source: The checkpoint.
-      takes_encoders: Whether a classifier, or its encoder, will do, too.
+      takes_encoders: Whether a classifier, or its encoder, will do, too, as it does for
+        calibration, and not for refinement.
     """
     why = why_it_does_not_run(source, takes_encoders=takes_encoders)
     if why is not None:
-        raise UsageError(
-            f"{source.directory}: cannot be calibrated or refined, as {why}. Quantize "
-            "it without calibration."
+        cannot, remedy = (
+            ("calibrated", "Quantize it without calibration")
+            if takes_encoders
+            else ("refined", "Use it as it was quantized")
         )
+        raise UsageError(f"{source.directory}: cannot be {cannot}, as {why}. {remedy}.")
 
 
 def check_calibration(source: Checkpoint, calibration: Calibration) -> None:
@@ -122,7 +125,8 @@ def calibrate_checkpoint(
 ) -> None:
     """Codes all layers that the text reaches, and keeps them in hidden files.
 
-    What an interrupted run has kept is not coded again. Where one of the files named
+    What an interrupted run has kept is not coded again, and the text goes no further
+    than to the last block with layers that are not. Where one of the files named
     `shards` is there already, all of it was done.
 
     Raises:
@@ -131,11 +135,8 @@ def calibrate_checkpoint(
     """
     if any((target / name).exists() for name in shards):
         return
-    planned = {tensor.name: tensor for tensor in plan.tensors}
     choices = [layer.choice for layer in plan.quantized]
-    if all(kept_tensor(target, planned[choice.name]) for choice in choices):
-        return
-    layers = _Files(source, target, planned)
+    layers = _Files(source, target, {tensor.name: tensor for tensor in plan.tensors})
     quantize_calibrated(_loaded(source), choices, calibration, root, layers)
 
 
@@ -149,6 +150,9 @@ class _Files:
 
     def kernel(self, choice: Choice) -> Array:
         return stored_kernel(self.source, choice)
+
+    def is_kept(self, choice: Choice) -> bool:
+        return kept_tensor(self.target, self.planned[choice.name]) is not None
 
     def kept(self, choice: Choice) -> QuantizedTensor | None:
         planned = self.planned[choice.name]

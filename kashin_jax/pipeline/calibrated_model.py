@@ -67,8 +67,11 @@ class Layers(Protocol):
     def kernel(self, choice: Choice) -> Float[Array, "m n"]:
         """A matrix, `[in, out]`."""
 
+    def is_kept(self, choice: Choice) -> bool:
+        """Whether an earlier run made something of a layer."""
+
     def kept(self, choice: Choice) -> QuantizedTensor | None:
-        """What an earlier run made of a layer; None if nothing."""
+        """What it made; None if nothing."""
 
     def keep(
         self, choice: Choice, tensor: QuantizedTensor, report: LayerReport
@@ -114,14 +117,10 @@ def quantize_calibrated(
         contextlib.closing(run),
         progress_bar(size, "weights", desc="calibration ") as progress,
     ):
-        run.start(chosen)
-        for index in range(len(run.runner.blocks)):
-            start = f"{path}/{index}/"
-            own = {p[len(start) :]: c for p, c in chosen.items() if p.startswith(start)}
-            for choice in run.block(index, own):
-                progress.set_postfix_str(choice.path)
-                progress.update(math.prod(choice.candidate.shape))
-                del left[choice.path]
+        for choice in run.code(chosen):
+            progress.set_postfix_str(choice.path)
+            progress.update(math.prod(choice.candidate.shape))
+            del left[choice.path]
     if left:
         _logger.warning(
             "%d layers are coded without calibration, as the text does not reach them "
@@ -173,11 +172,42 @@ class _Run:
             if each is not None:
                 each.close()
 
-    def start(self, chosen: Mapping[str, Choice]) -> None:
-        """Goes in front of the first block; weighs errors, if they are to differ.
+    def code(self, chosen: Mapping[str, Choice]) -> Iterator[Choice]:
+        """Codes what the text reaches and nobody kept; gives all that it reaches.
 
         Args:
           chosen: By path within the model.
+        """
+        reached = [
+            self._reached(index, chosen) for index in range(len(self.runner.blocks))
+        ]
+        undone = [
+            index
+            for index, own in enumerate(reached)
+            if not all(map(self._layers.is_kept, own.values()))
+        ]
+        last = max(undone, default=-1)
+        if undone:
+            self._start(reached)
+        for index, own in enumerate(reached):
+            if index > last:
+                yield from own.values()
+                continue
+            yield from self._block(index, own, goes_behind=index < last)
+
+    def _reached(self, index: int, chosen: Mapping[str, Choice]) -> dict[str, Choice]:
+        """By path within a block the layers that it calls."""
+        start = f"{self.runner.path}/{index}/"
+        own = {p[len(start) :]: c for p, c in chosen.items() if p.startswith(start)}
+        heard = {path for stage in self._stages(index, own) for path in stage}
+        return {path: choice for path, choice in own.items() if path in heard}
+
+    def _start(self, reached: Sequence[Mapping[str, Choice]]) -> None:
+        """Goes in front of the first block; weighs errors, if they are to differ.
+
+        Args:
+          reached: Of every block, those that are kept included: what tokens weigh does
+            not depend on what is left to do.
         """
         with self._watch.phase("statistics"):
             texts = ((batch.tokens,) for batch in self._batches)
@@ -188,12 +218,7 @@ class _Run:
         weighting = self._calibration.weighting
         if weighting is None:
             return
-        wanted = []
-        for index in range(len(self.runner.blocks)):
-            start = f"{self.runner.path}/{index}/"
-            own = [p.removeprefix(start) for p in chosen if p.startswith(start)]
-            heard = {path for stage in self._stages(index, own) for path in stage}
-            wanted.append([path for path in own if path in heard])
+        wanted = [list(own) for own in reached]
         key, held = path_key(self._root, self.runner.path), self._calibration.held_bytes
         with self._watch.phase("statistics"):
             # Of language models: others have no weights.
@@ -209,12 +234,15 @@ class _Run:
                     self.runner, wanted, batches, key, held
                 )
 
-    def block(self, index: int, own: Mapping[str, Choice]) -> Iterator[Choice]:
+    def _block(
+        self, index: int, own: Mapping[str, Choice], *, goes_behind: bool
+    ) -> Iterator[Choice]:
         """Quantizes layers of a block and moves on behind it; gives what was done.
 
         Args:
           index: Of the block; all in front of it were done.
-          own: By path within the block.
+          own: By path within the block; it calls them.
+          goes_behind: Whether hidden states behind it are asked for.
         """
         original = self.runner.blocks[index]
         stages = self._stages(index, own)
@@ -241,7 +269,7 @@ class _Run:
                         with self._watch.phase("statistics"):
                             _put_kernel(block, path, tensor)
                     yield choice
-        if index + 1 < len(self.runner.blocks):
+        if goes_behind:
             with self._watch.phase("statistics"):
                 self._go_behind(index, block, self._hidden)
                 if self._full is not None:

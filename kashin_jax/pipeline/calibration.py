@@ -60,8 +60,9 @@ class Calibration:
         to what it reads behind layers that are quantized, see `asymmetric_target`. The
         text then goes through the network in full precision, too.
       held_bytes: Most bytes of hidden states that are held in memory, those in front of
-        a block; the rest is in an unnamed file in the directory for temporary files
-        (`TMPDIR`). Codes do not depend on it.
+        a block, of either network, and of moments of outputs; the rest is in unnamed
+        files in the directory for temporary files (`TMPDIR`). Codes do not depend on
+        it.
     """
 
     windows: Int32[np.ndarray, "w t"]
@@ -111,7 +112,7 @@ class Calibration:
         if self.weighting is not None and self.is_encoder:
             raise UsageError(
                 "`weighting` is for language models: it needs a loss at every token. "
-                "Leave it out, or `mask` and `token_types`."
+                "Leave it out."
             )
 
     @property
@@ -148,14 +149,15 @@ def calibration_windows(
     Args:
       tokens: The text.
       context: Tokens of a window.
-      count: Tokens in all, of which whole windows are taken.
+      count: Tokens in all at the most: whole windows, and from 16 windows on as many
+        as fill whole batches.
       seed: Of the draw.
 
     Raises:
       UsageError: If `count` is less than two windows.
       DataError: If the text is shorter.
     """
-    wanted, there = count // context, tokens.size // context
+    wanted, there = _whole_batches(count // context, context), tokens.size // context
     if wanted < 2:
         raise UsageError(
             f"Calibration needs two windows of {context} tokens at least, {2 * context}"
@@ -221,6 +223,24 @@ def require_windows(windows: Num[np.ndarray, "..."], what: str) -> None:
         raise UsageError(
             f"{what} has a token {windows.min()}; tokens are numbered from 0."
         )
+
+
+def _whole_batches(windows: int, length: int) -> int:
+    """How many of so many windows `in_batches` cuts well.
+
+    A batch has windows of one kind, to learn from or held out, and all have one size:
+    218 windows of 600 tokens would be read one by one, 216 of them go by nine.
+    """
+    most = max(1, _PASS // length)
+
+    def is_cut_well(held_out: int) -> bool:
+        sizes = range((most + 1) // 2, most + 1)
+        return held_out <= most or any(held_out % size == 0 for size in sizes)
+
+    if windows < 2 * _HELD_OUT:
+        return windows
+    counts = range(windows // _HELD_OUT, 0, -1)
+    return _HELD_OUT * next(filter(is_cut_well, counts))
 
 
 def held_out_count(windows: int) -> int:

@@ -11,7 +11,8 @@ from kashin_jax.pipeline.calibration import Calibration
 
 __all__ = ["CalibrationExamples"]
 
-# Counts of examples: their held-out eighth then leaves batches of eight at least.
+# Counts of examples: their held-out eighth then leaves batches of eight at least. Of
+# short texts there are many, and `calibration_windows` has a finer rule.
 _MULTIPLES = (64, 8, 1)
 
 
@@ -22,7 +23,8 @@ class CalibrationExamples:
     Attributes:
       examples: All of them, special tokens included.
       pad_id: The model's padding token.
-      count: Tokens used, padding not counted, in whole examples.
+      count: Most tokens used, padding not counted: whole examples, a multiple of 64 of
+        them, of 8 where there are fewer.
     """
 
     examples: Sequence[Encoded]

@@ -153,7 +153,7 @@ def quantize_checkpoint(
         raise UsageError(f"{target}: holds the source; name another directory.")
     run = fingerprint(
         checkpoint, rules, seed, max_shard_bytes, plan.tensors, budget,
-        None if calibration is None else calibration.digest,
+        None if calibration is None else {"calibration": calibration.digest},
     )  # fmt: skip
     may_be_done = exist_ok and replace != "finished"
     if may_be_done and (found := finished_run(target, run)) is not None:

@@ -167,6 +167,9 @@ class _Calibrated:
         self.kernel, self._without = kernel, without
         self._known: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
 
+    def is_kept(self, choice: Choice) -> bool:
+        return False
+
     def kept(self, choice: Choice) -> QuantizedTensor | None:
         return None
 

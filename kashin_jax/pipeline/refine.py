@@ -14,6 +14,7 @@ References:
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -34,6 +35,7 @@ from kashin_jax.pipeline.loading import packed_tensors
 from kashin_jax.pipeline.passes import Program, run_block
 from kashin_jax.pipeline.paths import put_at_path
 from kashin_jax.pipeline.refinable import Frozen, Refinable, Structure, take_apart
+from kashin_jax.pipeline.targets import Graph
 from kashin_jax.progress import progress_bar
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "divergence",
     "refine_model",
 ]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,8 +123,8 @@ class RefinementReport(NamedTuple):
     """What learning brought on windows that were held out.
 
     Attributes:
-      blocks: Of every block, the mean square of what its outputs lose, relative to
-        theirs.
+      blocks: Of every block that has something to learn, the mean square of what its
+        outputs lose, relative to theirs.
       whole: End to end, nats per token of the loss; None without that stage.
     """
 
@@ -133,9 +137,11 @@ class RefinementReport(NamedTuple):
         if self.blocks:
             before = float(np.mean([each.before for each in self.blocks]))
             after = float(np.mean([min(each) for each in self.blocks]))
+            count = sum(not each.after < each.before for each in self.blocks)
             lines.append(
                 f"{len(self.blocks)} blocks: on held-out text their outputs lose "
-                f"{after:.4f} of their squares, {before:.4f} before."
+                f"{after:.4f} of their squares, {before:.4f} before"
+                f"{f'; {count} undone' if count else ''}."
             )
         if self.whole is not None:
             undone = "" if self.whole.after < self.whole.before else "; undone"
@@ -272,7 +278,7 @@ def _refine_blocks(
     def rows(picked: Int[np.ndarray, " k"]) -> tuple[np.ndarray, ...]:
         return work.windows[picked], hidden.stacked(picked), wanted.stacked(picked)
 
-    gains = []
+    gains, graph, joined = [], Graph(model), list[int]()
     steps = len(work.order(work.refinement.block_epochs))
     with progress_bar(len(runner.blocks) * steps, "steps", desc="blocks ") as progress:
         for index, block in enumerate(runner.blocks):
@@ -283,7 +289,11 @@ def _refine_blocks(
                 for name, dtype in work.stored.items()
                 if name.startswith(start)
             })  # fmt: skip
-            if parts.params:
+            if not graph.stands_alone(block):
+                # Its copy that has learned would be no part of the other places.
+                joined.append(index)
+                progress.update(steps)
+            elif parts.params:
                 loss = _BlockLoss(runner.program(index, parts.structure.graphdef))
                 fit = _Fit(
                     f"{path}/{index}", loss, runner.state, rows,
@@ -295,6 +305,12 @@ def _refine_blocks(
                     block = parts.model(params)
                     put_at_path(model, f"{path}/{index}", block)
             _go_behind(runner, index, block, work, hidden)
+    if joined:
+        _logger.warning(
+            "Blocks %s of %s have parts in common with others and learn end to end "
+            "alone.",
+            ", ".join(map(str, joined)), path,
+        )  # fmt: skip
     return tuple(gains)
 
 

@@ -1,7 +1,6 @@
 """Refining a quantized checkpoint: new scales, levels, biases and norms; old codes."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -116,11 +115,10 @@ def refine_checkpoint(
     refinement.check(windows)
     check_tokens(theirs, windows)
     planned = [_planned(source, name) for name in source.names()]
-    digest = hashlib.sha256(
-        f"{refinement.digest(windows)} {fingerprint(theirs, Rules(), 0, 0, ()).digest}"
-        .encode()
-    ).hexdigest()  # fmt: skip
-    run = fingerprint(source, Rules(), 0, 0, planned, calibration=digest)
+    run = fingerprint(source, Rules(), 0, 0, planned, learned={
+        "text or refinement": refinement.digest(windows),
+        "original": fingerprint(theirs, Rules(), 0, 0, ()).digest,
+    })  # fmt: skip
     may_be_done = exist_ok and replace != "finished"
     if may_be_done and (found := finished_run(target, run)) is not None:
         return RefinedCheckpoint(target, None, found)

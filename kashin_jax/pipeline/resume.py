@@ -65,6 +65,9 @@ __all__ = [
 
 _STATE = ".kashin_quantize.json"
 
+_IN_WORDS = ("seed", "shards", "versions")
+"""Parts that are no digests."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
@@ -91,11 +94,12 @@ class Fingerprint:
         if not isinstance(parts, dict):
             return f"another fingerprint ({str(state.get('fingerprint'))[:12]})"
         found = []
-        for name, mine in self.parts.items():
-            if (theirs := str(parts.get(name))) != mine:
-                is_digest = name in ("weights", "rules", "calibration")
+        for name in {**self.parts, **parts}:
+            mine, theirs = self.parts.get(name), parts.get(name)
+            if mine != theirs:
+                is_said = name in _IN_WORDS
                 found.append(
-                    f"other {name}" + ("" if is_digest else f" ({theirs}, not {mine})")
+                    f"other {name}" + (f" ({theirs}, not {mine})" if is_said else "")
                 )
         return " and ".join(found) or "another fingerprint"
 
@@ -111,25 +115,33 @@ def fingerprint(
     shard_bytes: int,
     tensors: Sequence[PlannedTensor],
     budget: int | float | None = None,
-    calibration: str | None = None,
+    learned: Mapping[str, str] | None = None,
 ) -> Fingerprint:
     """Everything that the bytes of the result depend on.
 
     Of the source it sees names, sizes, times of change and headers: hashing the data
     would read all of it once more.
+
+    Args:
+      source: What is quantized.
+      rules: How.
+      seed: Seeds everything random.
+      shard_bytes: Most bytes of data in a file.
+      tensors: What the rules of this version came to.
+      budget: Stored bits per weight, where widths follow from it.
+      learned: By name digests of what else decides.
     """
     files = []
     for name, file in source.files.items():
         status = file.path.stat()
         entries = [(key, *spec) for key, spec in file.specs.items()]
         files.append([name, status.st_size, status.st_mtime_ns, entries])
-    text = {} if calibration is None else {"calibration": calibration}
-    return Fingerprint(text | {
+    return Fingerprint({
+        **(learned or {}),
         "weights": _digest([files, dict(source.config)]),
         "rules": _digest([
             rules_to_json(rules),
             *([] if budget is None else [f"budget {budget!r}"]),
-            # What the rules of this version came to.
             [tensor.name for tensor in tensors if tensor.description],
         ]),
         "seed": f"{seed}",

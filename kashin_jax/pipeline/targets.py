@@ -95,6 +95,14 @@ class Graph:
     def layer(self, path: str, node: Any) -> _Layer:
         return _Layer(path, node, tuple(self.holders.get(id(node), ())))
 
+    def stands_alone(self, module: nnx.Module) -> bool:
+        """Whether a module is in one place, and all that it holds in no other."""
+        within = {id(node) for _, node in nnx.iter_graph(module)}
+        places = [list(held) for key, held in self.holders.items() if key != id(module)]
+        places += [[place for _, place in held] for held in self.users.values()]
+        own = [{id(node) in within for node, _ in held} for held in places]
+        return len(self.holders.get(id(module), ())) <= 1 and {True, False} not in own
+
 
 def find_targets(model: nnx.Module, rules: Rules | None = None) -> list[Target]:
     """All matrices of a model, in the order of their paths; each one once.
