@@ -83,8 +83,7 @@ RESULT_FILES: Mapping[str, ResultFile] = MappingProxyType({
         (
             f"{_CALIBRATED} --bits=2,3,4 --seed=0,1,2 --methods={_FED}",
             f"{_CALIBRATED} --bits=2,3,4 --seed=0,1,2 --methods={_BOTH}",
-            f"{_CALIBRATED} --bits=2,3 --seed=0,1,2 --methods=kashin-joint-refined",
-            f"{_CALIBRATED} --bits=4 --seed=0,1 --methods=kashin-joint-refined",
+            f"{_CALIBRATED} --bits=2,3,4 --seed=0,1,2 --methods=kashin-joint-refined",
             f"{_CALIBRATED} --bits=2 --methods=gptq-g128-act-order,"
             "kashin-joint-distilled",
             f"{_CALIBRATED} --bits=4 --methods=kashin-dct-calibrated,"
