@@ -83,6 +83,11 @@ class Point(NamedTuple):
         return make(self.bits, self.basis, self.rtol, self.max_steps)
 
     @property
+    def choices(self) -> dict[str, Any]:
+        """What functions that measure a row ask for."""
+        return {k: value for k, value in self._asdict().items() if k != "axis"}
+
+    @property
     def label(self) -> str:
         """A short name, for progress bars."""
         limit = f"{self.axis} {self.x:g}"
@@ -163,10 +168,7 @@ def _perplexity(bench: Bench, point: Point | None) -> dict[str, Any]:
     if point is None:
         row = full_precision_row(bench)
     else:
-        row = quantized_row(
-            bench, METHOD, METHODS[METHOD], bits=point.bits, basis=point.basis,
-            seed=point.seed, rtol=point.rtol, max_steps=point.max_steps,
-        )  # fmt: skip
+        row = quantized_row(bench, METHOD, METHODS[METHOD], **point.choices)
     return {"value": row["perplexity"]}
 
 
@@ -200,10 +202,7 @@ def _glue(bench: GlueBench, point: Point | None) -> dict[str, Any]:
     if point is None:
         records = unchanged_records(bench)
     else:
-        records = quantized_records(
-            bench, METHOD, METHODS[METHOD], bits=point.bits, basis=point.basis,
-            seed=point.seed, rtol=point.rtol, max_steps=point.max_steps,
-        )  # fmt: skip
+        records = quantized_records(bench, METHOD, METHODS[METHOD], **point.choices)
     tasks: dict[str, dict[str, float]] = {}
     for record in records:
         tasks.setdefault(record["task"], {})[record["metric"]] = record["value"]

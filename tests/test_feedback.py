@@ -274,6 +274,7 @@ def test_feedback_loses_less_of_the_outputs(name):
     lost = [float(output_loss(weight, moments, tensor)) for tensor in (free, fed)]
     assert lost[1] < 0.7 * lost[0]
     assert jax.tree.structure(fed) == jax.tree.structure(free)
+    assert fed.stored_bits == free.stored_bits  # the same layout, nothing left out
     shapes = [jax.tree.map(lambda leaf: leaf.shape, t) for t in (free, fed)]
     assert jax.tree.leaves(shapes[0]) == jax.tree.leaves(shapes[1])
 

@@ -184,25 +184,25 @@ class _Run:
         undone = [
             index
             for index, own in enumerate(reached)
-            if not all(map(self._layers.is_kept, own.values()))
+            if not all(map(self._layers.is_kept, own.choices.values()))
         ]
         last = max(undone, default=-1)
         if undone:
             self._start(reached)
         for index, own in enumerate(reached):
             if index > last:
-                yield from own.values()
+                yield from own.choices.values()
                 continue
             yield from self._block(index, own, goes_behind=index < last)
 
-    def _reached(self, index: int, chosen: Mapping[str, Choice]) -> dict[str, Choice]:
-        """By path within a block the layers that it calls."""
+    def _reached(self, index: int, chosen: Mapping[str, Choice]) -> "_Reached":
         start = f"{self.runner.path}/{index}/"
         own = {p[len(start) :]: c for p, c in chosen.items() if p.startswith(start)}
-        heard = {path for stage in self._stages(index, own) for path in stage}
-        return {path: choice for path, choice in own.items() if path in heard}
+        stages = self._stages(index, own)
+        heard = {path for stage in stages for path in stage}
+        return _Reached(stages, {p: c for p, c in own.items() if p in heard})
 
-    def _start(self, reached: Sequence[Mapping[str, Choice]]) -> None:
+    def _start(self, reached: Sequence["_Reached"]) -> None:
         """Goes in front of the first block; weighs errors, if they are to differ.
 
         Args:
@@ -218,7 +218,7 @@ class _Run:
         weighting = self._calibration.weighting
         if weighting is None:
             return
-        wanted = [list(own) for own in reached]
+        wanted = [list(own.choices) for own in reached]
         key, held = path_key(self._root, self.runner.path), self._calibration.held_bytes
         with self._watch.phase("statistics"):
             # Of language models: others have no weights.
@@ -235,17 +235,17 @@ class _Run:
                 )
 
     def _block(
-        self, index: int, own: Mapping[str, Choice], *, goes_behind: bool
+        self, index: int, reached: "_Reached", *, goes_behind: bool
     ) -> Iterator[Choice]:
         """Quantizes layers of a block and moves on behind it; gives what was done.
 
         Args:
           index: Of the block; all in front of it were done.
-          own: By path within the block; it calls them.
+          reached: Layers that it calls.
           goes_behind: Whether hidden states behind it are asked for.
         """
         original = self.runner.blocks[index]
-        stages = self._stages(index, own)
+        stages, own = reached
         is_changed = self._calibration.is_sequential
         # A copy, whose kernels are changed as soon as they are quantized.
         block = nnx.clone(original) if is_changed else original
@@ -363,6 +363,13 @@ class _Run:
         report = report._replace(calibration=found[0], calibration_seconds=seconds)
         self._layers.keep(choice, tensor, report)
         return tensor
+
+
+class _Reached(NamedTuple):
+    """Layers of a block that it calls: by what they read, and by path within it."""
+
+    stages: list[Stage]
+    choices: dict[str, Choice]
 
 
 class _Heard(NamedTuple):

@@ -231,16 +231,27 @@ def _whole_batches(windows: int, length: int) -> int:
     A batch has windows of one kind, to learn from or held out, and all have one size:
     218 windows of 600 tokens would be read one by one, 216 of them go by nine.
     """
-    most = max(1, _PASS // length)
-
-    def is_cut_well(held_out: int) -> bool:
-        sizes = range((most + 1) // 2, most + 1)
-        return held_out <= most or any(held_out % size == 0 for size in sizes)
-
     if windows < 2 * _HELD_OUT:
         return windows
-    counts = range(windows // _HELD_OUT, 0, -1)
-    return _HELD_OUT * next(filter(is_cut_well, counts))
+
+    def is_cut_well(count: int) -> bool:
+        most = min(_most_windows(length), held_out_count(count))
+        return 2 * _batch_size(count, length) >= most
+
+    counts = range(windows // _HELD_OUT * _HELD_OUT, 0, -_HELD_OUT)
+    return next(filter(is_cut_well, counts))
+
+
+def _most_windows(length: int) -> int:
+    return max(1, _PASS // length)
+
+
+def _batch_size(windows: int, length: int) -> int:
+    """The most windows of a pass that cut both kinds without a rest."""
+    held_out = held_out_count(windows)
+    common = math.gcd(windows - held_out, held_out)
+    sizes = range(1, min(_most_windows(length), common) + 1)
+    return max(size for size in sizes if common % size == 0)
 
 
 def held_out_count(windows: int) -> int:
@@ -277,11 +288,7 @@ def in_batches(inputs: Tokens) -> Iterator[Batch]:
     windows, length = (
         inputs.ids if isinstance(inputs, EncoderInputs) else inputs
     ).shape
-    held_out = held_out_count(windows)
-    learned = windows - held_out
-    most = max(1, _PASS // length)
-    common = math.gcd(learned, held_out)
-    size = max(k for k in range(1, min(most, common) + 1) if common % k == 0)
+    learned, size = windows - held_out_count(windows), _batch_size(windows, length)
     for start in range(0, windows, size):
         cut = itemgetter(slice(start, start + size))
         yield Batch(jax.tree.map(cut, inputs), start >= learned)

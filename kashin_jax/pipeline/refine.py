@@ -278,7 +278,7 @@ def _refine_blocks(
     def rows(picked: Int[np.ndarray, " k"]) -> tuple[np.ndarray, ...]:
         return work.windows[picked], hidden.stacked(picked), wanted.stacked(picked)
 
-    gains, graph, joined = [], Graph(model), list[int]()
+    gains, joined = [], _joined(model, runner)
     steps = len(work.order(work.refinement.block_epochs))
     with progress_bar(len(runner.blocks) * steps, "steps", desc="blocks ") as progress:
         for index, block in enumerate(runner.blocks):
@@ -289,9 +289,7 @@ def _refine_blocks(
                 for name, dtype in work.stored.items()
                 if name.startswith(start)
             })  # fmt: skip
-            if not graph.stands_alone(block):
-                # Its copy that has learned would be no part of the other places.
-                joined.append(index)
+            if index in joined:
                 progress.update(steps)
             elif parts.params:
                 loss = _BlockLoss(runner.program(index, parts.structure.graphdef))
@@ -305,13 +303,22 @@ def _refine_blocks(
                     block = parts.model(params)
                     put_at_path(model, f"{path}/{index}", block)
             _go_behind(runner, index, block, work, hidden)
-    if joined:
+    return tuple(gains)
+
+
+def _joined(model: nnx.Module, runner: BlockRunner) -> list[int]:
+    """Blocks whose copy that has learned would be no part of their other places."""
+    graph = Graph(model)
+    found = [
+        k for k, block in enumerate(runner.blocks) if not graph.stands_alone(block)
+    ]
+    if found:
         _logger.warning(
             "Blocks %s of %s have parts in common with others and learn end to end "
             "alone.",
-            ", ".join(map(str, joined)), path,
+            ", ".join(map(str, found)), runner.path,
         )  # fmt: skip
-    return tuple(gains)
+    return found
 
 
 def _go_behind(
